@@ -1,0 +1,61 @@
+"""The ``gimbal`` command: one thin module per job in ``gimbal.commands``, imported on use."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from gimbal import __version__
+from gimbal.core.errors import InputError
+
+COMMANDS = {
+    "serve": "vLLM's OpenAI server with Gimbal on",
+    "bench": "replay a trace against live servers and compare arms in turns",
+    "simulate": "answer 'what would it do on my cluster and trace?' offline",
+    "place": "plan an expert placement from recorded routing",
+    "stats": "show or save a running server's routing statistics",
+    "calibrate": "measure this machine and write a cost-model profile",
+    "report": "one HTML page from the records of a run",
+    "model": "make and measure the demo model",
+    "doctor": "check Python, vLLM, every patched symbol and the machine",
+    "config": "print the effective configuration",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports ``gimbal.commands.NAME`` only when NAME runs or asks for its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"gimbal.commands.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gimbal")
+def gimbal() -> None:
+    """Gimbal: dispatch, queue and expert placement for MoE serving on vLLM."""
+
+
+def main() -> None:
+    """Runs the command line; bad input is one line on standard error and exit code 2."""
+    try:
+        gimbal.main(prog_name="gimbal", standalone_mode=True)
+    except InputError as error:
+        print(f"gimbal: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Gimbal's configuration: one schema for the YAML file, the flags and ``additional_config``.
+
+Each level has one frozen dataclass; ``help`` metadata is what ``gimbal config`` prints. Unknown
+keys are refused with the nearest valid one, wrong types with the key's full path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from gimbal.core.errors import InputError, nearest
+
+LEVELS = ("dispatch", "queue", "placement", "feedback")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text; mutable defaults are not allowed."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchConfig:
+    """Level `dispatch`: which engine a request goes to."""
+
+    policy: str = option("gimbal", "dispatch policy by name")
+    max_signal_age_ms: float = option(2000.0, "older snapshots are not trusted")
+
+
+@dataclass(frozen=True, slots=True)
+class QueueConfig:
+    """Level `queue`: the order of an engine's waiting requests and prefill budget."""
+
+    ordering: str = option("gimbal", "waiting-queue ordering by name")
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementConfig:
+    """Level `placement`: where experts live."""
+
+    placer: str = option("gimbal", "placement algorithm by name")
+    alpha: float = option(1.0, "multiplier of the load term")
+    beta: float = option(1.0, "multiplier of the communication term")
+    gamma: float = option(1.0, "multiplier of the migration term")
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackConfig:
+    """Level `feedback`: expert pressure into dispatch, dispatch's source mix into placement."""
+
+    weight: float = option(1.0, "multiplier of expert pressure in the dispatch cost")
+
+
+@dataclass(frozen=True, slots=True)
+class GimbalConfig:
+    """The whole configuration; the defaults are the product."""
+
+    # pydantic reads this to refuse unknown keys here and in every nested section.
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    enabled: bool = option(True, "false leaves vLLM exactly as it is")
+    levels: tuple[str, ...] = option(LEVELS, "levels that are switched on")
+    seed: int = option(0, "seed of every random choice")
+    dispatch: DispatchConfig = DispatchConfig()
+    queue: QueueConfig = QueueConfig()
+    placement: PlacementConfig = PlacementConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
+
+
+for _section in (DispatchConfig, QueueConfig, PlacementConfig, FeedbackConfig):
+    setattr(_section, "__pydantic_config__", ConfigDict(extra="forbid"))  # noqa: B010
+
+_ADAPTER = TypeAdapter(GimbalConfig)
+
+
+def _keys_at(path: tuple[str, ...]) -> list[str]:
+    """Valid keys of the section that `path` (of an unknown key) points into."""
+    section: Any = GimbalConfig
+    for part in path[:-1]:
+        types = {f.name: f.default for f in dataclasses.fields(section)}
+        section = type(types[part])
+    return [f.name for f in dataclasses.fields(section)]
+
+
+def parse_config(values: Mapping[str, Any], where: str = "configuration") -> GimbalConfig:
+    """Validates `values`; raises InputError naming `where`, the key and the nearest valid key."""
+    try:
+        config = _ADAPTER.validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = tuple(str(part) for part in first["loc"])
+        dotted = ".".join(path) or "(top level)"
+        if first["type"] == "unexpected_keyword_argument":
+            hint = nearest(path[-1], _keys_at(path))
+            raise InputError(f"{where}: unknown key {dotted!r}{hint}") from None
+        got = first.get("input")
+        raise InputError(f"{where}: {dotted}: {first['msg'].lower()}, got {got!r}") from None
+    for level in config.levels:
+        if level not in LEVELS:
+            raise InputError(f"{where}: levels: unknown level {level!r}{nearest(level, LEVELS)}")
+    return config

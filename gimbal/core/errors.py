@@ -1,0 +1,23 @@
+"""Errors that reach a user.
+
+`InputError` is raised for anything the user can mend: the command line prints its message on one
+line and exits with code 2. Every other exception is a bug or an environment failure (exit code 1).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad argument or input; the message says what is wrong and where, on one line."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Ends an "unknown NAME" message: `` (did you mean 'x'?)``, or the choices."""
+    choices = sorted(valid)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f" (choose from {', '.join(choices)})"

@@ -1,0 +1,77 @@
+"""The record types. One run is a directory; each type is one JSON-lines file in it.
+
+Times are seconds since the run's start unless a name says otherwise. A simulated run and a live
+run fill the same fields, so a report never asks which one it reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One request as its client saw it."""
+
+    request_id: str
+    arm: str
+    repeat: int
+    arrival_s: float  # when the trace says it arrives
+    sent_s: float  # when the client really sent it
+    prompt_tokens: int
+    output_tokens: int  # received
+    expected_output_tokens: int
+    first_token_s: float | None
+    last_token_s: float | None
+    token_times_s: tuple[float, ...] = ()  # one per streamed token, empty unless kept
+    engine: int | None = None
+    session: str | None = None
+    domain: str | None = None
+    status: str = "ok"  # ok | rejected | failed | aborted
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One lock-step engine step."""
+
+    time_s: float
+    engine: int
+    duration_us: float
+    prefill_tokens: int
+    decode_requests: int
+    waiting_requests: int
+    waiting_prefill_tokens: int
+    kv_usage: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRecord:
+    """One dispatch decision."""
+
+    time_s: float
+    request_id: str
+    policy: str
+    engine: int
+    costs: tuple[float, ...]
+    signal_age_us: float
+    decision_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class RebalanceRecord:
+    """One expert rearrangement, proposed or committed."""
+
+    time_s: float
+    committed: bool
+    reason: str
+    predicted_gain_us_per_step: float
+    predicted_stall_us: float
+    realized_gain_us_per_step: float | None
+    stall_us: float | None
+    moved_slots: int
+    received_experts: int
+    balance_before: float
+    balance_after: float
+    local_share_before: float | None
+    local_share_after: float | None

@@ -1,0 +1,24 @@
+import pytest
+
+from gimbal.core.config import GimbalConfig, parse_config
+from gimbal.core.errors import InputError
+
+
+def test_defaults_are_the_product():
+    assert parse_config({}) == GimbalConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"levls": ["queue"]}, "f: unknown key 'levls' (did you mean 'levels'?)"),
+        ({"dispatch": {"polcy": "x"}}, "unknown key 'dispatch.polcy' (did you mean 'policy'?)"),
+        ({"levels": ["queu"]}, "levels: unknown level 'queu' (did you mean 'queue'?)"),
+        ({"placement": {"alpha": "much"}}, "placement.alpha: "),
+    ],
+)
+def test_bad_values_name_the_key_and_the_nearest_valid_one(values, message):
+    with pytest.raises(InputError) as error:
+        parse_config(values, where="f")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
