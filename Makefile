@@ -1,0 +1,44 @@
+# `make serve` on a fresh machine installs, makes the demo model and serves it; `make help` lists the rest.
+# PYTHON picks the interpreter of the environment, PORT the server's port, ARGS goes to the command.
+VENV  := .venv
+BIN   := $(VENV)/bin
+PORT  ?= 8000
+ARGS  ?=
+STAMP := $(VENV)/.gimbal-installed
+# One thread per process: tests run side by side and torch would take every core in each.
+TEST_ENV := OMP_NUM_THREADS=1
+
+.PHONY: help install serve test check lint bench-core lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## build .venv from requirements/lock-cpu.txt
+
+$(STAMP): requirements/lock-cpu.txt pyproject.toml scripts/bootstrap.py
+	@GIMBAL_PYTHON="$(PYTHON)" $$(command -v python3 || command -v python) scripts/bootstrap.py
+	@touch $(STAMP)
+
+serve: $(STAMP) ## make the demo model and serve it through vLLM, DP=2 + EP, Gimbal on
+	$(BIN)/gimbal serve --demo --port $(PORT) $(ARGS)
+
+test: $(STAMP) ## every test, live servers included
+	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## the fast tests: no server, nothing slow
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not live and not slow" $(ARGS)
+
+lint: $(STAMP) ## ruff, mypy (strict on core), import contracts
+	$(BIN)/ruff check gimbal tests benchmarks examples scripts
+	$(BIN)/ruff format --check gimbal tests benchmarks examples scripts
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench-core: $(STAMP) ## benchmarks that need no server
+	$(TEST_ENV) $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m "not live" $(ARGS)
+
+lock: ## resolve the dependencies again and rewrite requirements/lock-cpu.txt
+	@$(BIN)/python scripts/bootstrap.py --lock
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) .gimbal build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
