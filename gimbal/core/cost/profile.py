@@ -1,0 +1,208 @@
+"""A cost-model profile: the constants of one model on one machine, each with where it came from.
+
+A profile is a YAML file (packaged ones live in ``gimbal/core/cost/profiles``). Every term is
+``max(floor_us, base_us + per_unit_us * x)`` in microseconds; what ``x`` counts is in the field's
+name. `StepModel` in ``step.py`` adds them up; nothing else interprets them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from gimbal.core.errors import InputError, nearest
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """``max(floor_us, base_us + per_unit_us * x)``.
+
+    Attributes:
+        source: where the numbers come from (table and version, paper, data sheet, fit).
+        error: mean absolute relative error on rows held out of the fit, or None when unknown.
+    """
+
+    per_unit_us: float = 0.0
+    base_us: float = 0.0
+    floor_us: float = 0.0
+    source: str = "estimate"
+    error: float | None = None
+
+    def at(self, x: float) -> float:
+        """Microseconds at `x` units."""
+        return max(self.floor_us, self.base_us + self.per_unit_us * x)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTerm:
+    """One layer's attention on one rank, decode and prefill in one varlen kernel.
+
+    ``max(floor, base + kv * KV + pair * sum n*(p + n/2) + prefix * sum p)`` with KV the tokens
+    read by decodes, n the new and p the already computed tokens of a prefill chunk. A decode that
+    shares its kernel with prefill loses the packed decode path, so KV has a second, mixed rate.
+    """
+
+    floor_us: float = 0.0
+    base_us: float = 0.0
+    per_decode_kv_token_us: float = 0.0
+    per_mixed_decode_kv_token_us: float = 0.0
+    per_prefill_pair_us: float = 0.0
+    per_prefill_kv_token_us: float = 0.0
+    source: str = "estimate"
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MoeTerm:
+    """Fused experts of one layer on one EP rank.
+
+    ``base + ((active*A)^p + (pair*P)^p)^(1/p) + token*G``: A distinct experts hit and P
+    token-expert pairs on the rank, G tokens of the whole EP group (align and sum over all rows).
+    Decode is bound by A (weights are read once per expert), prefill by P.
+    """
+
+    base_us: float
+    per_active_expert_us: float
+    per_pair_us: float
+    per_group_token_us: float
+    norm: float
+    source: str = "estimate"
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the model fixes."""
+
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    expert_bytes: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the profile's model is spread: EP ranks = dp * tp."""
+
+    dp: int
+    tp: int = 1
+
+    @property
+    def ep(self) -> int:
+        return self.dp * self.tp
+
+
+@dataclass(frozen=True, slots=True)
+class Interconnect:
+    """Bytes per microsecond by tier (1 GB/s = 1,000 bytes/us), for routed all-to-all."""
+
+    same_node_bytes_per_us: float
+    other_node_bytes_per_us: float
+    migration_bytes_per_us: float
+    migration_layer_us: float
+    source: str = "estimate"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Constants of one model on one machine in one layout.
+
+    Attributes:
+        per_rank_token: per layer, x = tokens of the busiest DP rank (norms, QKV, O, router).
+        per_group_token: per layer, x = tokens of all DP ranks (dispatch and combine).
+        attention, moe: per layer, see their classes.
+        per_step: once per step, x = requests that sample (LM head, sampler).
+        host_us, host_per_request_us: scheduler and input preparation that the device waits for.
+        launch_layer_us: kernel launches of one layer without CUDA graphs; the step lasts at least
+            layers * launch_layer_us when its tokens exceed `graph_tokens`.
+        graph_tokens: largest step that a CUDA graph covers (0: eager throughout).
+        api_us, api_token_us: front end, per request before it is dispatched and per token
+            streamed after it was sampled.
+        kv_tokens: KV pool of one DP engine in tokens.
+        estimated: True when derived from data sheets and not measured.
+    """
+
+    name: str
+    machine: str
+    model: ModelShape
+    layout: Layout
+    per_rank_token: tuple[Term, ...]
+    per_group_token: tuple[Term, ...]
+    attention: AttentionTerm
+    moe: MoeTerm
+    per_step: tuple[Term, ...]
+    interconnect: Interconnect
+    host_us: float = 0.0
+    host_per_request_us: float = 0.0
+    launch_layer_us: float = 0.0
+    graph_tokens: int = 0
+    api_us: float = 0.0
+    api_token_us: float = 0.0
+    kv_tokens: int = 0
+    backend: str = "allgather_reducescatter"
+    estimated: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+
+for _type in (Term, AttentionTerm, MoeTerm, ModelShape, Layout, Interconnect, Profile):
+    setattr(_type, "__pydantic_config__", _STRICT)  # noqa: B010
+
+_ADAPTER = TypeAdapter(Profile)
+
+
+def profile_names() -> list[str]:
+    """Names of the packaged profiles."""
+    folder = resources.files("gimbal.core.cost").joinpath("profiles")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[-5:] == ".yaml")
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """A packaged profile by name, or a YAML file; raises InputError saying which key is wrong."""
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.exists():
+            raise InputError(f"profile {path}: no such file")
+        text = path.read_text(encoding="utf-8")
+    elif str(name_or_path) in profile_names():
+        packaged = resources.files("gimbal.core.cost").joinpath("profiles", f"{name_or_path}.yaml")
+        text = packaged.read_text(encoding="utf-8")
+    else:
+        raise InputError(
+            f"unknown profile {str(name_or_path)!r}{nearest(str(name_or_path), profile_names())}"
+        )
+    return parse_profile(yaml.safe_load(text), str(name_or_path))
+
+
+def parse_profile(values: Any, where: str) -> Profile:
+    """Validates a mapping; raises InputError with the dotted key."""
+    if not isinstance(values, dict):
+        raise InputError(f"profile {where}: expected a mapping of terms")
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        dotted = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"profile {where}: {dotted}: {first['msg'].lower()}") from None
+
+
+def dump_profile(profile: Profile) -> str:
+    """YAML text that `load_profile` reads back to an equal profile."""
+    return yaml.safe_dump(_plain(profile), sort_keys=False, width=100)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
