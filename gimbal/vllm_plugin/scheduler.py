@@ -1,0 +1,163 @@
+"""The scheduler of an engine: whatever class vLLM would use, with Gimbal's signals attached.
+
+`with_gimbal` derives a class from the one vLLM picks (``AsyncScheduler`` unless the user named
+another), so asynchronous scheduling stays as it was. The overrides only report events to
+`SchedulerSignals`; every report is guarded, so a fault in the accounting costs the signals and
+never a request. The queue level adds its waiting queue in ``_gimbal_install_queue``.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import wraps
+from typing import Any
+
+from gimbal.core.config import GimbalConfig
+from gimbal.vllm_plugin import bridge
+from gimbal.vllm_plugin.guard import LevelGuard
+from gimbal.vllm_plugin.signals import SchedulerSignals, open_signals
+
+logger = logging.getLogger("vllm.gimbal")
+
+LEVELS_IN_SCHEDULER = frozenset({"dispatch", "queue", "feedback"})
+"""Any of these needs the derived scheduler: for its signals, its queue, or both."""
+
+_building: list[Any] = []  # the VllmConfig of the EngineCore under construction, innermost last
+
+
+class GimbalSchedulerMixin:
+    """Overrides of vLLM's ``Scheduler``; mixed in front of it by `with_gimbal`.
+
+    Attributes:
+        gimbal_config: the server's Gimbal configuration.
+        gimbal_signals: the engine's counters and its board slot; None once they failed for good.
+    """
+
+    gimbal_config: GimbalConfig
+    gimbal_signals: SchedulerSignals | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._gimbal_guard = LevelGuard("signals")
+        try:
+            self.gimbal_signals = open_signals(self)
+        except Exception as error:
+            self._gimbal_guard.fell_back("no_board", error)
+        self._gimbal_install_queue()
+
+    def _gimbal_install_queue(self) -> None:
+        """Where the queue level replaces ``self.waiting``; without it vLLM's own queue stays."""
+
+    def _gimbal_report(self, event: str, *args: Any) -> None:
+        """Calls `event` of the signals; an engine without trustworthy signals publishes none."""
+        signals = self.gimbal_signals
+        if signals is None:
+            return
+        try:
+            getattr(signals, event)(*args)
+        except Exception as error:
+            self._gimbal_guard.fell_back(event, error)
+            # Counters that missed an event are wrong for good: rebuild them from the scheduler.
+            if self._gimbal_guard.disabled:
+                self.gimbal_signals = None
+                signals.close()
+            else:
+                signals.needs_recount = True
+        else:
+            self._gimbal_guard.succeeded()
+
+    def add_request(self, request: Any) -> None:
+        self._gimbal_report("accepted", request)
+        super().add_request(request)  # type: ignore[misc]
+        self._gimbal_report("updated", request.request_id)
+
+    def _enqueue_waiting_request(self, request: Any) -> None:
+        # Before the queue sees it: an ordering needs the uncached tokens found here.
+        self._gimbal_report("enqueued", request)
+        super()._enqueue_waiting_request(request)  # type: ignore[misc]
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        self._gimbal_report("preempting", request)
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+        self._gimbal_report("preempted", request)
+
+    def _handle_stopped_request(self, request: Any) -> bool:
+        self._gimbal_report("stopped", request)
+        return bool(super()._handle_stopped_request(request))  # type: ignore[misc]
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self._gimbal_report("freed", request)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._gimbal_report("scheduled", output)
+        return output
+
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, *args, **kwargs
+        )
+        self._gimbal_report("completed", scheduler_output)
+        return outputs
+
+    def has_requests(self) -> bool:
+        # vLLM asks this before every step and before it waits for input, so an engine without
+        # work still says so, and keeps saying so while it runs dummy batches.
+        busy = bool(super().has_requests())  # type: ignore[misc]
+        if not busy:
+            self._gimbal_report("idle")
+        return busy
+
+    def shutdown(self) -> None:
+        if self.gimbal_signals is not None:
+            self.gimbal_signals.close()
+            self.gimbal_signals = None
+        super().shutdown()  # type: ignore[misc]
+
+
+def with_gimbal(base: type, config: GimbalConfig) -> type:
+    """`base` with Gimbal in front, named after it; returns `base` when it cannot carry Gimbal."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if not issubclass(base, Scheduler):
+        logger.error(
+            "Gimbal needs a subclass of vLLM's Scheduler; %s is none: its engine publishes no "
+            "signals and keeps its own queue",
+            base.__qualname__,
+        )
+        return base
+    if issubclass(base, GimbalSchedulerMixin):
+        return base
+    members = {"gimbal_config": config, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(f"Gimbal{base.__name__}", (GimbalSchedulerMixin, base), members)
+
+
+def install() -> None:
+    """Makes ``EngineCore`` build its scheduler through `with_gimbal` where Gimbal is enabled."""
+    from vllm.config.scheduler import SchedulerConfig
+    from vllm.v1.engine.core import EngineCore
+
+    init = EngineCore.__init__
+    get_scheduler_cls = SchedulerConfig.get_scheduler_cls
+
+    @wraps(init)
+    def engine_core_init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        _building.append(vllm_config)
+        try:
+            init(self, vllm_config, *args, **kwargs)
+        finally:
+            _building.pop()
+
+    @wraps(get_scheduler_cls)
+    def scheduler_cls(self: Any) -> type:
+        base: type = get_scheduler_cls(self)
+        if not _building or _building[-1].scheduler_config is not self:
+            return base
+        config = bridge.gimbal_config(_building[-1])
+        if config is None or not LEVELS_IN_SCHEDULER.intersection(config.levels):
+            return base
+        return with_gimbal(base, config)
+
+    EngineCore.__init__ = engine_core_init
+    SchedulerConfig.get_scheduler_cls = scheduler_cls
