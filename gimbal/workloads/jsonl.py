@@ -1,0 +1,59 @@
+"""Gimbal's own trace format: JSON lines, one request each.
+
+``{"arrival_s": 0.25, "prompt_tokens": 900, "output_tokens": 64, "session": "s1",
+"domain": "code", "prefix_blocks": [17, 18]}``; the last three are optional. A first line
+``{"prefix_block_tokens": 16}`` sets the size of a prefix block (default 16).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gimbal.core.errors import nearest
+from gimbal.workloads.fields import Row, json_rows
+from gimbal.workloads.trace import Trace, TraceRequest, make_trace
+
+BLOCK_TOKENS = 16
+FIELDS = ("arrival_s", "prompt_tokens", "output_tokens", "session", "domain", "prefix_blocks")
+
+
+def read(path: Path) -> Trace:
+    """Reads Gimbal's JSONL; raises InputError naming file, line, field and value."""
+    block_tokens = BLOCK_TOKENS
+    requests: list[TraceRequest] = []
+    for row in json_rows(path):
+        if "prefix_block_tokens" in row.values and not requests:
+            block_tokens = row.integer("prefix_block_tokens", 1)
+            continue
+        requests.append(_request(row, block_tokens))
+    return make_trace(path.stem, requests, block_tokens)
+
+
+def _request(row: Row, block_tokens: int) -> TraceRequest:
+    for key, value in row.values.items():
+        if key not in FIELDS:
+            raise row.fail(key, value, f"a known field{nearest(key, FIELDS)}")
+    prompt = row.integer("prompt_tokens", 1)
+    blocks = row.hash_ids("prefix_blocks")
+    if len(blocks) > -(-prompt // block_tokens):
+        raise row.fail("prefix_blocks", len(blocks), f"at most {-(-prompt // block_tokens)} ids")
+    return TraceRequest(
+        row.seconds("arrival_s"),
+        prompt,
+        row.integer("output_tokens", 1),
+        row.text("session"),
+        row.text("domain"),
+        blocks,
+    )
+
+
+def write(trace: Trace, path: Path) -> None:
+    """Writes `trace` so that `read` returns it; unset fields are left out."""
+    with path.open("w", encoding="utf-8") as file:
+        if trace.prefix_block_tokens:
+            file.write(json.dumps({"prefix_block_tokens": trace.prefix_block_tokens}) + "\n")
+        for request in trace.requests:
+            values = {name: getattr(request, name) for name in FIELDS}
+            kept = {key: value for key, value in values.items() if value not in (None, ())}
+            file.write(json.dumps(kept) + "\n")

@@ -1,0 +1,168 @@
+"""Finds a trace by name or file, and builds a run's workload from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gimbal.core.errors import InputError, nearest
+from gimbal.workloads import azure, burstgpt, distributions, jsonl, lengths, mooncake, transform
+from gimbal.workloads.fields import open_text
+from gimbal.workloads.trace import Trace
+
+DEFAULT_RATE_RPS = 1.0
+"""Arrival rate of a set of lengths when neither a rate nor a load is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltinTrace:
+    """A trace known by name: where it lies below the data directory, and where it comes from."""
+
+    files: tuple[str, ...]
+    source: str
+
+
+BUILTIN_TRACES = {
+    "burstgpt": BuiltinTrace(
+        ("burstgpt/BurstGPT_1.csv", "burstgpt_derived/burst_data_8000.json"),
+        "https://github.com/HPMLL/BurstGPT",
+    ),
+    "azure-conv": BuiltinTrace(
+        ("azure2023/AzureLLMInferenceTrace_conv.csv",),
+        "https://github.com/Azure/AzurePublicDataset",
+    ),
+    "mooncake": BuiltinTrace(
+        ("mooncake/conversation_trace.jsonl",), "https://github.com/kvcache-ai/Mooncake"
+    ),
+}
+
+
+def data_directories() -> list[Path]:
+    """Where built-in traces are looked for: $GIMBAL_DATA, then ../shared/data of a checkout."""
+    found = [Path(os.environ["GIMBAL_DATA"])] if os.environ.get("GIMBAL_DATA") else []
+    return [*found, Path(__file__).resolve().parents[2].parent / "shared" / "data"]
+
+
+def find_trace(name_or_file: str) -> Path:
+    """The file of a built-in name or a path; raises InputError saying what to do."""
+    builtin = BUILTIN_TRACES.get(name_or_file)
+    if builtin is None:
+        path = Path(name_or_file)
+        if path.is_file():
+            return path
+        hint = nearest(name_or_file, BUILTIN_TRACES)
+        raise InputError(f"--trace {name_or_file}: no such file or built-in trace{hint}")
+    for directory in data_directories():
+        for file in builtin.files:
+            if (directory / file).is_file():
+                return directory / file
+    raise InputError(
+        f"--trace {name_or_file}: {builtin.files[0]} is not in $GIMBAL_DATA; "
+        f"get it from {builtin.source} and set GIMBAL_DATA to its parent directory"
+    )
+
+
+_CSV_FORMATS: tuple[tuple[tuple[str, ...], Callable[[Path], Trace]], ...] = (
+    (burstgpt.COLUMNS, burstgpt.read),
+    (azure.COLUMNS, azure.read),
+    (lengths.CSV_COLUMNS, lengths.read_csv),
+)
+
+
+def _reader_of(path: Path) -> Callable[[Path], Trace]:
+    """The reader that fits the file's suffix and first line."""
+    if path.suffix == ".json":
+        return lengths.read_json
+    first = next((line for line in open_text(path).splitlines() if line.strip()), "")
+    if path.suffix == ".jsonl" or first.startswith("{"):
+        return mooncake.read if '"input_length"' in first else jsonl.read
+    for columns, reader in _CSV_FORMATS:
+        if all(column in first for column in columns):
+            return reader
+    raise InputError(
+        f"{path}:1: unknown trace format: expected BurstGPT, Azure 2023 or length-list CSV, "
+        f"Mooncake JSONL or Gimbal JSONL, got {first[:60]!r}"
+    )
+
+
+def load_trace(name_or_file: str) -> Trace:
+    """Reads a built-in trace or a file, guessing the format; raises InputError on bad input."""
+    path = find_trace(name_or_file)
+    trace = _reader_of(path)(path)
+    if not len(trace):
+        raise InputError(f"{path}: no usable request in it")
+    named = name_or_file in BUILTIN_TRACES
+    return Trace(
+        name_or_file if named else path.stem,
+        trace.requests,
+        trace.prefix_block_tokens,
+        trace.has_arrivals,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadOptions:
+    """What a run takes from a trace; defaults leave it as it is.
+
+    Attributes:
+        requests: how many requests, from a place the seed decides; None takes all.
+        distribution: one of `distributions.DISTRIBUTIONS`, or None for the trace's own lengths.
+        arrivals: "trace" keeps the trace's times; "poisson" or "gamma" generates them.
+        cv: coefficient of variation of gamma gaps.
+        rate_rps: mean arrival rate; None keeps the trace's (or 1/s for a set of lengths).
+        scale_time: multiplies arrival times, after the rate.
+        scale_length: multiplies prompt, output and prefix-block lengths.
+        max_prompt, max_output, max_total: longer ones are cut to these.
+    """
+
+    requests: int | None = None
+    distribution: str | None = None
+    arrivals: str = "trace"
+    cv: float = 2.0
+    rate_rps: float | None = None
+    scale_time: float = 1.0
+    scale_length: float = 1.0
+    max_prompt: int | None = None
+    max_output: int | None = None
+    max_total: int | None = None
+
+
+def build_workload(
+    trace: Trace, options: WorkloadOptions, seed: int, domains: tuple[str, ...] = ()
+) -> Trace:
+    """The requests of one run: the same options and seed give the same requests.
+
+    Raises InputError for a count, rate or limit that makes no sense.
+    """
+    rng = np.random.default_rng([seed, 0x617272])
+    count = len(trace) if options.requests is None else options.requests
+    if count < 1:
+        raise InputError(f"--requests {count}: expected a whole number >= 1")
+    if options.distribution is not None:
+        if options.distribution not in distributions.DISTRIBUTIONS:
+            distributions.weights(options.distribution, trace.prompt_tokens)
+        if trace.has_arrivals and count > len(trace):
+            raise InputError(f"trace {trace.name}: {count} requests wanted, it has {len(trace)}")
+        built = transform.reshape_lengths(trace, options.distribution, count, rng)
+    else:
+        built = transform.window(trace, count, rng)
+    if options.scale_length != 1.0:
+        built = transform.scale_lengths(built, options.scale_length)
+    built = transform.limit_lengths(
+        built, options.max_prompt, options.max_output, options.max_total
+    )
+    process = options.arrivals
+    if process == "trace" and not trace.has_arrivals:
+        process = "gamma"
+    if process != "trace":
+        rate = options.rate_rps or built.rate_rps or DEFAULT_RATE_RPS
+        built = transform.generate_arrivals(built, process, rate, options.cv, rng)
+    if options.rate_rps is not None:
+        built = transform.set_rate(built, options.rate_rps)
+    if options.scale_time != 1.0:
+        built = transform.scale_time(built, options.scale_time)
+    return transform.assign_domains(built, domains, rng)

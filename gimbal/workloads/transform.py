@@ -1,0 +1,150 @@
+"""Transformations of a trace: each takes a `Trace` and returns another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from gimbal.core.errors import InputError
+from gimbal.workloads.arrivals import arrival_times_s
+from gimbal.workloads.distributions import draw
+from gimbal.workloads.trace import Trace, TraceRequest
+
+
+def window(trace: Trace, count: int, rng: np.random.Generator) -> Trace:
+    """`count` requests: consecutive ones from a random place, or a random draw of lengths.
+
+    Consecutive, because bursts and shared prefixes live in neighbourhoods. Raises InputError when
+    a timed trace is shorter than `count`.
+    """
+    if not trace.has_arrivals:
+        replacing = count > len(trace)
+        chosen = rng.choice(len(trace), size=count, replace=replacing)
+        return replace(trace, requests=tuple(trace.requests[i] for i in chosen))
+    if count > len(trace):
+        raise InputError(f"trace {trace.name}: {count} requests wanted, it has {len(trace)}")
+    start = int(rng.integers(0, len(trace) - count + 1))
+    chosen_requests = trace.requests[start : start + count]
+    first = chosen_requests[0].arrival_s
+    return replace(
+        trace,
+        requests=tuple(replace(r, arrival_s=r.arrival_s - first) for r in chosen_requests),
+    )
+
+
+def reshape_lengths(trace: Trace, distribution: str, count: int, rng: np.random.Generator) -> Trace:
+    """`count` requests whose prompt lengths follow one of `distributions.DISTRIBUTIONS`.
+
+    Rows keep their prompt, output, session and prefix; arrivals stay those of the first `count`
+    rows (cycling is refused by `window` before), so only lengths change.
+    """
+    chosen = draw(distribution, trace.prompt_tokens, count, rng)
+    rows = []
+    for position, index in enumerate(chosen):
+        arrival = trace.requests[position].arrival_s if trace.has_arrivals else 0.0
+        rows.append(replace(trace.requests[int(index)], arrival_s=arrival))
+    return replace(trace, name=f"{trace.name}-{distribution}", requests=tuple(rows))
+
+
+def generate_arrivals(
+    trace: Trace, process: str, rate_rps: float, cv: float, rng: np.random.Generator
+) -> Trace:
+    """The same requests in the same order with generated arrival times."""
+    times = arrival_times_s(process, len(trace), rate_rps, cv, rng)
+    rows = tuple(replace(r, arrival_s=float(t)) for r, t in zip(trace.requests, times, strict=True))
+    return replace(trace, requests=rows, has_arrivals=True)
+
+
+def scale_time(trace: Trace, factor: float) -> Trace:
+    """Arrival times multiplied by `factor` (2 halves the rate)."""
+    if not factor > 0:
+        raise InputError(f"--scale-time {factor!r}: expected a number > 0")
+    rows = tuple(replace(r, arrival_s=r.arrival_s * factor) for r in trace.requests)
+    return replace(trace, requests=rows)
+
+
+def set_rate(trace: Trace, rate_rps: float) -> Trace:
+    """Time scaled so that the mean arrival rate is `rate_rps`; the pattern of bursts stays."""
+    if not rate_rps > 0:
+        raise InputError(f"--rate {rate_rps!r}: expected a number > 0")
+    if trace.rate_rps == 0:
+        return trace
+    return scale_time(trace, trace.rate_rps / rate_rps)
+
+
+def scale_lengths(trace: Trace, factor: float) -> Trace:
+    """Prompt, output and prefix-block sizes multiplied by `factor`, at least one token each.
+
+    Shared fractions of prompts stay what they were, which cutting would not keep.
+    """
+    if not factor > 0:
+        raise InputError(f"--scale-length {factor!r}: expected a number > 0")
+    block = max(1, round(trace.prefix_block_tokens * factor)) if trace.prefix_block_tokens else 0
+
+    def scaled(request: TraceRequest) -> TraceRequest:
+        prompt = max(1, round(request.prompt_tokens * factor))
+        output = max(1, round(request.output_tokens * factor))
+        return _fit_blocks(replace(request, prompt_tokens=prompt, output_tokens=output), block)
+
+    rows = tuple(scaled(r) for r in trace.requests)
+    return replace(trace, requests=rows, prefix_block_tokens=block)
+
+
+def limit_lengths(
+    trace: Trace,
+    max_prompt: int | None = None,
+    max_output: int | None = None,
+    max_total: int | None = None,
+) -> Trace:
+    """Longer prompts and outputs are cut, not dropped: arrivals stay as they are.
+
+    `max_total` (a model's context) cuts the output to at most half of it and the prompt to what
+    is left.
+    """
+    for name, value in (("--max-prompt", max_prompt), ("--max-output", max_output)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value}: expected a whole number >= 1")
+
+    def limited(request: TraceRequest) -> TraceRequest:
+        prompt, output = request.prompt_tokens, request.output_tokens
+        prompt = min(prompt, max_prompt or prompt)
+        output = min(output, max_output or output)
+        if max_total is not None and prompt + output > max_total:
+            output = min(output, max(1, max_total // 2))
+            prompt = min(prompt, max_total - output)
+        changed = replace(request, prompt_tokens=prompt, output_tokens=output)
+        return _fit_blocks(changed, trace.prefix_block_tokens)
+
+    return replace(trace, requests=tuple(limited(r) for r in trace.requests))
+
+
+def _fit_blocks(request: TraceRequest, block_tokens: int) -> TraceRequest:
+    """Drops the hash ids of blocks that a shortened prompt no longer reaches."""
+    if not request.prefix_blocks:
+        return request
+    reached = -(-request.prompt_tokens // block_tokens)
+    return replace(request, prefix_blocks=request.prefix_blocks[:reached])
+
+
+def assign_domains(trace: Trace, domains: tuple[str, ...], rng: np.random.Generator) -> Trace:
+    """Gives every request without a domain one of `domains`.
+
+    Requests of one session, and requests that share their second prefix block (the first is
+    often a system prompt shared by all), get the same one; the others draw uniformly.
+    """
+    if not domains:
+        return trace
+    chosen: dict[object, str] = {}
+
+    def domain_of(request: TraceRequest) -> str:
+        if request.domain is not None:
+            return request.domain
+        if request.session is None and not request.prefix_blocks:
+            return domains[int(rng.integers(len(domains)))]
+        key: object = request.session or request.prefix_blocks[:2][-1]
+        if key not in chosen:
+            chosen[key] = domains[int(rng.integers(len(domains)))]
+        return chosen[key]
+
+    return replace(trace, requests=tuple(replace(r, domain=domain_of(r)) for r in trace.requests))
