@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gimbal.demo.sizes import DemoSizes
+
+if TYPE_CHECKING:
+    from gimbal.vllm_plugin.model_stats import ModelStats
 
 _DEFAULTS = DemoSizes()
 _HELP = {
@@ -27,7 +32,7 @@ _HELP = {
 }
 
 
-def _size_options(function):
+def _size_options(function: Callable[..., None]) -> Callable[..., None]:
     for name in reversed(_HELP):
         default = getattr(_DEFAULTS, name)
         function = click.option(
@@ -48,7 +53,7 @@ def command() -> None:
 @command.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="folder to write")
 @_size_options
-def demo(out: Path, **sizes) -> None:
+def demo(out: Path, **sizes: Any) -> None:
     """Writes a tiny Qwen3-MoE whose routing depends on the prompt's domain."""
     from gimbal.demo.model import make_demo_model
 
@@ -64,7 +69,7 @@ def demo(out: Path, **sizes) -> None:
 @click.option("--prompts", default=8, show_default=True, help="prompts per domain (even)")
 @click.option("--prompt-tokens", default=512, show_default=True, help="tokens per prompt")
 @click.option("--continuation-tokens", default=64, show_default=True, help="greedy tokens each")
-def stats(model: Path, as_json: bool, **options) -> None:
+def stats(model: Path, as_json: bool, **options: Any) -> None:
     """Runs the demo model over prompts of each domain and prints how its tokens route."""
     from gimbal.vllm_plugin.model_stats import measure
 
@@ -75,7 +80,7 @@ def stats(model: Path, as_json: bool, **options) -> None:
     _print(measured)
 
 
-def _print(measured) -> None:
+def _print(measured: ModelStats) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -10,6 +10,7 @@ does not change under RMSNorm (one factor for all experts), so the numbers hold 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def selection_shares(logits: np.ndarray, top_k: int) -> np.ndarray:
     """[experts] share of selections for `logits` [tokens, experts]."""
     chosen = np.argpartition(-logits, top_k - 1, axis=1)[:, :top_k]
     counts = np.bincount(chosen.ravel(), minlength=logits.shape[1])
-    return counts / counts.sum()
+    return np.asarray(counts / counts.sum())
 
 
 def skew_of(shares: np.ndarray) -> float:
@@ -75,10 +76,16 @@ def strengths(
         ]
         return float(np.mean([skew_of(s) for s in shares])), mean_divergence_bits(shares)
 
+    def at_popularity(popular: float, domain: float) -> float:
+        return measured(popular, domain)[1]
+
+    def at_domain(domain: float, popular: float) -> float:
+        return measured(popular, domain)[0]
+
     popular, domain = 0.5, 0.5
     for _ in range(ROUNDS):
-        domain = _solve(lambda x, fixed=popular: measured(fixed, x)[1], divergence)
-        popular = _solve(lambda x, fixed=domain: measured(x, fixed)[0], skew)
+        domain = _solve(partial(at_popularity, popular), divergence)
+        popular = _solve(partial(at_domain, domain), skew)
     return round(popular, 3), round(domain, 3)
 
 

@@ -45,8 +45,9 @@ class Vocabulary:
 
 
 def _zipf(n: int) -> np.ndarray:
-    weights = np.arange(1, n + 1, dtype=np.float64) ** -ZIPF_EXPONENT
-    return weights / weights.sum()
+    weights: np.ndarray = np.arange(1, n + 1, dtype=np.float64) ** -ZIPF_EXPONENT
+    weights /= weights.sum()
+    return weights
 
 
 def build_vocabulary(sizes: DemoSizes, rng: np.random.Generator) -> Vocabulary:

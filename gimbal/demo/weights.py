@@ -124,7 +124,7 @@ def gates(
         affinity = rng.standard_normal((sizes.experts, sizes.domains))
         gate[:, layout.token] = rng.standard_normal((sizes.experts, layout.token_width))
         gate[:, layout.token] /= np.sqrt((table[:, layout.token] ** 2).sum(axis=1).mean())
-        popular, domain = strengths(
+        popular, domainwise = strengths(
             popularity,
             [
                 (s[:, layout.domain] + context[d]) @ affinity.T / DOMAIN
@@ -136,7 +136,7 @@ def gates(
             sizes.divergence_bits,
         )
         gate[:, 0] = popular * popularity / CONSTANT
-        gate[:, layout.domain] = domain * affinity / DOMAIN
+        gate[:, layout.domain] = domainwise * affinity / DOMAIN
         yield gate * GATE_SCALE
 
 

@@ -127,7 +127,7 @@ def _summary(
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
-    return counts / counts.sum(axis=-1, keepdims=True)
+    return np.asarray(counts / counts.sum(axis=-1, keepdims=True))
 
 
 def _load(model_dir: Path) -> Any:
