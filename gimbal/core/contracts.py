@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,7 @@ class Field(IntEnum):
     RUNNING_TOKENS = 18  # context tokens held by running requests
     PENDING_PREFIX_HIT_TOKENS = 19  # prompt tokens of waiting requests the prefix cache holds
     MAX_RUNNING_REQUESTS = 20  # max_num_seqs
+    DECODE_US_PER_REQUEST = 21  # learned: what one more decoding request adds to a step
 
 
 SNAPSHOT_FIELDS = 32
@@ -116,6 +117,7 @@ class QueuedRequest:
     arrival_s: float
     uncached_tokens: int
     priority: int = 0
+    served_before_tokens: float = 0.0  # QueueState.served_tokens when this one was queued
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ class QueueState:
     prefill_tokens_per_s: float
     waiting_requests: int
     waiting_tokens: int
+    served_tokens: float = 0.0  # prefill work admitted since the engine started
 
 
 class QueueOrdering(Protocol):
@@ -133,6 +136,15 @@ class QueueOrdering(Protocol):
 
     def key(self, request: QueuedRequest, state: QueueState) -> float:
         """The request's key. Static keys are computed once, when the request is queued."""
+        ...
+
+
+@runtime_checkable
+class DynamicOrdering(QueueOrdering, Protocol):
+    """An ordering whose keys change while requests wait: re-sorted before each scheduling pass."""
+
+    def keys(self, requests: Sequence[QueuedRequest], state: QueueState) -> list[float] | None:
+        """One key per request, or None when the keys of the previous pass still hold."""
         ...
 
 
@@ -191,11 +203,7 @@ def argmin_rotating(costs: FloatArray | Sequence[float], rotation: int) -> int:
 
     A fixed tie-break would send every request of an idle server to rank 0 (vLLM PR #47420).
     """
-    n = len(costs)
-    start = rotation % n
-    best, best_cost = start, costs[start]
-    for step in range(1, n):
-        index = (start + step) % n
-        if costs[index] < best_cost:
-            best, best_cost = index, costs[index]
-    return best
+    values = costs.tolist() if isinstance(costs, np.ndarray) else list(costs)
+    start = rotation % len(values)
+    turned = values[start:] + values[:start]
+    return (turned.index(min(turned)) + start) % len(values)

@@ -1,0 +1,69 @@
+"""A head that does not fit in the KV cache: let smaller requests pass it, but not for ever.
+
+vLLM stops admitting at the first request that gets no KV blocks (vLLM #31731, #33499), so one
+large prompt idles an engine that could serve the small ones behind it. Here a blocked head may be
+passed for `max_steps` scheduling steps and `max_wait_s` seconds since it was first blocked; from
+then on it is offered alone, which keeps every block that is freed for it until it fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class KvNeed:
+    """A waiting request and the KV blocks it needs to be admitted."""
+
+    request_id: str
+    blocks: int
+
+
+class BlockedHeadGate:
+    """Chooses which waiting request to offer. One per queue.
+
+    Args:
+        max_steps: scheduling steps in which a blocked head may be passed.
+        max_wait_s: seconds after which it may not be passed any more.
+    """
+
+    def __init__(self, max_steps: int = 32, max_wait_s: float = 1.0) -> None:
+        self.max_steps = max_steps
+        self.max_wait_s = max_wait_s
+        self.passes = 0
+        self.reservations = 0
+        self._blocked: dict[str, tuple[int, float]] = {}  # id -> step, time first blocked
+        self._reserved: str | None = None
+
+    def choose(
+        self, candidates: Sequence[KvNeed], free_blocks: int, step: int, now_s: float
+    ) -> int:
+        """Index of the candidate to offer: 0 unless the head is blocked and may be passed.
+
+        Args:
+            candidates: the next waiting requests in order, the head first; not empty.
+            free_blocks: KV blocks that can be allocated now.
+            step: number of the scheduling step.
+            now_s: seconds, same clock in every call.
+        """
+        head = candidates[0]
+        if head.blocks <= free_blocks:
+            return 0
+        first_step, first_s = self._blocked.setdefault(head.request_id, (step, now_s))
+        if step - first_step >= self.max_steps or now_s - first_s >= self.max_wait_s:
+            if self._reserved != head.request_id:
+                self._reserved = head.request_id
+                self.reservations += 1
+            return 0
+        for index in range(1, len(candidates)):
+            if candidates[index].blocks <= free_blocks:
+                self.passes += 1
+                return index
+        return 0
+
+    def forget(self, request_id: str) -> None:
+        """The request left the queue: admitted or aborted."""
+        self._blocked.pop(request_id, None)
+        if self._reserved == request_id:
+            self._reserved = None

@@ -1,0 +1,259 @@
+"""The waiting queue itself: a heap of requests under one `QueueOrdering`.
+
+Used by vLLM's ``RequestQueue`` adapter and by the simulator. Order: priority class first, then
+requests put back at the front (preempted ones), then key, arrival and insertion; a request past
+the absolute limit on waiting goes before the others of its class that are not at the front.
+Removal is lazy: a tuple in a heap counts only while its entry still points at it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from gimbal.core.contracts import DynamicOrdering, QueuedRequest, QueueOrdering, QueueState
+
+T = TypeVar("T")
+
+FRONT, ORDERED = 0, 1
+"""Lanes: put back at the front (preempted), and everyone else."""
+
+_SLACK = 64
+"""Dead tuples a heap may hold beyond its live ones before it is rebuilt."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry(Generic[T]):
+    """One request's place in the queue. It outlives a pop, so that the place can be restored."""
+
+    request: QueuedRequest
+    item: T
+    key: float
+    queued_s: float
+    sequence: int
+    lane: int = ORDERED
+    promoted: bool = False  # offered ahead of its key because it waited past the limit
+    in_age_heap: bool = False
+    rank: tuple | None = field(default=None, repr=False)  # its live tuple; None when not waiting
+
+
+class WaitingHeap(Generic[T]):
+    """Requests in the order of `ordering`.
+
+    Args:
+        ordering: computes keys.
+        max_wait_s: requests that have waited longer are served oldest first, ahead of the rest of
+            their class; None never promotes.
+        priority_tokens: with 0, a lower ``QueuedRequest.priority`` always goes first and aging
+            works inside a class. With x > 0 there is one class, and one level of priority is
+            worth x tokens of key: aging works across classes.
+
+    add, pop, restore: O(log n). remove: O(1) plus its share of rebuilding, amortized O(log n).
+    """
+
+    def __init__(
+        self,
+        ordering: QueueOrdering,
+        max_wait_s: float | None = None,
+        priority_tokens: float = 0.0,
+    ) -> None:
+        self.ordering = ordering
+        self.max_wait_s = max_wait_s
+        self.priority_tokens = priority_tokens
+        self.waiting_tokens = 0
+        self.promotions = 0
+        self.overtakes = 0
+        self._dynamic = ordering if isinstance(ordering, DynamicOrdering) else None
+        self._heap: list[tuple] = []
+        self._by_age: dict[int, list[tuple[float, int, Entry[T]]]] = {}  # per priority class
+        self._entries: dict[str, Entry[T]] = {}
+        self._sequence = 0
+        self._pushes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._entries
+
+    def __iter__(self) -> Iterator[Entry[T]]:
+        """Entries by key, promotions aside; the queue may change while iterating."""
+        for rank in sorted(e.rank for e in self._entries.values() if e.rank is not None):
+            yield rank[-1]
+
+    def add(self, request: QueuedRequest, item: T, state: QueueState) -> Entry[T]:
+        """Queues a request; raises KeyError when its id is waiting already."""
+        if request.request_id in self._entries:
+            raise KeyError(f"request {request.request_id!r} is already waiting")
+        key = self._key(request, state)
+        self._sequence += 1
+        entry = Entry(request, item, key, state.now_s, self._sequence)
+        self._insert(entry)
+        return entry
+
+    def restore(self, entry: Entry[T], *, front: bool = False) -> None:
+        """Puts a popped or removed entry back at its old place, or at the front of its class."""
+        if entry.request.request_id in self._entries:
+            raise KeyError(f"request {entry.request.request_id!r} is already waiting")
+        if front:
+            entry.lane = FRONT
+        self._insert(entry)
+
+    def peek(self, now_s: float) -> Entry[T]:
+        """The next entry; raises IndexError when empty."""
+        head = self._head()
+        if self.max_wait_s is None or head.lane == FRONT:
+            return head
+        oldest = self._oldest_of(self._level(head.request))
+        if oldest is None or oldest is head or now_s - oldest.queued_s <= self.max_wait_s:
+            return head
+        oldest.promoted = True
+        return oldest
+
+    def pop(self, now_s: float) -> Entry[T]:
+        """Takes the next entry; raises IndexError when empty."""
+        return self.take(self.peek(now_s))
+
+    def take(self, entry: Entry[T]) -> Entry[T]:
+        """Takes a waiting entry for service: a pop that may come from behind the head."""
+        oldest = self._oldest_of(self._level(entry.request))
+        if oldest is not None and oldest.sequence < entry.sequence:
+            self.overtakes += 1
+        if entry.promoted:
+            self.promotions += 1
+            entry.promoted = False
+        return self._detach(entry)
+
+    def remove(self, request_id: str) -> Entry[T]:
+        """Takes a request out by id (an abort); raises KeyError when it is not waiting."""
+        return self._detach(self._entries[request_id])
+
+    def oldest(self) -> Entry[T] | None:
+        """The entry that has waited longest, over all classes."""
+        found = (self._oldest_of(level) for level in self._by_age)
+        return min((e for e in found if e is not None), key=lambda e: e.queued_s, default=None)
+
+    def first(self, count: int) -> list[Entry[T]]:
+        """The next `count` entries in order, O(count log count) plus dead tuples met."""
+        heap = self._heap
+        found: list[Entry[T]] = []
+        frontier = [(heap[0], 0)] if heap else []
+        while frontier and len(found) < count:
+            rank, index = heapq.heappop(frontier)
+            if rank[-1].rank is rank:
+                found.append(rank[-1])
+            for child in (2 * index + 1, 2 * index + 2):
+                if child < len(heap):
+                    heapq.heappush(frontier, (heap[child], child))
+        return found
+
+    def refresh(self, state: QueueState) -> None:
+        """Recomputes a dynamic ordering's keys; call before a scheduling pass."""
+        if self._dynamic is None or not self._entries:
+            return
+        entries = list(self._entries.values())
+        keys = self._dynamic.keys([e.request for e in entries], state)
+        if keys is not None:
+            self._rekey(entries, keys)
+
+    def reorder(
+        self, ordering: QueueOrdering, state: QueueState, max_wait_s: float | None = None
+    ) -> None:
+        """Changes the ordering; every waiting request keeps its age and its lane.
+
+        Keys are computed in the order of queueing, each with the state at its own arrival time,
+        so that an ordering with a clock sees the arrivals as if it had been there.
+        """
+        self.ordering = ordering
+        self.max_wait_s = max_wait_s
+        self._dynamic = ordering if isinstance(ordering, DynamicOrdering) else None
+        entries = sorted(self._entries.values(), key=lambda e: (e.queued_s, e.sequence))
+        keys = []
+        for entry in entries:
+            then = QueueState(
+                now_s=min(entry.queued_s, state.now_s),
+                prefill_tokens_per_s=state.prefill_tokens_per_s,
+                waiting_requests=state.waiting_requests,
+                waiting_tokens=state.waiting_tokens,
+                served_tokens=state.served_tokens,
+            )
+            keys.append(ordering.key(entry.request, then))
+        self._rekey(entries, keys)
+
+    def _key(self, request: QueuedRequest, state: QueueState) -> float:
+        return self.ordering.key(request, state) + request.priority * self.priority_tokens
+
+    def _rekey(self, entries: list[Entry[T]], keys: list[float]) -> None:
+        for entry, key in zip(entries, keys, strict=True):
+            entry.key = key + entry.request.priority * self.priority_tokens
+            entry.rank = self._rank(entry)
+        self._heap = [entry.rank for entry in entries if entry.rank is not None]
+        heapq.heapify(self._heap)
+
+    def _level(self, request: QueuedRequest) -> int:
+        return 0 if self.priority_tokens > 0.0 else request.priority
+
+    def _rank(self, entry: Entry[T]) -> tuple:
+        self._pushes += 1  # unique, so that a comparison never reaches the entry
+        return (
+            self._level(entry.request),
+            entry.lane,
+            entry.key,
+            entry.request.arrival_s,
+            entry.sequence,
+            self._pushes,
+            entry,
+        )
+
+    def _head(self) -> Entry[T]:
+        heap = self._heap
+        while heap:
+            rank = heap[0]
+            entry: Entry[T] = rank[-1]
+            if entry.rank is rank:
+                return entry
+            heapq.heappop(heap)
+        raise IndexError("the waiting queue is empty")
+
+    def _oldest_of(self, level: int) -> Entry[T] | None:
+        ages = self._by_age.get(level, ())
+        while ages:
+            entry = ages[0][2]
+            if entry.rank is not None:
+                return entry
+            heapq.heappop(ages)
+            entry.in_age_heap = False
+        return None
+
+    def _insert(self, entry: Entry[T]) -> None:
+        self._entries[entry.request.request_id] = entry
+        self.waiting_tokens += entry.request.uncached_tokens
+        entry.rank = self._rank(entry)
+        heapq.heappush(self._heap, entry.rank)
+        if not entry.in_age_heap:
+            entry.in_age_heap = True
+            ages = self._by_age.setdefault(self._level(entry.request), [])
+            heapq.heappush(ages, (entry.queued_s, entry.sequence, entry))
+
+    def _detach(self, entry: Entry[T]) -> Entry[T]:
+        rank = entry.rank
+        del self._entries[entry.request.request_id]
+        self.waiting_tokens -= entry.request.uncached_tokens
+        entry.rank = None
+        heap = self._heap
+        if heap and heap[0] is rank:
+            heapq.heappop(heap)
+        dead_limit = 2 * len(self._entries) + _SLACK
+        if len(heap) > dead_limit:
+            self._heap = [r for r in heap if r[-1].rank is r]
+            heapq.heapify(self._heap)
+        level = self._level(entry.request)
+        ages = self._by_age[level]
+        if len(ages) > dead_limit:
+            for _, _, other in ages:
+                other.in_age_heap = other.rank is not None
+            self._by_age[level] = [t for t in ages if t[2].rank is not None]
+            heapq.heapify(self._by_age[level])
+        return entry
