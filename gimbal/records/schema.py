@@ -6,7 +6,24 @@ run fill the same fields, so a report never asks which one it reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What a run was: enough to repeat it. Written to ``run.json``."""
+
+    kind: str  # bench | simulate
+    command: tuple[str, ...]
+    seed: int
+    repeats: int
+    trace: dict[str, Any]  # name, requests, rate, options
+    arms: dict[str, dict[str, Any]]  # name -> flags and configuration, in the order asked for
+    environment: dict[str, Any]  # machine, versions, time
+    slo: dict[str, float] = field(default_factory=dict)
+    runs: tuple[dict[str, Any], ...] = ()  # arm, repeat, start and client cost, in order of time
+    result: dict[str, Any] | None = None  # what --json printed
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,179 @@
+"""Runs the client in a process of its own, so that nothing else delays its arrivals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import multiprocessing
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from gimbal.bench.client import Client, ClientRequest, Replay
+from gimbal.core.errors import InputError
+from gimbal.workloads.prompts import PromptWriter, Vocabulary
+from gimbal.workloads.trace import Trace
+
+PROGRESS_S = 0.5
+
+
+@dataclass(frozen=True)
+class ReplayJob:
+    """One run of one arm.
+
+    Attributes:
+        url: the server's root.
+        model: the served model's name.
+        trace: the requests.
+        vocabulary: what prompts are made of.
+        salt: see `PromptWriter`.
+        prefix: request ids are ``{prefix}-{index}``.
+        timeout_s: limit of one request.
+    """
+
+    url: str
+    model: str
+    trace: Trace
+    vocabulary: Vocabulary
+    salt: tuple[int, ...]
+    prefix: str
+    timeout_s: float = 600.0
+
+
+def encode_requests(job: ReplayJob) -> list[ClientRequest]:
+    """Bodies of all requests, written before the clock starts."""
+    writer = PromptWriter(job.trace, job.vocabulary, job.salt)
+    requests = []
+    for index, request in enumerate(job.trace.requests):
+        body: dict[str, Any] = {
+            "model": job.model,
+            "prompt": writer.prompt(index),
+            "max_tokens": request.output_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if request.session is not None:
+            body["user"] = request.session
+        encoded = json.dumps(body, separators=(",", ":")).encode()
+        requests.append(
+            ClientRequest(
+                f"{job.prefix}-{index}",
+                request.arrival_s,
+                encoded,
+                request.output_tokens,
+                request.session,
+            )
+        )
+    return requests
+
+
+def run_replay(job: ReplayJob, on_progress: Callable[[int, int], None] | None = None) -> Replay:
+    """Replays `job` in a child process; `on_progress` gets (requests ended, streams open).
+
+    KeyboardInterrupt while it runs stops the child, which hands over what it has measured; the
+    partial replay is attached to the exception as ``.replay``. Raises RuntimeError with the
+    child's traceback when it fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_child, args=(job, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    interrupted: KeyboardInterrupt | None = None
+    try:
+        while True:
+            try:
+                message = ours.recv()
+            except KeyboardInterrupt as error:
+                interrupted = error
+                ours.send("stop")
+                continue
+            except EOFError:
+                raise RuntimeError("the client process died") from None
+            kind, value = message
+            if kind == "progress":
+                if on_progress is not None:
+                    on_progress(*value)
+            elif kind == "error":
+                raise RuntimeError(f"the client process failed:\n{value}")
+            else:
+                if interrupted is not None:
+                    interrupted.replay = value  # type: ignore[attr-defined]
+                    raise interrupted
+                replay: Replay = value
+                return replay
+    finally:
+        process.join(5)
+        if process.is_alive():
+            process.terminate()
+
+
+def _child(job: ReplayJob, pipe: Connection) -> None:
+    # Ctrl-C reaches the whole foreground group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        requests = encode_requests(job)
+        # A collection during the run would stop every stream's clock at once.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        pipe.send(("done", _loop_runner()(_replay(job, requests, pipe))))
+    except Exception:
+        with contextlib.suppress(OSError):
+            pipe.send(("error", traceback.format_exc()))
+
+
+def _loop_runner() -> Callable[[Any], Replay]:
+    """uvloop's runner where it is installed (vLLM brings it): half the CPU time per token."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run
+    runner: Callable[[Any], Replay] = uvloop.run
+    return runner
+
+
+async def _replay(job: ReplayJob, requests: list[ClientRequest], pipe: Connection) -> Replay:
+    client = Client(job.url, job.timeout_s, job.timeout_s)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def wait_for_stop() -> None:
+        with contextlib.suppress(EOFError, OSError, RuntimeError):
+            pipe.recv()
+            loop.call_soon_threadsafe(stop.set)
+
+    threading.Thread(target=wait_for_stop, daemon=True).start()
+
+    async def report() -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            pipe.send(("progress", client.progress))
+
+    reporter = asyncio.create_task(report())
+    try:
+        return await client.replay(requests, stop)
+    finally:
+        reporter.cancel()
+
+
+def check_client(streams: int = 500, tokens: int = 100, tick_s: float = 0.05) -> Replay:
+    """Measures the client alone: `streams` concurrent streams from the echo server."""
+    from gimbal.bench.echo import EchoOptions, echo_server
+    from gimbal.workloads.prompts import uniform_vocabulary
+    from gimbal.workloads.trace import TraceRequest, make_trace
+
+    if streams < 1:
+        raise InputError(f"streams {streams}: expected a whole number >= 1")
+    rows = [TraceRequest(i * 0.002, 300, tokens) for i in range(streams)]
+    with echo_server(EchoOptions(tick_s=tick_s)) as url:
+        vocabulary = uniform_vocabulary(0, 1000)
+        return run_replay(ReplayJob(url, "echo", make_trace("echo", rows), vocabulary, (0,), "e"))
