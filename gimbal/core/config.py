@@ -29,6 +29,15 @@ class DispatchConfig:
 
     policy: str = option("gimbal", "dispatch policy by name")
     max_signal_age_ms: float = option(2000.0, "older snapshots are not trusted")
+    prefix_chunks: int = option(1_000_000, "prompt chunks held in the prefix index")
+    prefix_chunk_tokens: int = option(64, "tokens per chunk; shorter shared prefixes are not seen")
+    sessions: int = option(65_536, "conversations whose engine is remembered")
+    session_patience: float = option(
+        1.0, "keep a conversation while it costs at most this many re-prefills of its unknown part"
+    )
+    expected_output_tokens: float = option(
+        57.0, "output length assumed in pricing decode load (BurstGPT's mean)"
+    )
 
 
 @dataclass(frozen=True, slots=True)

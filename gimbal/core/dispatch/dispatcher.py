@@ -1,0 +1,259 @@
+"""The runner of a dispatch policy: the vLLM hook and the simulator call the same one.
+
+It owns what a pure policy cannot: the account of unacknowledged requests, the prefix index, the
+sessions, the rotation that breaks ties, and the judgement whether the signals can be trusted. One
+`Dispatcher` belongs to one front end and is not thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from gimbal.core.config import DispatchConfig
+from gimbal.core.contracts import (
+    DispatchPolicy,
+    DispatchRequest,
+    EngineLoads,
+    Field,
+    FloatArray,
+    argmin_rotating,
+)
+from gimbal.core.dispatch import POLICIES
+from gimbal.core.dispatch.ledger import Ledger
+from gimbal.core.dispatch.prefix_index import PrefixIndex, PrefixMatch
+from gimbal.core.dispatch.sessions import Sessions
+
+_TIMESTAMP = int(Field.TIMESTAMP_US)
+
+
+@runtime_checkable
+class TimedPolicy(DispatchPolicy, Protocol):
+    """A policy whose cost is a sum of named times in microseconds.
+
+    Attributes:
+        term_names: one name per row of `terms`.
+    """
+
+    term_names: tuple[str, ...]
+
+    def terms(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
+        """[terms, engines] microseconds; `costs` is their sum over terms."""
+        ...
+
+    def session_bound_us(self, request: DispatchRequest, loads: EngineLoads, engine: int) -> float:
+        """The most that `engine` may cost above the best and still keep its session's request."""
+        ...
+
+
+class Decision(NamedTuple):
+    """One dispatch decision; immutable.
+
+    Attributes:
+        engine: the chosen engine.
+        costs: [engines] what the policy made of each engine, in its own unit.
+        term_names: names of the rows of `terms`; empty for policies without terms.
+        terms: [terms, engines] parts of the costs, microseconds; None without terms.
+        signal_age_us: for how long the oldest snapshot that mattered has been overdue or unread.
+        cached_tokens: prompt tokens the chosen engine is believed to hold already.
+        reason: ``policy`` (lowest cost), ``session`` (kept with its session), or ``stale``
+            (signals too old: in-flight prompt tokens decided).
+    """
+
+    engine: int
+    costs: FloatArray
+    term_names: tuple[str, ...]
+    terms: FloatArray | None
+    signal_age_us: float
+    cached_tokens: float
+    reason: str
+
+
+class Dispatcher:
+    """Chooses engines for the requests of one front end.
+
+    Args:
+        engines: engines in rank order.
+        config: the level's options.
+        front_end: index of this API server; selects its acknowledgement counters on the board.
+        client_count: API servers that share the engines.
+        policy: overrides `config.policy` with an object.
+        feedback_weight: multiplier of expert pressure; 0 switches that feedback off.
+    """
+
+    def __init__(
+        self,
+        engines: int,
+        config: DispatchConfig,
+        *,
+        front_end: int = 0,
+        client_count: int = 1,
+        policy: DispatchPolicy | None = None,
+        feedback_weight: float = 0.0,
+    ) -> None:
+        if policy is None:
+            options = {}
+            if config.policy == "gimbal":
+                options = {
+                    "feedback_weight": feedback_weight,
+                    "expected_output_tokens": config.expected_output_tokens,
+                    "session_patience": config.session_patience,
+                }
+            policy = POLICIES.build(config.policy, **options)
+        self.policy = policy
+        self.ledger = Ledger(engines, front_end)
+        self.prefixes = PrefixIndex(engines, config.prefix_chunks, config.prefix_chunk_tokens)
+        self.sessions = Sessions(config.sessions)
+        self._timed = policy if isinstance(policy, TimedPolicy) else None
+        self._client_count = client_count
+        self._max_age_us = config.max_signal_age_ms * 1e3
+        # Front ends start at different engines, so that several idle ones do not march in step.
+        self._rotation = engines * front_end // client_count
+        self._unsettled: tuple[PrefixMatch, int] | None = None
+        self._owed_since_us = np.zeros(engines)
+
+    @property
+    def engines(self) -> int:
+        """Engines that can be chosen."""
+        return self.ledger.engines
+
+    def dispatch(
+        self,
+        request: DispatchRequest,
+        prompt_token_ids: Sequence[int] | None,
+        board: FloatArray,
+        now_us: float,
+    ) -> Decision:
+        """Chooses an engine for `request` and enters it in the accounts.
+
+        Args:
+            prompt_token_ids: the prompt, for prefix affinity; None when there are no tokens.
+            board: [engines, ROW_WIDTH] snapshots read just now.
+            now_us: the board's clock.
+        """
+        self.settle()
+        self.ledger.observe(board)
+        match = self.prefixes.match(prompt_token_ids or ())
+        loads = self._loads(board, match, now_us)
+        decision = self._decide(request, loads)
+        self._enter(request, decision.engine, match, now_us)
+        return decision
+
+    def assigned(
+        self,
+        request: DispatchRequest,
+        engine: int,
+        prompt_token_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Enters a request that somebody else sent to `engine`: a pinned rank, or a fallback."""
+        self.settle()
+        match = PrefixMatch(_NOTHING, [], prompt_token_ids or ())
+        self._enter(request, engine, match, request.arrival_us)
+
+    def finished(self, request_id: str) -> None:
+        """Ends a request, finished or aborted; unknown ids and repetitions are ignored."""
+        self.ledger.finished(request_id)
+
+    def settle(self) -> None:
+        """Enters the last prompt into the prefix index.
+
+        Left out of `dispatch` because nothing waits for it: a caller may run it once the request
+        is on its way. The next `dispatch` does it otherwise.
+        """
+        if self._unsettled is not None:
+            match, engine = self._unsettled
+            self._unsettled = None
+            self.prefixes.insert(match, engine)
+
+    def resize(self, engines: int) -> None:
+        """Follows an elastic change of the number of engines; the last ones come and go."""
+        self.settle()
+        for gone in range(engines, self.engines):
+            self.sessions.forget(gone)
+        keep = min(engines, self.engines)
+        owed = np.zeros(engines)
+        owed[:keep] = self._owed_since_us[:keep]
+        self._owed_since_us = owed
+        self.ledger.resize(engines)
+        self.prefixes.resize(engines)
+
+    def cache_cleared(self, engine: int) -> None:
+        """The engine dropped its prefix cache (KV event AllBlocksCleared, or a restart)."""
+        self.settle()
+        self.prefixes.clear(engine)
+        self.sessions.forget(engine)
+
+    def _loads(self, board: FloatArray, match: PrefixMatch, now_us: float) -> EngineLoads:
+        unacked, inflight = self.ledger.unacked, self.ledger.inflight
+        return EngineLoads(
+            board,
+            unacked[0],
+            unacked[1],
+            inflight[0],
+            inflight[1],
+            match.cached_tokens,
+            self._ages(board, now_us),
+            self._client_count,
+            self._rotation,
+        )
+
+    def _ages(self, board: FloatArray, now_us: float) -> FloatArray:
+        """[engines] how old each snapshot is, 0 for an idle engine that owes none.
+
+        An idle engine takes no steps and publishes nothing: its last word stays true until it is
+        sent something, and from then on it owes an answer.
+        """
+        ages = now_us - board[:, _TIMESTAMP]
+        if ages.max() <= self._max_age_us:
+            return ages
+        busy = board[:, Field.WAITING_REQUESTS] + board[:, Field.RUNNING_REQUESTS] > 0
+        owes = self.ledger.unacked[0] > 0
+        since = now_us - self._owed_since_us
+        return np.where(busy, ages, np.where(owes, np.minimum(ages, since), 0.0))
+
+    def _decide(self, request: DispatchRequest, loads: EngineLoads) -> Decision:
+        terms: FloatArray | None = None
+        names: tuple[str, ...] = ()
+        reason = "policy"
+        age_us = float(loads.age_us.max())
+        if age_us > self._max_age_us:
+            costs, reason = loads.inflight_tokens - loads.cached_tokens, "stale"
+        elif self._timed is not None:
+            terms, names = self._timed.terms(request, loads), self._timed.term_names
+            costs = terms.sum(axis=0)
+        else:
+            costs = self.policy.costs(request, loads)
+        engine = argmin_rotating(costs.tolist(), self._rotation)
+        if request.session is not None and terms is not None:
+            engine, reason = self._keep_session(request, loads, costs, engine)
+        cached = float(loads.cached_tokens[engine])
+        return Decision(engine, costs, names, terms, age_us, cached, reason)
+
+    def _keep_session(
+        self, request: DispatchRequest, loads: EngineLoads, costs: FloatArray, best: int
+    ) -> tuple[int, str]:
+        assert self._timed is not None
+        assert request.session is not None
+        home = self.sessions.engine(request.session)
+        if home is None or home == best:
+            return best, "policy"
+        if costs[home] - costs[best] > self._timed.session_bound_us(request, loads, home):
+            return best, "policy"
+        return home, "session"
+
+    def _enter(
+        self, request: DispatchRequest, engine: int, match: PrefixMatch, now_us: float
+    ) -> None:
+        if self.ledger.unacked[0, engine] == 0:
+            self._owed_since_us[engine] = now_us
+        self.ledger.sent(request.request_id, engine, request.prompt_tokens)
+        self._rotation += 1
+        if request.session is not None:
+            self.sessions.note(request.session, engine)
+        if match.tokens:
+            self._unsettled = (match, engine)
+
+
+_NOTHING = np.zeros(0)

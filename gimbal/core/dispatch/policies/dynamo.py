@@ -1,0 +1,53 @@
+"""Dynamo's KV router.
+
+    cost_e = prefill_load_scale * max(0, raw_prefill_blocks_e - overlap_blocks_e)
+             + decode_blocks_e + decode_active_request_weight * active_requests_e
+
+with raw_prefill_blocks_e the blocks still to be prefilled on e plus this whole prompt,
+overlap_blocks_e the blocks of the prompt cached on e (device credit 1.0, no decay), and
+decode_blocks_e the KV blocks in use. Defaults: scale 1, request weight 0, temperature 0.
+
+Source: Dynamo 1.6, `lib/kv-router/src/scheduling/selector/default.rs`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gimbal.core.contracts import DispatchRequest, EngineLoads, Field, FloatArray
+
+_BLOCK_TOKENS = 16.0  # where an engine has not published its own
+
+
+class DynamoPolicy:
+    """Uncached prefill blocks plus KV blocks in use.
+
+    Args:
+        prefill_load_scale: weight of prefill against KV blocks.
+        decode_active_request_weight: blocks that one unfinished request stands for.
+    """
+
+    def __init__(
+        self, prefill_load_scale: float = 1.0, decode_active_request_weight: float = 0.0
+    ) -> None:
+        self._scale = prefill_load_scale
+        self._request_weight = decode_active_request_weight
+
+    def costs(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
+        """[engines] blocks."""
+        block = loads.column(Field.KV_BLOCK_TOKENS)
+        block = np.where(block > 0, block, _BLOCK_TOKENS)
+        prefill = (
+            loads.column(Field.WAITING_PREFILL_TOKENS)
+            + loads.column(Field.RUNNING_PREFILL_TOKENS)
+            + loads.unacked_tokens
+            + request.prompt_tokens
+        )
+        requests = (
+            loads.column(Field.WAITING_REQUESTS)
+            + loads.column(Field.RUNNING_REQUESTS)
+            + loads.unacked_requests
+        )
+        uncached = np.maximum(0.0, prefill - loads.cached_tokens) / block
+        decode = loads.column(Field.KV_BLOCKS_USED)
+        return self._scale * uncached + decode + self._request_weight * requests

@@ -1,0 +1,200 @@
+"""Which engine has which prompt prefix in its KV cache: approximate, bounded, fast.
+
+A prompt is cut into chunks of `chunk_tokens`; chunk i is named by a hash chained over chunks
+0 to i, so one look-up per chunk answers "who has this whole prefix", and a miss ends the walk: a
+prompt nobody has seen costs one chunk. The tail of a prompt shorter than one chunk never counts.
+Python's own tuple hash (xxHash64 rounds in C) names a chunk: it is the cheapest way from a list of
+token ids to 64 bits that exists without a compiled extension. An accidental collision costs one
+worse choice of engine, never a wrong answer.
+
+Chunks of 64 tokens: coarse enough that the walk costs less than the hashing, fine enough to see
+a short shared system prompt. vLLM's own blocks (16 tokens on GPUs) would quadruple both memory
+and walk for prefixes that save less than a millisecond.
+
+Memory is bounded by generations instead of by a linked list. Names are spread over many small
+shards; each holds a young and an old dictionary. A name used again moves to the young one; when
+that is full the old one is dropped and the young one takes its place. The largest pause is the
+release of one shard's dictionary (a few hundred entries), never of the whole index, and Python's
+re-hashing of a growing dictionary is bounded the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gimbal.core.contracts import FloatArray
+
+CHUNK_TOKENS = 64
+_NAME_BITS = (1 << 60) - 1  # two 30-bit digits: a Python int of 32 bytes instead of 40
+_MAX_SHARDS = 1024
+_MAX_BITS = 4096  # bit positions used up by clearing engines before the index starts afresh
+
+
+@dataclass(slots=True)
+class PrefixMatch:
+    """The answer to one look-up, and what an insertion of the same prompt can reuse.
+
+    Attributes:
+        cached_tokens: [engines] leading tokens of the prompt the engine is believed to hold.
+        names: chunk names hashed so far.
+        tokens: the whole prompt.
+    """
+
+    cached_tokens: FloatArray
+    names: list[int]
+    tokens: Sequence[int]
+
+
+class PrefixIndex:
+    """Prefix chunks by engine, at most about `capacity` chunks in all.
+
+    Args:
+        engines: engines in rank order.
+        capacity: chunks held at most; the older half is what gets dropped.
+        chunk_tokens: tokens per chunk.
+    """
+
+    def __init__(
+        self, engines: int, capacity: int = 1_000_000, chunk_tokens: int = CHUNK_TOKENS
+    ) -> None:
+        self.chunk_tokens = chunk_tokens
+        self._shard_mask = min(_MAX_SHARDS, _power_of_two_at_most(max(1, capacity // 64))) - 1
+        shards = self._shard_mask + 1
+        self._young: list[dict[int, int]] = [{} for _ in range(shards)]
+        self._old: list[dict[int, int]] = [{} for _ in range(shards)]
+        self._bits: list[int] = []  # engine -> its mask; cleared engines get a new one
+        self._next_bit = 0
+        self._valid = 0
+        self.set_capacity(capacity)
+        self.resize(engines)
+
+    @property
+    def engines(self) -> int:
+        """Engines the answers have a row for."""
+        return len(self._bits)
+
+    def __len__(self) -> int:
+        """Chunks held now; a chunk in both generations of its shard counts twice."""
+        return sum(map(len, self._young)) + sum(map(len, self._old))
+
+    def set_capacity(self, capacity: int) -> None:
+        """Bounds the chunks held from now on, for example by the engines' whole KV memory."""
+        self._half_shard = max(1, capacity // (2 * (self._shard_mask + 1)))
+
+    def match(self, tokens: Sequence[int]) -> PrefixMatch:
+        """Leading tokens of the prompt `tokens` that each engine is believed to hold."""
+        size, young, old, shard_mask = self.chunk_tokens, self._young, self._old, self._shard_mask
+        names: list[int] = []
+        candidates, name, start = self._valid, 0, 0
+        depths: list[tuple[int, int]] = []  # (tokens, engines whose match ends there)
+        for end in range(size, len(tokens) + 1, size):
+            name = hash((name, *tokens[start:end])) & _NAME_BITS
+            names.append(name)
+            shard = name & shard_mask
+            holders = young[shard].get(name)
+            if holders is None:
+                holders = old[shard].get(name, 0)
+            holders &= candidates
+            if holders != candidates:
+                if start:
+                    depths.append((start, candidates & ~holders))
+                if not holders:
+                    break
+                candidates = holders
+            start = end
+        else:
+            if start:
+                depths.append((start, candidates))
+        return PrefixMatch(self._cached(depths, len(tokens)), names, tokens)
+
+    def insert(self, tokens: Sequence[int] | PrefixMatch, engine: int) -> None:
+        """Notes that `engine` (will) hold the prompt; a `PrefixMatch` saves hashing it twice."""
+        if isinstance(tokens, PrefixMatch):
+            names, tokens = tokens.names, tokens.tokens
+        else:
+            names = []
+        size = self.chunk_tokens
+        name = names[-1] if names else 0
+        start = len(names) * size
+        for end in range(start + size, len(tokens) + 1, size):
+            name = hash((name, *tokens[start:end])) & _NAME_BITS
+            names.append(name)
+            start = end
+        self.insert_hashes(names, engine)
+
+    def insert_hashes(self, names: Iterable[int], engine: int) -> None:
+        """Notes chunks by name, for whoever hashes by the same rule (`chunk_names`)."""
+        young, old, shard_mask, half = self._young, self._old, self._shard_mask, self._half_shard
+        bit = self._bits[engine]
+        for name in names:
+            shard = name & shard_mask
+            chunks = young[shard]
+            holders = chunks.get(name)
+            if holders is not None:
+                if not holders & bit:
+                    chunks[name] = holders | bit
+                continue
+            if len(chunks) >= half:
+                old[shard] = chunks
+                chunks = young[shard] = {}
+            before = old[shard].get(name)
+            chunks[name] = bit if before is None else (before | bit)
+
+    def remove_hashes(self, names: Iterable[int], engine: int) -> None:
+        """Forgets chunks that `engine` evicted."""
+        keep = ~self._bits[engine]
+        for name in names:
+            shard = name & self._shard_mask
+            for chunks in (self._young[shard], self._old[shard]):
+                holders = chunks.get(name)
+                if holders is not None:
+                    chunks[name] = holders & keep
+
+    def clear(self, engine: int) -> None:
+        """Forgets everything `engine` held. O(1): its old bit is retired, not erased."""
+        self._bits[engine] = self._new_bit()
+        self._valid = 0
+        for bit in self._bits:
+            self._valid |= bit
+
+    def resize(self, engines: int) -> None:
+        """Adds engines with nothing cached, or drops the last ones."""
+        if engines < len(self._bits):
+            del self._bits[engines:]
+        while len(self._bits) < engines:
+            self._bits.append(self._new_bit())
+        self._valid = sum(self._bits)
+
+    def chunk_names(self, tokens: Sequence[int]) -> list[int]:
+        """Names of all whole chunks of the prompt `tokens`."""
+        names, name = [], 0
+        for start in range(0, len(tokens) - self.chunk_tokens + 1, self.chunk_tokens):
+            name = hash((name, *tokens[start : start + self.chunk_tokens])) & _NAME_BITS
+            names.append(name)
+        return names
+
+    def _new_bit(self) -> int:
+        if self._next_bit >= _MAX_BITS:
+            for chunks in (*self._young, *self._old):
+                chunks.clear()
+            self._bits = [1 << position for position in range(len(self._bits))]
+            self._next_bit = len(self._bits)
+        self._next_bit += 1
+        return 1 << (self._next_bit - 1)
+
+    def _cached(self, depths: list[tuple[int, int]], prompt_tokens: int) -> FloatArray:
+        cached = np.zeros(len(self._bits))
+        for tokens, holders in depths:
+            # The engine always computes the last token itself: it needs its logits.
+            value = min(tokens, prompt_tokens - 1)
+            for engine, bit in enumerate(self._bits):
+                if holders & bit:
+                    cached[engine] = value
+        return cached
+
+
+def _power_of_two_at_most(value: int) -> int:
+    return 1 << (value.bit_length() - 1)
