@@ -27,10 +27,19 @@ def adopt_orphans() -> None:
 
 def descendants() -> list[int]:
     """Process ids of all live descendants of this process, zombies left out."""
+    return descendants_of(os.getpid())
+
+
+def descendants_of(pid: int) -> list[int]:
+    """Process ids of all live descendants of `pid`, zombies left out."""
     import psutil
 
     found = []
-    for child in psutil.Process().children(recursive=True):
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.status() != psutil.STATUS_ZOMBIE:
                 found.append(child.pid)

@@ -1,0 +1,165 @@
+"""One running demo server for all live tests.
+
+A test asks for the fixture `server` and gets the plain ``gimbal serve --demo``. A test that needs
+other flags says so, at the price of another start (about a minute):
+
+    @pytest.mark.server("--tensor-parallel-size", "2", levels="none")
+    def test_something(server: DemoServer) -> None: ...
+
+Tests are sorted so that those with equal flags share one server. Every stop checks that no
+process and no shared-memory file of the server is left.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+READY_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 60.0
+Key = tuple[tuple[str, ...], str | None, tuple[tuple[str, str], ...]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "server(*flags, levels=None, env=None): the demo server with these flags"
+    )
+
+
+def server_key(item: pytest.Item) -> Key:
+    mark = item.get_closest_marker("server")
+    if mark is None:
+        return (), None, ()
+    environment = mark.kwargs.get("env") or {}
+    return tuple(mark.args), mark.kwargs.get("levels"), tuple(sorted(environment.items()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups live tests by server, the plain one first; other tests keep their place."""
+    here = Path(__file__).parent
+    places = [i for i, item in enumerate(items) if item.path.is_relative_to(here)]
+    live = sorted((items[i] for i in places), key=lambda item: repr(server_key(item)))
+    for place, item in zip(places, live, strict=True):
+        items[place] = item
+
+
+@dataclass(frozen=True)
+class DemoServer:
+    """A running server: `url` ends in ``/v1``, `pid` is the supervisor's."""
+
+    url: str
+    model: str
+    pid: int
+    log: Path
+
+    @property
+    def root(self) -> str:
+        return self.url.removesuffix("/v1")
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of ``/metrics`` by its full name, labels included."""
+        with urllib.request.urlopen(f"{self.root}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+        samples = (line.rsplit(" ", 1) for line in text.splitlines() if line[:1] not in ("", "#"))
+        return {name: float(value) for name, value in samples}
+
+    def metric_by_engine(self, name: str) -> dict[str, float]:
+        """Sum of the samples of metric `name` per value of its label ``engine``."""
+        found: dict[str, float] = {}
+        for sample, value in self.metrics().items():
+            if sample.partition("{")[0] == name and 'engine="' in sample:
+                engine = sample.partition('engine="')[2].partition('"')[0]
+                found[engine] = found.get(engine, 0.0) + value
+        return found
+
+
+class ServerPool:
+    """At most one server at a time: two would share the cores and slow both down."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.key: Key | None = None
+        self.server: DemoServer | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def get(self, key: Key) -> DemoServer:
+        alive = self.process is not None and self.process.poll() is None
+        if key != self.key or not alive:
+            self.stop()
+            self.start(key)
+        assert self.server is not None
+        return self.server
+
+    def start(self, key: Key) -> None:
+        flags, levels, environment = key
+        port = free_port()
+        log = self.folder / f"server-{port}.log"
+        command = [sys.executable, "-m", "gimbal.cli", "serve", "--demo", "--port", str(port)]
+        command += ["--levels", levels] if levels is not None else []
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*command, *flags],
+                env=os.environ | dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        self.key = key
+        self.server = DemoServer(
+            f"http://127.0.0.1:{port}/v1", "gimbal-demo", self.process.pid, log
+        )
+        deadline_s = time.monotonic() + READY_TIMEOUT_S
+        while "gimbal: ready in" not in log.read_text(errors="replace"):
+            if self.process.poll() is not None or time.monotonic() > deadline_s:
+                self.process.kill()
+                tail = log.read_text(errors="replace")[-6000:]
+                pytest.fail(f"the demo server did not become ready; its log ends:\n{tail}")
+            time.sleep(0.25)
+
+    def stop(self) -> None:
+        """Stops the server and fails unless it left nothing behind."""
+        process, self.process, self.key = self.process, None, None
+        if process is None:
+            return
+        from gimbal.vllm_plugin.serve.processes import descendants_of, shared_memory_of
+
+        family = [process.pid, *descendants_of(process.pid)]
+        shared = shared_memory_of(family)
+        was_running = process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(STOP_TIMEOUT_S)
+        left = [pid for pid in family if Path(f"/proc/{pid}").exists()]
+        files = [path for path in shared if path.exists()]
+        assert was_running, f"the server ended by itself, exit code {code}"
+        assert code == 0, f"exit code {code} after SIGTERM"
+        assert not left, f"processes left behind: {left}"
+        assert not files, f"shared memory left behind: {files}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def server_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPool]:
+    pool = ServerPool(tmp_path_factory.mktemp("servers"))
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture
+def server(server_pool: ServerPool, request: pytest.FixtureRequest) -> DemoServer:
+    """The demo server with the flags of the test's ``server`` mark."""
+    return server_pool.get(server_key(request.node))
