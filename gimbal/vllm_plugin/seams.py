@@ -34,7 +34,167 @@ class Seam:
     patched: bool = True
 
 
-SEAMS: tuple[Seam, ...] = ()
+SEAMS: tuple[Seam, ...] = (
+    # --- cpu_backend: vLLM's missing CPU expert parallelism
+    Seam(
+        "engine.arg_utils",
+        "EngineArgs.create_engine_config",
+        ("self", "usage_context", "headless"),
+        "cpu_backend",
+        "lets enable_eplb pass on CPU and names Gimbal's worker class",
+    ),
+    Seam(
+        "config.parallel",
+        "current_platform",
+        (),
+        "cpu_backend",
+        "replaced while one configuration is built: enable_eplb asks it for is_cuda_alike",
+    ),
+    Seam(
+        "platforms.cpu",
+        "CpuPlatform.get_device_communicator_cls",
+        ("cls",),
+        "cpu_backend",
+        "answers with the communicator that has all_gatherv and reduce_scatterv",
+    ),
+    Seam(
+        "distributed.device_communicators.cpu_communicator",
+        "CpuCommunicator.__init__",
+        ("self", "cpu_group", "device", "device_group", "unique_name", "use_all2all"),
+        "cpu_backend",
+        "base of that communicator",
+        patched=False,
+    ),
+    Seam(
+        "model_executor.layers.fused_moe.experts.cpu_moe",
+        "CPUUnquantizedExperts.apply",
+        (
+            "self",
+            "output",
+            "hidden_states",
+            "w1",
+            "w2",
+            "topk_weights",
+            "topk_ids",
+            "activation",
+            "global_num_experts",
+            "expert_map",
+            "a1q_scale",
+            "a2_scale",
+            "workspace13",
+            "workspace2",
+            "expert_tokens_meta",
+            "apply_router_weight_on_input",
+        ),
+        "cpu_backend",
+        "computes only the pairs whose expert is local when there is an expert map",
+    ),
+    Seam(
+        "_custom_ops",
+        "cpu_fused_moe",
+        (
+            "out",
+            "input",
+            "w13",
+            "w2",
+            "w13_bias",
+            "w2_bias",
+            "topk_weights",
+            "topk_ids",
+            "act",
+            "isa",
+            "skip_weighted",
+        ),
+        "cpu_backend",
+        "the expert kernel",
+        patched=False,
+    ),
+    Seam(
+        "model_executor.layers.fused_moe.router.base_router",
+        "eplb_map_to_physical_and_record",
+        (
+            "topk_ids",
+            "expert_load_view",
+            "logical_to_physical_map",
+            "logical_replica_count",
+            "record_enabled",
+            "num_unpadded_tokens",
+        ),
+        "cpu_backend",
+        "a no-op on CPU: maps to physical experts and counts the load",
+    ),
+    Seam(
+        "distributed.eplb.eplb_state",
+        "EplbState.__init__",
+        ("self", "parallel_config", "device"),
+        "cpu_backend",
+        "gets a device index, which the asynchronous worker asserts",
+    ),
+    Seam(
+        "distributed.eplb.eplb_state",
+        "EplbState.step",
+        ("self", "is_dummy", "is_profile", "log_stats"),
+        "cpu_backend",
+        "followed by counting the experts that moved and a look at the asynchronous worker",
+    ),
+    Seam(
+        "distributed.eplb.eplb_state",
+        "EplbState.add_model",
+        ("self", "model", "model_config", "model_name"),
+        "cpu_backend",
+        "called by the CPU model runner, which vLLM leaves without EPLB state",
+        patched=False,
+    ),
+    Seam(
+        "distributed.eplb.eplb_state",
+        "EplbState.start_async_loop",
+        ("self", "rank_mapping", "is_profile"),
+        "cpu_backend",
+        "called by the CPU model runner",
+        patched=False,
+    ),
+    *(
+        Seam(
+            f"distributed.eplb.{module}",
+            "torch",
+            (),
+            "cpu_backend",
+            "events, streams and device index of the host instead of an accelerator's",
+        )
+        for module in ("eplb_state", "eplb_utils", "eplb_communicator", "async_worker")
+    ),
+    Seam(
+        "model_executor.models.interfaces",
+        "get_mixture_of_experts_model",
+        ("model",),
+        "cpu_backend",
+        "finds the MoE model that EPLB is created for",
+        patched=False,
+    ),
+    Seam(
+        "v1.worker.cpu_worker",
+        "CPUWorker.init_device",
+        ("self",),
+        "cpu_backend",
+        "subclassed: activates the backend, then builds the model runner",
+        patched=False,
+    ),
+    Seam(
+        "v1.worker.cpu_worker",
+        "CPUModelRunner",
+        (),
+        "cpu_backend",
+        "the name init_device builds the model runner from; ours while it runs",
+    ),
+    Seam(
+        "v1.worker.cpu_model_runner",
+        "CPUModelRunner.load_model",
+        ("self", "load_dummy_weights"),
+        "cpu_backend",
+        "subclassed: creates the EPLB state after loading",
+        patched=False,
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +228,7 @@ def check_seams(vllm_root: Path, seams: tuple[Seam, ...] | None = None) -> list[
 
 
 def _find(node: ast.AST, path: list[str]) -> ast.AST | None:
-    """The definition or assignment named by `path` directly below `node` (also inside if/try)."""
+    """The definition, assignment or import named by `path` directly below `node` (also inside if/try)."""
     for child in ast.iter_child_nodes(node):
         name = getattr(child, "name", None)
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -77,6 +237,9 @@ def _find(node: ast.AST, path: list[str]) -> ast.AST | None:
         elif isinstance(child, ast.Assign | ast.AnnAssign):
             targets = child.targets if isinstance(child, ast.Assign) else [child.target]
             if len(path) == 1 and any(isinstance(t, ast.Name) and t.id == path[0] for t in targets):
+                return child
+        elif isinstance(child, ast.Import | ast.ImportFrom):
+            if len(path) == 1 and any((a.asname or a.name) == path[0] for a in child.names):
                 return child
         elif isinstance(child, ast.If | ast.Try) and (found := _find(child, path)) is not None:
             return found
