@@ -1,0 +1,267 @@
+"""Which queue ordering, and which defaults: a small lock-step simulation of the queue alone.
+
+    python benchmarks/queue_ordering.py [--trace burstgpt] [--load 0.9] [--plot curve.png]
+
+Two engines in lock step, chunked prefill, vLLM's dispatch by request counts. A step lasts
+``25 ms + 0.5 ms per prefill token + 0.5 ms per decode`` of its slowest engine, about what the
+two-core CPU test bed does. The queue, the orderings and the budget rules are the product's own.
+Prints mean and P99 TTFT and mean TPOT, each also relative to FCFS, over the aging parameters. The
+seeds are kept apart from those of reported results. A tool for choosing defaults, not a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gimbal.core.contracts import QueuedRequest, QueueOrdering, QueueState
+from gimbal.core.queue import ORDERINGS
+from gimbal.core.queue.budget import (
+    PrefillCandidate,
+    StepCost,
+    protected_prefill_tokens,
+    share_prefill_budget,
+)
+from gimbal.core.queue.gimbal import GimbalOrdering
+from gimbal.core.queue.heap import Entry, WaitingHeap
+from gimbal.workloads.load import load_trace
+
+BASE_S, PREFILL_S, DECODE_S = 0.025, 0.0005, 0.0005
+ENGINES, BUDGET, SEATS = 2, 512, 128
+MAX_PROMPT, MAX_OUTPUT = 3000, 200
+TUNING_SEEDS = range(9000, 9012)
+
+Pair = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Job:
+    """A request on an engine: its place in the queue, prompt left, tokens produced."""
+
+    entry: Entry[int]
+    left: int
+    output: int
+    produced: int = 0
+
+
+@dataclass(slots=True)
+class Engine:
+    heap: WaitingHeap[int]
+    jobs: list[Job] = field(default_factory=list)
+    rate: float = 1.0 / PREFILL_S
+    prefilled: int = 0  # in the last step
+    served: float = 0.0
+
+    def load(self) -> int:
+        return len(self.heap) + len(self.jobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """An ordering and what happens inside the batch."""
+
+    ordering: Callable[[], QueueOrdering]
+    in_batch: bool = False
+    tpot_factor: float | None = None
+    max_wait_s: float | None = None
+
+
+def running_key(job: Job) -> float:
+    """Key of a running prefill: its own less what has been computed."""
+    return job.entry.key - (job.entry.request.uncached_tokens - job.left)
+
+
+def step(engine: Engine, arm: Arm, now_s: float, others: int) -> float:
+    """One engine's part of a step; returns how long it takes."""
+    decodes = [j for j in engine.jobs if j.left == 0]
+    prefills = [j for j in engine.jobs if j.left > 0]
+    budget = BUDGET - len(decodes)
+    if arm.tpot_factor is not None:
+        backlog = engine.heap.waiting_tokens + sum(j.left for j in prefills)
+        cost = StepCost(BASE_S + DECODE_S * len(decodes), PREFILL_S)
+        budget = protected_prefill_tokens(
+            cost,
+            budget,
+            len(decodes),
+            backlog,
+            others,
+            tpot_factor=arm.tpot_factor,
+            throughput_loss=0.1,
+            min_tokens=16,
+        )
+    state = QueueState(now_s, engine.rate, len(engine.heap), 0, engine.served)
+    engine.heap.refresh(state)
+    shares = [j.left for j in prefills]
+    if arm.in_batch and prefills and len(engine.heap):
+        heads = engine.heap.first(min(16, SEATS - len(engine.jobs)))
+        shares = share_prefill_budget(
+            [PrefillCandidate(running_key(j), j.left) for j in prefills],
+            [PrefillCandidate(e.key, e.request.uncached_tokens) for e in heads],
+            budget,
+        )
+    spent = 0
+    for job, share in zip(prefills, shares, strict=True):
+        grant = min(share, budget - spent)
+        job.left -= grant
+        spent += grant
+    while spent < budget and len(engine.heap) and len(engine.jobs) < SEATS:
+        entry = engine.heap.pop(now_s)
+        tokens, output = entry.request.uncached_tokens, entry.item
+        grant = min(tokens, budget - spent)
+        spent += grant
+        engine.served += tokens
+        engine.jobs.append(Job(entry, tokens - grant, output))
+    engine.prefilled = spent
+    return BASE_S + PREFILL_S * spent + DECODE_S * len(decodes)
+
+
+def simulate(requests: list[tuple[float, int, int]], arm: Arm) -> tuple[list[float], list[float]]:
+    """TTFT of each request and TPOT of those with more than one token, seconds."""
+    engines = [Engine(WaitingHeap(arm.ordering(), arm.max_wait_s)) for _ in range(ENGINES)]
+    now_s, following, left = 0.0, 0, len(requests)
+    ttft = [0.0] * left
+    tpot = []
+    while left:
+        if not any(e.load() for e in engines):
+            now_s = max(now_s, requests[following][0])
+        while following < len(requests) and requests[following][0] <= now_s:
+            arrival_s, tokens, output = requests[following]
+            engine = min(engines, key=Engine.load)
+            state = QueueState(now_s, engine.rate, len(engine.heap), 0, engine.served)
+            queued = QueuedRequest(str(following), arrival_s, tokens, 0, engine.served)
+            engine.heap.add(queued, output, state)
+            following += 1
+        before = [e.prefilled for e in engines]
+        elapsed_s = max(
+            step(e, arm, now_s, max(before[:i] + before[i + 1 :])) for i, e in enumerate(engines)
+        )
+        now_s += elapsed_s
+        for engine in engines:
+            if engine.prefilled >= BUDGET // 4:
+                engine.rate += 0.1 * (engine.prefilled / elapsed_s - engine.rate)
+            for job in [j for j in engine.jobs if j.left == 0]:
+                job.produced += 1
+                index = int(job.entry.request.request_id)
+                if job.produced == 1:
+                    ttft[index] = now_s - requests[index][0]
+                if job.produced >= job.output:
+                    engine.jobs.remove(job)
+                    left -= 1
+                    if job.output > 1:
+                        decoding_s = now_s - requests[index][0] - ttft[index]
+                        tpot.append(decoding_s / (job.output - 1))
+    return ttft, tpot
+
+
+def workload(
+    pairs: list[Pair], rate_rps: float, count: int, seed: int
+) -> list[tuple[float, int, int]]:
+    """Bursty (gamma, shape 0.5) arrivals of randomly drawn lengths."""
+    rng = random.Random(seed)
+    now_s, requests = 0.0, []
+    for _ in range(count):
+        now_s += rng.gammavariate(0.5, 2.0 / rate_rps)
+        tokens, output = rng.choice(pairs)
+        requests.append((now_s, tokens, output))
+    return requests
+
+
+def capacity_rps(pairs: list[Pair]) -> float:
+    """Requests per second that FCFS completes when all of them are there at once."""
+    rng = random.Random(8999)
+    closed = [(0.0, *rng.choice(pairs)) for _ in range(600)]
+    ttft, _ = simulate(closed, Arm(lambda: ORDERINGS.build("fcfs")))
+    return len(closed) / max(ttft)
+
+
+def measure(arm: Arm, pairs: list[Pair], rate_rps: float, count: int) -> list[float]:
+    """Mean and P99 TTFT, and mean TPOT, averaged over the seeds."""
+    sums = [0.0, 0.0, 0.0]
+    for seed in TUNING_SEEDS:
+        ttft, tpot = simulate(workload(pairs, rate_rps, count, seed), arm)
+        ttft.sort()
+        sums[0] += sum(ttft) / len(ttft)
+        sums[1] += ttft[int(0.99 * len(ttft))]
+        sums[2] += sum(tpot) / len(tpot)
+    return [s / len(TUNING_SEEDS) for s in sums]
+
+
+def arms(max_wait_s: float) -> dict[str, Arm]:
+    """Baselines, the curve over the aging parameters, and decode protection."""
+
+    def aged(overtake: float, backlog: float) -> Callable[[], QueueOrdering]:
+        return lambda: GimbalOrdering(overtake, backlog)
+
+    found = {n: Arm(lambda n=n: ORDERINGS.build(n)) for n in ("fcfs", "sjf", "hrrn")}
+    found["sjf, in batch"] = Arm(lambda: ORDERINGS.build("sjf"), in_batch=True)
+    for overtake in (2.0, 5.0, 10.0, 20.0, 50.0):
+        for backlog in (0.0, 1.0, 2.0, 4.0, 8.0, 16.0):
+            name = f"gimbal F={overtake:g} B={backlog:g}"
+            found[name] = Arm(aged(overtake, backlog), True, None, max_wait_s)
+    found["gimbal F=10 B=4, waiting only"] = Arm(aged(10.0, 4.0), False, None, max_wait_s)
+    for factor in (2.0, 3.0, 5.0, 8.0):
+        protected = f"decodes within {factor:g}x"
+        found[f"gimbal F=10 B=4, {protected}"] = Arm(aged(10.0, 4.0), True, factor, max_wait_s)
+        found[f"fcfs, {protected}"] = Arm(lambda: ORDERINGS.build("fcfs"), False, factor)
+    return found
+
+
+def plot(path: Path, results: dict[tuple[str, float], dict[str, list[float]]]) -> None:
+    """Mean against P99 TTFT relative to FCFS, one panel per trace and load."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4.5), squeeze=False)
+    for axis, ((trace, load), rows) in zip(axes[0], results.items(), strict=True):
+        fcfs = rows["fcfs"]
+        for name, row in rows.items():
+            colour = "tab:blue" if name.startswith("gimbal F") and "," not in name else "tab:red"
+            axis.plot(row[0] / fcfs[0], row[1] / fcfs[1], "o", color=colour, markersize=4)
+            if colour == "tab:red":
+                axis.annotate(name, (row[0] / fcfs[0], row[1] / fcfs[1]), fontsize=6)
+        axis.set(title=f"{trace}, load {load}", xlabel="mean TTFT / FCFS", ylabel="P99 TTFT / FCFS")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trace", action="append", help="burstgpt, azure-conv (default: both)")
+    parser.add_argument("--load", action="append", type=float, help="default 0.7, 0.9, 1.2")
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--max-wait-s", type=float, default=60.0)
+    parser.add_argument("--only", default="", help="only arms whose name contains this, and fcfs")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    results: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for trace in options.trace or ["burstgpt", "azure-conv"]:
+        pairs = lengths_of(trace)
+        capacity = capacity_rps(pairs)
+        for load in options.load or [0.7, 0.9, 1.2]:
+            print(f"\n{trace}, load {load} of {capacity:.2f} requests/s")
+            print(f"{'':34}{'mean TTFT':>16}{'P99 TTFT':>16}{'TPOT':>16}")
+            rows = results[trace, load] = {}
+            for name, arm in arms(options.max_wait_s).items():
+                if name != "fcfs" and options.only not in name:
+                    continue
+                rows[name] = measure(arm, pairs, load * capacity, options.requests)
+                cells = (
+                    f"{v:9.3f}s {v / b:5.2f}" for v, b in zip(rows[name], rows["fcfs"], strict=True)
+                )
+                print(f"{name:34}" + "".join(cells), flush=True)
+    if options.plot:
+        plot(options.plot, results)
+
+
+def lengths_of(trace: str) -> list[Pair]:
+    """(prompt, output) tokens of a built-in trace, cut as in the live test bed."""
+    return [
+        (min(MAX_PROMPT, max(1, r.prompt_tokens)), min(MAX_OUTPUT, max(1, r.output_tokens)))
+        for r in load_trace(trace).requests
+    ]
+
+
+if __name__ == "__main__":
+    main()
