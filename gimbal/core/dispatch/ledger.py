@@ -21,10 +21,12 @@ snapshot jumps over, and no request is counted both here and in the snapshot's q
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from gimbal.core.contracts import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field, FloatArray
 
-_EPOCH, _TIMESTAMP, _SEQUENCE = int(Field.EPOCH), int(Field.TIMESTAMP_US), int(Field.SEQUENCE)
+BoolArray = npt.NDArray[np.bool_]
+_EPOCH, _SEQUENCE = int(Field.EPOCH), int(Field.SEQUENCE)
 
 
 class Ledger:
@@ -36,13 +38,13 @@ class Ledger:
     """
 
     def __init__(self, engines: int, front_end: int = 0) -> None:
-        self._requests_column = ACCEPTED_REQUESTS + front_end
-        self._tokens_column = ACCEPTED_TOKENS + front_end
+        columns = (ACCEPTED_REQUESTS + front_end, ACCEPTED_TOKENS + front_end)
+        self._columns = slice(columns[0], columns[1] + 1, columns[1] - columns[0])
         self._requests: dict[str, tuple[int, int]] = {}
         self._sent = np.zeros((2, engines))
         self._accepted = np.zeros((2, engines))
-        self._epoch: list[float] = [0.0] * engines
-        self._seen: list[float] = [-1.0] * engines  # SEQUENCE of the newest snapshot used
+        self._epoch = np.zeros(engines)
+        self._seen = np.full(engines, -1.0)  # SEQUENCE of the newest snapshot used
         self.unacked = np.zeros((2, engines))
         self.inflight = np.zeros((2, engines))
 
@@ -53,20 +55,15 @@ class Ledger:
 
     def observe(self, board: FloatArray) -> None:
         """Reads the acknowledgements in `board` [engines, ROW_WIDTH]."""
-        sequence = board[:, _SEQUENCE].tolist()
-        if sequence == self._seen:
-            return
-        epoch = board[:, _EPOCH].tolist()
-        requests = board[:, self._requests_column].tolist()
-        tokens = board[:, self._tokens_column].tolist()
-        for engine, number in enumerate(sequence):
-            if epoch[engine] != self._epoch[engine]:
-                self._restart(engine, epoch[engine], requests[engine], tokens[engine])
-            elif number > self._seen[engine]:
-                self._accept(engine, requests[engine], tokens[engine])
-            else:
-                continue
-            self._seen[engine] = number
+        sequence = board[:, _SEQUENCE]
+        fresh = sequence > self._seen
+        if (board[:, _EPOCH] != self._epoch).any():
+            fresh |= self._restart(board)
+        np.copyto(self._seen, sequence, where=fresh)
+        np.copyto(self._accepted, board.T[self._columns], where=fresh)
+        np.subtract(self._sent, self._accepted, out=self.unacked)
+        if self.unacked.min() < 0:
+            self._start_again(self.unacked.min(axis=0) < 0)
 
     def sent(self, request_id: str, engine: int, tokens: int) -> None:
         """Notes one request sent to `engine`; an id sent again replaces its in-flight entry."""
@@ -98,20 +95,21 @@ class Ledger:
             account = np.zeros((2, engines))
             account[:, :keep] = getattr(self, name)[:, :keep]
             setattr(self, name, account)
-        self._epoch = self._epoch[:keep] + [0.0] * (engines - keep)
-        self._seen = self._seen[:keep] + [-1.0] * (engines - keep)
+        for name, unknown in (("_epoch", 0.0), ("_seen", -1.0)):
+            known = np.full(engines, unknown)
+            known[:keep] = getattr(self, name)[:keep]
+            setattr(self, name, known)
         self._requests = {k: v for k, v in self._requests.items() if v[0] < engines}
 
-    def _accept(self, engine: int, requests: float, tokens: float) -> None:
-        sent = self._sent[:, engine]
-        if requests > sent[0] or tokens > sent[1]:
-            sent[:] = requests, tokens
-        self._accepted[:, engine] = requests, tokens
-        self.unacked[:, engine] = sent - self._accepted[:, engine]
+    def _restart(self, board: FloatArray) -> BoolArray:
+        """[engines] whose process is a new one; the first one seen is no restart."""
+        changed: BoolArray = board[:, _EPOCH] != self._epoch
+        restarted = changed & (self._epoch > 0)
+        np.copyto(self._sent, board.T[self._columns], where=restarted)
+        np.copyto(self._epoch, board[:, _EPOCH], where=changed)
+        return changed
 
-    def _restart(self, engine: int, epoch: float, requests: float, tokens: float) -> None:
-        first = self._epoch[engine] == 0.0
-        self._epoch[engine] = epoch
-        if not first:
-            self._sent[:, engine] = requests, tokens
-        self._accept(engine, requests, tokens)
+    def _start_again(self, engines: BoolArray) -> None:
+        """Opens the accounts of `engines` again at the counters they publish."""
+        np.copyto(self._sent, self._accepted, where=engines)
+        self.unacked[:, engines] = 0.0

@@ -1,0 +1,133 @@
+"""What a step costs on this machine, learned from the steps themselves.
+
+    step duration = base + d * decoding requests + c * prefill tokens of the fullest engine
+
+The engine process feeds it one observation per step and publishes the result as STEP_BASE_US
+(base + d * present decode batch), DECODE_US_PER_REQUEST and PREFILL_US_PER_TOKEN, so that the
+dispatcher's costs are microseconds of the machine it runs on from the first minute.
+
+Method: recursive least squares with exponential forgetting (Ljung, System Identification, ch. 11),
+on features scaled to about one, with three guards:
+
+- A residual beyond `CLIP` times the usual one is clipped: an expert rearrangement stalls a step
+  for a second and says nothing about the next one. A lasting change still gets through, since the
+  usual residual grows with it.
+- Without excitation (hours of decoding without one prefill) forgetting would make the estimate
+  jump at the next prefill. The covariance is bounded instead, so that one step can move a
+  coefficient about half way at most.
+- Coefficients never go below zero.
+
+Engines in lock step all see the duration of the slowest. An engine that prefilled nothing while
+its neighbour prefilled a full chunk would learn that idling is slow, so pass the group's fullest
+prefill where it is known; without it c comes out too low and base too high, while predictions
+stay right on average.
+"""
+
+from __future__ import annotations
+
+FORGETTING = 0.995  # remembers about 200 steps
+CLIP = 4.0
+WARM_STEPS = 8  # before these the usual residual is not known and nothing is clipped
+_PRIOR_VARIANCE = 1e3
+_MAX_VARIANCE = 1.0
+_DECODE_SCALE = 64.0
+
+
+class OnlineStepCost:
+    """Learns base, d and c. O(1) per step: some 40 multiplications, no allocation to speak of.
+
+    Args:
+        step_token_budget: prefill tokens of a full step; only scales a feature.
+
+    Attributes:
+        steps: observations so far.
+        clipped: observations whose residual was clipped.
+    """
+
+    def __init__(self, step_token_budget: int = 2048) -> None:
+        self._prefill_scale = float(max(1, step_token_budget))
+        self._theta = [0.0, 0.0, 0.0]  # us per unit of the scaled features
+        variance = _PRIOR_VARIANCE
+        # Upper triangle of the covariance: 00, 01, 02, 11, 12, 22.
+        self._p = [variance, 0.0, 0.0, variance, 0.0, variance]
+        self._usual_residual = 0.0
+        self.steps = 0
+        self.clipped = 0
+
+    @property
+    def prefill_us_per_token(self) -> float:
+        """What one more prefill token adds to a step."""
+        return self._theta[2] / self._prefill_scale
+
+    @property
+    def decode_us_per_request(self) -> float:
+        """What one more decoding request adds to a step."""
+        return self._theta[1] / _DECODE_SCALE
+
+    def step_base_us(self, decode_requests: float) -> float:
+        """A step's time without prefill."""
+        return self._theta[0] + self._theta[1] * decode_requests / _DECODE_SCALE
+
+    def predict_us(self, prefill_tokens: float, decode_requests: float) -> float:
+        """A step's time."""
+        prefill = self._theta[2] * prefill_tokens / self._prefill_scale
+        return self.step_base_us(decode_requests) + prefill
+
+    def observe(
+        self,
+        prefill_tokens: float,
+        decode_requests: float,
+        duration_us: float,
+        group_prefill_tokens: float | None = None,
+    ) -> None:
+        """Learns from one step.
+
+        Args:
+            prefill_tokens: prompt tokens this engine computed in it.
+            decode_requests: requests that decoded in it.
+            duration_us: from its start to the next one's; non-positive or non-finite is ignored.
+            group_prefill_tokens: the most that any engine of the group computed in it, when known.
+        """
+        if not 0.0 < duration_us < float("inf"):
+            return
+        fullest = max(prefill_tokens, group_prefill_tokens or 0.0)
+        x1, x2 = decode_requests / _DECODE_SCALE, fullest / self._prefill_scale
+        residual = self._clip(
+            duration_us - self._theta[0] - self._theta[1] * x1 - self._theta[2] * x2
+        )
+        p00, p01, p02, p11, p12, p22 = self._p
+        v0 = p00 + p01 * x1 + p02 * x2
+        v1 = p01 + p11 * x1 + p12 * x2
+        v2 = p02 + p12 * x1 + p22 * x2
+        scale = 1.0 / (FORGETTING + v0 + v1 * x1 + v2 * x2)
+        gain = residual * scale
+        base, decode, prefill = self._theta
+        self._theta[0] = max(0.0, base + v0 * gain)
+        self._theta[1] = max(0.0, decode + v1 * gain)
+        self._theta[2] = max(0.0, prefill + v2 * gain)
+        p00, p01, p02 = p00 - v0 * v0 * scale, p01 - v0 * v1 * scale, p02 - v0 * v2 * scale
+        p11, p12, p22 = p11 - v1 * v1 * scale, p12 - v1 * v2 * scale, p22 - v2 * v2 * scale
+        forget = 1.0 / FORGETTING if p00 + p11 + p22 < _MAX_VARIANCE else 1.0
+        self._p[:] = (
+            p00 * forget,
+            p01 * forget,
+            p02 * forget,
+            p11 * forget,
+            p12 * forget,
+            p22 * forget,
+        )
+        self.steps += 1
+
+    def _clip(self, residual: float) -> float:
+        size = abs(residual)
+        if self.steps >= WARM_STEPS:
+            limit = CLIP * self._usual_residual
+            if size > limit:
+                self.clipped += 1
+                size = limit
+                residual = limit if residual > 0 else -limit
+        # The first residual is the whole first step, which is no noise.
+        if self.steps > 1:
+            weight = max(0.02, 1.0 / self.steps)
+            self._usual_residual += weight * (size - self._usual_residual)
+        return residual

@@ -1,0 +1,95 @@
+import random
+
+import pytest
+
+from gimbal.core.cost.online import OnlineStepCost
+
+BUDGET = 512
+
+
+def observe_steps(model, steps, *, base=8000.0, decode=120.0, token=900.0, noise=0.05, seed=1):
+    """Feeds steps of a machine with these costs; returns the last true step."""
+    rng = random.Random(seed)
+    for _ in range(steps):
+        prefill = rng.choice([0, 0, rng.randrange(1, BUDGET), BUDGET])
+        decoding = rng.randrange(1, 40)
+        true = base + decode * decoding + token * prefill
+        model.observe(prefill, decoding, true * rng.gauss(1.0, noise))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("base", "decode", "token"),
+    [(8000.0, 120.0, 900.0), (5900.0, 60.0, 12.0), (0.0, 800.0, 800.0), (30000.0, 0.0, 5.0)],
+)
+def test_finds_the_machine(base, decode, token):
+    model = observe_steps(
+        OnlineStepCost(BUDGET), 400, base=base, decode=decode, token=token, noise=0.01
+    )
+    for prefill, decoding in [(0, 20), (256, 20), (BUDGET, 35)]:
+        true = base + decode * decoding + token * prefill
+        assert model.predict_us(prefill, decoding) == pytest.approx(true, rel=0.1, abs=2000)
+    assert model.prefill_us_per_token == pytest.approx(token, rel=0.1)
+
+
+def test_sane_after_the_first_steps():
+    model = OnlineStepCost(BUDGET)
+    model.observe(BUDGET, 0, 460_000.0)
+    assert 0 < model.prefill_us_per_token <= 460_000 / BUDGET
+    assert model.predict_us(BUDGET, 0) == pytest.approx(460_000, rel=0.01)
+    model.observe(0, 4, 12_000.0)
+    assert model.step_base_us(4) == pytest.approx(12_000, rel=0.25)
+    assert model.prefill_us_per_token == pytest.approx(448_000 / BUDGET, rel=0.05)
+
+
+def test_a_stall_barely_moves_it():
+    model = observe_steps(OnlineStepCost(BUDGET), 300)
+    before = model.predict_us(256, 20)
+    model.observe(0, 20, 2_000_000.0)
+    assert model.clipped >= 1
+    assert model.predict_us(256, 20) == pytest.approx(before, rel=0.1)
+
+
+def test_follows_a_lasting_change():
+    model = observe_steps(OnlineStepCost(BUDGET), 300, token=900.0)
+    observe_steps(model, 600, token=1800.0, seed=2)
+    assert model.prefill_us_per_token == pytest.approx(1800, rel=0.1)
+
+
+def test_long_decoding_does_not_unlearn_prefill():
+    model = observe_steps(OnlineStepCost(BUDGET), 300)
+    rng = random.Random(3)
+    for _ in range(20_000):
+        model.observe(0, 20, (8000 + 120 * 20) * rng.gauss(1.0, 0.05))
+    assert model.prefill_us_per_token == pytest.approx(900, rel=0.15)
+    model.observe(BUDGET, 20, 2 * (8000 + 2400 + 900 * BUDGET))
+    assert model.prefill_us_per_token < 1.7 * 900
+
+
+def test_the_group_explains_steps_that_others_made_slow():
+    told, untold = OnlineStepCost(BUDGET), OnlineStepCost(BUDGET)
+    rng = random.Random(4)
+    for _ in range(500):
+        own, other = rng.choice([0, BUDGET]), rng.choice([0, BUDGET])
+        duration = (8000.0 + 900.0 * max(own, other)) * rng.gauss(1.0, 0.02)
+        told.observe(own, 0, duration, max(own, other))
+        untold.observe(own, 0, duration)
+    assert told.prefill_us_per_token == pytest.approx(900, rel=0.05)
+    assert untold.prefill_us_per_token < 600
+
+
+@pytest.mark.parametrize("duration", [0.0, -5.0, float("nan"), float("inf")])
+def test_ignores_durations_that_are_none(duration):
+    model = OnlineStepCost(BUDGET)
+    model.observe(10, 1, duration)
+    assert model.steps == 0
+
+
+def test_never_negative():
+    model = OnlineStepCost(BUDGET)
+    rng = random.Random(5)
+    for _ in range(500):
+        model.observe(rng.randrange(BUDGET), rng.randrange(64), rng.uniform(1, 1e6))
+        assert model.prefill_us_per_token >= 0
+        assert model.decode_us_per_request >= 0
+        assert model.step_base_us(0) >= 0
