@@ -48,6 +48,7 @@ class Field(IntEnum):
     PENDING_PREFIX_HIT_TOKENS = 19  # prompt tokens of waiting requests the prefix cache holds
     MAX_RUNNING_REQUESTS = 20  # max_num_seqs
     DECODE_US_PER_REQUEST = 21  # learned: what one more decoding request adds to a step
+    STEP_PREFILL_TOKENS = 22  # prefill tokens of the step that runs now
 
 
 SNAPSHOT_FIELDS = 32

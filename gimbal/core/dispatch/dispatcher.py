@@ -93,26 +93,27 @@ class Dispatcher:
         policy: DispatchPolicy | None = None,
         feedback_weight: float = 0.0,
     ) -> None:
-        if policy is None:
-            options = {}
-            if config.policy == "gimbal":
-                options = {
-                    "feedback_weight": feedback_weight,
-                    "expected_output_tokens": config.expected_output_tokens,
-                    "session_patience": config.session_patience,
-                }
-            policy = POLICIES.build(config.policy, **options)
-        self.policy = policy
+        self.use_policy(policy or _build_policy(config.policy, config, feedback_weight))
         self.ledger = Ledger(engines, front_end)
         self.prefixes = PrefixIndex(engines, config.prefix_chunks, config.prefix_chunk_tokens)
         self.sessions = Sessions(config.sessions)
-        self._timed = policy if isinstance(policy, TimedPolicy) else None
         self._client_count = client_count
         self._max_age_us = config.max_signal_age_ms * 1e3
         # Front ends start at different engines, so that several idle ones do not march in step.
         self._rotation = engines * front_end // client_count
         self._unsettled: tuple[PrefixMatch, int] | None = None
         self._owed_since_us = np.zeros(engines)
+
+    def use_policy(self, policy: DispatchPolicy) -> None:
+        """Decides by `policy` from now on; accounts, prefix index and sessions stay."""
+        self.policy = policy
+        self._timed = policy if isinstance(policy, TimedPolicy) else None
+
+    def use_policy_named(
+        self, name: str, config: DispatchConfig, feedback_weight: float = 0.0
+    ) -> None:
+        """`use_policy` by registered name; raises InputError naming the nearest one."""
+        self.use_policy(_build_policy(name, config, feedback_weight))
 
     @property
     def engines(self) -> int:
@@ -254,6 +255,17 @@ class Dispatcher:
             self.sessions.note(request.session, engine)
         if match.tokens:
             self._unsettled = (match, engine)
+
+
+def _build_policy(name: str, config: DispatchConfig, feedback_weight: float) -> DispatchPolicy:
+    if name != "gimbal":
+        return POLICIES.build(name)
+    return POLICIES.build(
+        name,
+        feedback_weight=feedback_weight,
+        expected_output_tokens=config.expected_output_tokens,
+        session_patience=config.session_patience,
+    )
 
 
 _NOTHING = np.zeros(0)
