@@ -88,40 +88,68 @@ def step_time(
         pairs: [layers, ep ranks], see `moe_us`.
     """
     layers = profile.model.layers
-    tokens = batch.tokens
-    padded = float(tokens.max()) <= profile.graph_tokens
-    # Under a CUDA graph every rank is padded to the busiest one's tokens.
-    rank_tokens = np.full_like(tokens, tokens.max()) if padded else tokens
-    dense = np.array([sum(t.at(x) for t in profile.per_rank_token) for x in rank_tokens])
-    a = profile.attention
-    attention = np.maximum(
-        a.floor_us,
-        a.base_us
-        + np.where(
-            batch.prefill_pairs > 0, a.per_mixed_decode_kv_token_us, a.per_decode_kv_token_us
-        )
-        * batch.decode_kv_tokens
-        + a.per_prefill_pair_us * batch.prefill_pairs
-        + a.per_prefill_kv_token_us * batch.prefill_kv_tokens,
-    )
+    tokens = _rank_tokens(profile, batch)
+    dense, attention = _rank_parts_us(profile, batch, tokens)
     slowest = int((dense + attention).argmax())
-    group_tokens = float(rank_tokens.sum())
-    collective = sum(t.at(group_tokens) for t in profile.per_group_token)
+    group_tokens = float(tokens.sum())
     experts = moe_us(profile, active, pairs, group_tokens)
+    device = device_us(profile, batch, experts) - _host_us(profile, batch)
+    collective = layers * sum(t.at(group_tokens) for t in profile.per_group_token)
     sampling = sum(t.at(float(batch.sampled.max())) for t in profile.per_step)
-    device = layers * (dense[slowest] + attention[slowest] + collective) + experts + sampling
-    launch = 0.0
-    if float(tokens.max()) > profile.graph_tokens:
-        launch = max(0.0, layers * profile.launch_layer_us - device)
+    parts = layers * float(dense[slowest] + attention[slowest]) + collective + experts + sampling
     return StepTime(
         dense_us=float(layers * dense[slowest]),
         attention_us=float(layers * attention[slowest]),
-        collective_us=float(layers * collective),
+        collective_us=float(collective),
         moe_us=experts,
         sampling_us=float(sampling),
-        launch_us=float(launch),
-        host_us=profile.host_us + profile.host_per_request_us * float(batch.sampled.max()),
+        launch_us=device - parts,
+        host_us=_host_us(profile, batch),
     )
+
+
+def device_us(profile: Profile, batch: BatchShape, experts_us: float) -> float:
+    """The whole step, given its fused-expert time summed over layers (the simulator's path)."""
+    layers = profile.model.layers
+    tokens = _rank_tokens(profile, batch)
+    dense, attention = _rank_parts_us(profile, batch, tokens)
+    group_tokens = float(tokens.sum())
+    collective = sum(t.at(group_tokens) for t in profile.per_group_token)
+    sampling = sum(t.at(float(batch.sampled.max())) for t in profile.per_step)
+    device = layers * (float((dense + attention).max()) + collective) + experts_us + sampling
+    if float(batch.tokens.max()) > profile.graph_tokens:
+        device = max(device, layers * profile.launch_layer_us)
+    return device + _host_us(profile, batch)
+
+
+def _host_us(profile: Profile, batch: BatchShape) -> float:
+    return profile.host_us + profile.host_per_request_us * float(batch.sampled.max())
+
+
+def _rank_tokens(profile: Profile, batch: BatchShape) -> FloatArray:
+    """[dp] tokens each rank runs: under a CUDA graph every rank is padded to the busiest."""
+    most = batch.tokens.max()
+    return np.full_like(batch.tokens, most) if most <= profile.graph_tokens else batch.tokens
+
+
+def _rank_parts_us(
+    profile: Profile, batch: BatchShape, tokens: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """[dp] dense and [dp] attention time of one layer."""
+    dense = np.zeros_like(tokens)
+    for term in profile.per_rank_token:
+        dense += np.maximum(term.floor_us, term.base_us + term.per_unit_us * tokens)
+    a = profile.attention
+    mixed = batch.prefill_pairs > 0
+    kv_rate = np.where(mixed, a.per_mixed_decode_kv_token_us, a.per_decode_kv_token_us)
+    attention = np.maximum(
+        a.floor_us,
+        a.base_us
+        + kv_rate * batch.decode_kv_tokens
+        + a.per_prefill_pair_us * batch.prefill_pairs
+        + a.per_prefill_kv_token_us * batch.prefill_kv_tokens,
+    )
+    return dense, attention
 
 
 def expected_active(share: FloatArray, tokens: float) -> FloatArray:

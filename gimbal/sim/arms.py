@@ -1,0 +1,59 @@
+"""Arms: named policy sets of a simulated run, the ablations of the paper among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gimbal.core.errors import InputError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One policy set.
+
+    Attributes:
+        dispatch: policy name from `gimbal.core.dispatch.POLICIES`.
+        fresh_signals: the policy reads the board at the moment it decides; False gives it the
+            coordinator's request counts of up to 100 ms ago, as vLLM's own path does.
+        ordering: waiting-queue ordering by name.
+        placer: placer by name, or ``static`` for vLLM's initial placement throughout.
+        feedback: expert pressure enters dispatch.
+    """
+
+    name: str
+    dispatch: str = "vllm"
+    fresh_signals: bool = False
+    ordering: str = "fcfs"
+    placer: str = "static"
+    feedback: bool = False
+
+
+def _dispatch_only(policy: str) -> Arm:
+    return Arm(policy, dispatch=policy, fresh_signals=True)
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("vllm", placer="deepseek"),
+        Arm("vllm-no-eplb"),
+        Arm("vllm-legacy", dispatch="vllm-legacy", placer="deepseek"),
+        Arm("vllm-legacy-no-eplb", dispatch="vllm-legacy"),
+        *map(_dispatch_only, ("round-robin", "total-tokens", "lmetric", "dynamo", "llm-d")),
+        Arm("gimbal-dispatch", "gimbal", True),
+        Arm("gimbal-queue", ordering="gimbal"),
+        Arm("sjf", ordering="sjf"),
+        Arm("hrrn", ordering="hrrn"),
+        Arm("gimbal-dp", "gimbal", True, "gimbal"),
+        Arm("gimbal-ep", placer="gimbal"),
+        Arm("gimbal-no-feedback", "gimbal", True, "gimbal", "gimbal"),
+        Arm("gimbal", "gimbal", True, "gimbal", "gimbal", True),
+    )
+}
+
+
+def get_arm(name: str) -> Arm:
+    """The arm called `name`; raises InputError naming the nearest one."""
+    if name not in ARMS:
+        raise InputError(f"unknown arm {name!r}{nearest(name, ARMS)}")
+    return ARMS[name]

@@ -1,0 +1,109 @@
+"""The simulated cluster: a profile, its layout and the engine settings, as named YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from gimbal.core.cost.profile import Profile, load_profile
+from gimbal.core.errors import InputError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Engine settings of one simulated deployment; names follow vLLM's flags.
+
+    Attributes:
+        profile: cost-model profile by name or path.
+        dp, tp: layout; EP ranks = dp * tp.
+        ranks_per_node: EP ranks that share a node.
+        slots_per_rank: physical experts per rank and layer; 0 means experts / ranks.
+        kv_tokens: KV pool of one DP engine; 0 takes the profile's.
+        prefill_schedule_interval: new prefills are admitted every so many steps, on all engines.
+        long_prefill_token_threshold: largest chunk of one prompt per step; 0 is no limit.
+        async_scheduling: step k+1 is scheduled while step k runs, so what arrives during k is
+            first scheduled in k+2.
+        stats_interval_ms: the coordinator forwards request counts at most this often.
+        eplb_step_interval, eplb_window_size: steps, as in vLLM's --eplb-config.
+        eplb_async: experts move layer by layer beside the steps instead of stalling one.
+        routing: name of the routing population (see `gimbal.sim.routing`).
+    """
+
+    name: str
+    profile: str
+    dp: int
+    tp: int = 1
+    ranks_per_node: int = 8
+    slots_per_rank: int = 0
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 1024
+    block_size: int = 16
+    kv_tokens: int = 0
+    enable_prefix_caching: bool = True
+    prefill_schedule_interval: int = 1
+    long_prefill_token_threshold: int = 0
+    async_scheduling: bool = True
+    stats_interval_ms: float = 100.0
+    eplb_step_interval: int = 3000
+    eplb_window_size: int = 1000
+    eplb_async: bool = True
+    routing: str = "domains"
+    front_ends: int = 1
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.tp
+
+
+_ADAPTER = TypeAdapter(Cluster)
+
+
+def cluster_names() -> list[str]:
+    """Names of the packaged clusters."""
+    folder = resources.files("gimbal.sim").joinpath("clusters")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[-5:] == ".yaml")
+
+
+def load_cluster(name_or_path: str | Path) -> tuple[Cluster, Profile]:
+    """A packaged cluster by name, or a YAML file, with its profile; raises InputError."""
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.exists():
+            raise InputError(f"cluster {path}: no such file")
+        text = path.read_text(encoding="utf-8")
+    elif str(name_or_path) in cluster_names():
+        packaged = resources.files("gimbal.sim").joinpath("clusters", f"{name_or_path}.yaml")
+        text = packaged.read_text(encoding="utf-8")
+    else:
+        raise InputError(
+            f"unknown cluster {str(name_or_path)!r}{nearest(str(name_or_path), cluster_names())}"
+        )
+    values: Any = yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise InputError(f"cluster {name_or_path}: expected a mapping")
+    values.setdefault("name", path.stem)
+    try:
+        cluster = _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        dotted = ".".join(str(part) for part in first["loc"])
+        hint = ""
+        if first["type"] == "unexpected_keyword_argument":
+            hint = nearest(dotted, [f.name for f in dataclasses.fields(Cluster)])
+        message = first["msg"].lower()
+        raise InputError(f"cluster {name_or_path}: {dotted}: {message}{hint}") from None
+    profile = load_profile(cluster.profile)
+    if profile.model.experts % cluster.ranks and not cluster.slots_per_rank:
+        raise InputError(
+            f"cluster {cluster.name}: {profile.model.experts} experts do not divide over "
+            f"{cluster.ranks} ranks; set slots_per_rank"
+        )
+    return cluster, profile

@@ -1,0 +1,329 @@
+"""One DP engine as vLLM schedules it, kept in counters so that a decode step costs O(1).
+
+Running requests first (every decode one token, then prefills in order of admission), then the
+waiting queue while token budget, seats and KV blocks last; chunked prefill; paged KV with
+preemption of the latest admitted request and recompute; prefix cache by block hashes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gimbal.core.contracts import QueuedRequest, QueueOrdering, QueueState
+from gimbal.core.queue.heap import Entry, WaitingHeap
+
+NEVER = -1
+
+
+@dataclass(slots=True, eq=False)
+class SimRequest:
+    """One request inside the simulator."""
+
+    index: int
+    request_id: str
+    arrival_us: float
+    prompt_tokens: int
+    output_tokens: int
+    domain: int = 0
+    session: str | None = None
+    prefix_blocks: tuple[int, ...] = ()
+    engine: int = NEVER
+    computed: int = 0  # prompt tokens whose KV exists
+    target: int = 0  # tokens to prefill: the prompt, plus what was generated before a preemption
+    generated: int = 0
+    decode_from_step: int = NEVER  # step whose end gave the latest prefill's token
+    admitted: int = NEVER  # order of admission
+    queued_us: float = 0.0  # the engine took it into its waiting queue
+    first_token_us: float = 0.0
+    last_token_us: float = 0.0
+    preemptions: int = 0
+    entry: Entry | None = field(default=None, repr=False)
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """What one engine runs in one step."""
+
+    prefill_tokens: int = 0
+    decodes: int = 0
+    kv_tokens: int = 0
+    prefill_pairs: float = 0.0
+    prefill_kv_tokens: int = 0
+    completed: list[SimRequest] = field(default_factory=list)  # prompts done by this step
+
+    @property
+    def tokens(self) -> int:
+        return self.prefill_tokens + self.decodes
+
+    @property
+    def sampled(self) -> int:
+        return self.decodes + len(self.completed)
+
+
+class Engine:
+    """State of one DP engine.
+
+    Args:
+        index: DP rank.
+        budget: max_num_batched_tokens.
+        seats: max_num_seqs.
+        blocks: KV blocks in the pool.
+        block_tokens: tokens of a block.
+        ordering: order of the waiting queue.
+        prefix_caching: whether finished prompts stay matchable.
+        chunk_limit: long_prefill_token_threshold; 0 is none.
+        domains: number of routing domains tokens are counted by.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        budget: int,
+        seats: int,
+        blocks: int,
+        block_tokens: int,
+        ordering: QueueOrdering,
+        prefix_caching: bool = True,
+        chunk_limit: int = 0,
+        domains: int = 1,
+        max_wait_s: float | None = None,
+    ) -> None:
+        self.index, self.budget, self.seats = index, budget, seats
+        self.block_tokens, self.blocks_total = block_tokens, blocks
+        self.chunk_limit = chunk_limit
+        self.prefix_caching = prefix_caching
+        self.waiting: WaitingHeap[SimRequest] = WaitingHeap(ordering, max_wait_s)
+        self.running: dict[int, SimRequest] = {}  # by request index, in order of admission
+        self.prefilling: list[SimRequest] = []
+        self.decodes = 0
+        self.kv_tokens = 0  # context tokens of decodes
+        self.used_blocks = 0  # blocks of running requests
+        self.preemptions = 0
+        self.step = 0
+        self.served_prefill_tokens = 0
+        self.accepted_requests = 0
+        self.accepted_tokens = 0
+        self.prefill_rate = 0.0  # tokens/s, smoothed
+        self.domain_decodes = np.zeros(domains)
+        self.domain_tokens = np.zeros(domains)  # of the step being run
+        self._phase = np.zeros(block_tokens, dtype=np.int64)
+        self._finish: list[tuple[int, int, SimRequest, int]] = []
+        self._cache: OrderedDict[int, None] = OrderedDict()
+        self._cache_tokens_per_block = block_tokens
+        self._admissions = 0
+
+    # -- arrival -----------------------------------------------------------------------------
+
+    def add(self, request: SimRequest, now_s: float, prefix_block_tokens: int) -> None:
+        """A request reaches the engine's waiting queue."""
+        request.target = request.prompt_tokens
+        cached = self._cached_tokens(request, prefix_block_tokens)
+        request.computed = cached
+        self.accepted_requests += 1
+        self.accepted_tokens += request.prompt_tokens
+        queued = QueuedRequest(request.request_id, now_s, request.prompt_tokens - cached)
+        request.entry = self.waiting.add(queued, request, self._queue_state(now_s))
+
+    def _queue_state(self, now_s: float) -> QueueState:
+        return QueueState(
+            now_s=now_s,
+            prefill_tokens_per_s=self.prefill_rate,
+            waiting_requests=len(self.waiting),
+            waiting_tokens=self.waiting.waiting_tokens,
+            served_tokens=self.served_prefill_tokens,
+        )
+
+    def _cached_tokens(self, request: SimRequest, prefix_block_tokens: int) -> int:
+        """Prompt tokens the prefix cache holds; at least one token is always computed."""
+        if not (self.prefix_caching and request.prefix_blocks):
+            return 0
+        hits = 0
+        for block in request.prefix_blocks:
+            if block not in self._cache:
+                break
+            self._cache.move_to_end(block)
+            hits += 1
+        tokens = min(hits * prefix_block_tokens, request.prompt_tokens - 1)
+        return tokens // self.block_tokens * self.block_tokens
+
+    # -- one step ----------------------------------------------------------------------------
+
+    def schedule(self, now_s: float, admit: bool = True) -> StepBatch:
+        """Chooses this step's batch; `admit` False holds back prefills (prefill interval)."""
+        batch = StepBatch()
+        self.domain_tokens[:] = self.domain_decodes
+        self._grow_decodes()
+        batch.decodes, batch.kv_tokens = self.decodes, self.kv_tokens
+        budget = self.budget - self.decodes
+        if admit:
+            for request in list(self.prefilling):
+                if budget <= 0:
+                    break
+                if request.index in self.running:  # not preempted by an earlier one
+                    budget -= self._prefill(request, budget, batch)
+            self.waiting.refresh(self._queue_state(now_s))
+            while budget > 0 and len(self.running) < self.seats and len(self.waiting):
+                entry = self.waiting.peek(now_s)
+                request = entry.item
+                if not self._fits(request, budget):
+                    break
+                self.waiting.take(entry)
+                self._admit(request)
+                budget -= self._prefill(request, budget, batch)
+        self.step += 1
+        return batch
+
+    def _chunk(self, request: SimRequest, budget: int) -> int:
+        chunk = min(request.target - request.computed, budget)
+        return min(chunk, self.chunk_limit) if self.chunk_limit else chunk
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_tokens)
+
+    def _fits(self, request: SimRequest, budget: int) -> bool:
+        tokens = request.computed + self._chunk(request, budget)
+        return self.used_blocks + self._blocks_for(tokens) <= self.blocks_total
+
+    def _admit(self, request: SimRequest) -> None:
+        self._admissions += 1
+        request.admitted = self._admissions
+        self.running[request.index] = request
+        self.prefilling.append(request)
+        self.used_blocks += self._blocks_for(request.computed)
+
+    def _prefill(self, request: SimRequest, budget: int, batch: StepBatch) -> int:
+        """Gives `request` its chunk; returns the tokens taken (0 when blocks ran out)."""
+        chunk = self._chunk(request, budget)
+        before = request.computed
+        grown = self._blocks_for(before + chunk) - self._blocks_for(before)
+        while self.used_blocks + grown > self.blocks_total:
+            if self._preempt(batch) is request:
+                return 0
+        self.used_blocks += grown
+        request.computed = before + chunk
+        self.served_prefill_tokens += chunk
+        self.domain_tokens[request.domain] += chunk
+        batch.prefill_tokens += chunk
+        batch.prefill_pairs += chunk * (before + chunk / 2)
+        batch.prefill_kv_tokens += before
+        if request.computed == request.target:
+            batch.completed.append(request)
+            self.prefilling.remove(request)
+        return chunk
+
+    def _grow_decodes(self) -> None:
+        """Allocates the blocks that this step's decodes open, preempting when none is left."""
+        while True:
+            opened = int(self._phase[-self.step % self.block_tokens])
+            if self.used_blocks + opened <= self.blocks_total:
+                self.used_blocks += opened
+                return
+            self._preempt(None)
+
+    def _preempt(self, batch: StepBatch | None) -> SimRequest:
+        """Frees the latest admitted request for recompute, as vLLM does.
+
+        Args:
+            batch: the step's batch when its decodes already hold this step's blocks: a decode
+                that is preempted now leaves the batch and returns that block too.
+        """
+        victim = self.running.pop(next(reversed(self.running)))
+        if victim.decode_from_step == NEVER:
+            self.used_blocks -= self._blocks_for(victim.computed)
+            if victim in self.prefilling:
+                self.prefilling.remove(victim)
+        else:
+            context = victim.computed + self.step - victim.decode_from_step
+            if batch is not None:
+                self.used_blocks -= self._blocks_for(context + 1) - self._blocks_for(context)
+                batch.decodes -= 1
+                batch.kv_tokens -= context + 1
+            self._leave_decode(victim)
+        victim.computed = 0
+        victim.target = victim.prompt_tokens + victim.generated
+        victim.preemptions += 1
+        self.preemptions += 1
+        assert victim.entry is not None
+        self.waiting.restore(victim.entry, front=True)
+        return victim
+
+    # -- end of a step -----------------------------------------------------------------------
+
+    def finish_step(self, batch: StepBatch, end_us: float) -> list[SimRequest]:
+        """Advances decodes by one token and prompts that are done to decode; returns finished."""
+        finished: list[SimRequest] = []
+        self.kv_tokens += self.decodes
+        while self._finish and self._finish[0][0] <= self.step:
+            _, _, request, admission = heapq.heappop(self._finish)
+            if request.admitted == admission and request.decode_from_step != NEVER:
+                self._leave_decode(request)
+                del self.running[request.index]
+                self._retire(request, end_us)
+                finished.append(request)
+        for request in batch.completed:
+            if request.index not in self.running:  # preempted within the step
+                continue
+            if request.generated == 0:
+                request.first_token_us = end_us
+            request.generated += 1
+            if request.generated >= request.output_tokens:
+                self.used_blocks -= self._blocks_for(request.computed)
+                del self.running[request.index]
+                self._retire(request, end_us)
+                finished.append(request)
+            else:
+                self._enter_decode(request)
+        return finished
+
+    def _enter_decode(self, request: SimRequest) -> None:
+        request.decode_from_step = self.step
+        context = request.computed + 1
+        self.decodes += 1
+        self.kv_tokens += context
+        self.domain_decodes[request.domain] += 1
+        # A decode at step s holds computed + s - step tokens; it opens a block when that count,
+        # before the new token, is a multiple of the block size.
+        self._phase[(request.computed - self.step) % self.block_tokens] += 1
+        due = self.step + request.output_tokens - request.generated
+        heapq.heappush(self._finish, (due, request.index, request, request.admitted))
+
+    def _leave_decode(self, request: SimRequest) -> None:
+        done = self.step - request.decode_from_step
+        request.generated += done
+        self.decodes -= 1
+        self.kv_tokens -= request.computed + 1 + done
+        self.domain_decodes[request.domain] -= 1
+        self._phase[(request.computed - request.decode_from_step) % self.block_tokens] -= 1
+        self.used_blocks -= self._blocks_for(request.computed + done)
+        request.decode_from_step = NEVER
+
+    def _retire(self, request: SimRequest, end_us: float) -> None:
+        request.last_token_us = end_us
+        if self.prefix_caching and request.prefix_blocks:
+            for block in request.prefix_blocks:
+                self._cache[block] = None
+                self._cache.move_to_end(block)
+            self._trim_cache(len(request.prefix_blocks))
+
+    def _trim_cache(self, block_ids: int) -> None:
+        """Keeps at most the free pool's worth of cached prefix blocks, least recent first out."""
+        per_id = max(1, self._cache_tokens_per_block // self.block_tokens)
+        room = max(0, self.blocks_total - self.used_blocks) // per_id
+        while len(self._cache) > max(room, block_ids):
+            self._cache.popitem(last=False)
+
+    def set_prefix_block_tokens(self, tokens: int) -> None:
+        """Tokens one entry of ``prefix_blocks`` stands for."""
+        self._cache_tokens_per_block = max(tokens, self.block_tokens)
+
+    @property
+    def remaining_prefill_tokens(self) -> int:
+        return sum(r.target - r.computed for r in self.prefilling)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running) or len(self.waiting) > 0

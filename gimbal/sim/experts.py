@@ -1,0 +1,152 @@
+"""Experts of the simulated cluster: their time per step, pressure, and rearrangement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gimbal.core.contracts import FloatArray, IntArray, Placer, RoutingCounts, Topology
+from gimbal.core.cost.profile import Profile
+from gimbal.core.cost.step import migration_us
+from gimbal.records.schema import RebalanceRecord
+from gimbal.sim import kernels
+from gimbal.sim.arms import Arm
+from gimbal.sim.cluster import Cluster
+from gimbal.sim.engine import Engine
+from gimbal.sim.routing import (
+    GRID,
+    NOISE_POOL,
+    Population,
+    RoutingTables,
+    linear_placement,
+    noise_pool,
+)
+
+
+class Experts:
+    """Placement, its per-step cost and its rearrangement every `eplb_step_interval` steps."""
+
+    def __init__(
+        self, cluster: Cluster, profile: Profile, population: Population, arm: Arm, seed: int
+    ) -> None:
+        model = profile.model
+        self.cluster, self.profile, self.population = cluster, profile, population
+        slots = cluster.slots_per_rank or model.experts // cluster.ranks
+        self.topology = Topology(cluster.ranks, slots, cluster.tp, cluster.ranks_per_node)
+        self.placement = linear_placement(model.layers, model.experts, self.topology)
+        self.rebalances: list[RebalanceRecord] = []
+        self.pressure_us: FloatArray = np.zeros(cluster.dp)
+        self._placer = _placer(arm)
+        self._window = np.zeros((cluster.dp, len(population.names)))
+        self._steps_in_window = 0
+        self._balance_sum = 0.0
+        self._balance_steps = 0
+        m = profile.moe
+        self._constants = np.array(
+            [m.base_us, m.per_active_expert_us, m.per_pair_us, m.per_group_token_us, m.norm]
+        )
+        self._noise = noise_pool(model.layers, cluster.ranks, seed)
+        self._rng = np.random.default_rng([seed, 1])
+        self._grid_log = np.log(GRID)
+        self._owner = (np.arange(cluster.ranks) // cluster.tp).astype(float)
+        bandwidth = profile.interconnect.same_node_bytes_per_us
+        routed = profile.backend != "allgather_reducescatter"
+        self._off_source_us = 2 * 2 * model.hidden / bandwidth / cluster.tp if routed else 0.0
+        self._tables = RoutingTables(
+            population, self.placement, self.topology, np.ones(len(population.names))
+        )
+        self._turn = 0
+
+    @property
+    def mean_balance(self) -> float:
+        """Mean over steps and layers of mean/max rank pairs."""
+        return self._balance_sum / self._balance_steps if self._balance_steps else 1.0
+
+    def step_us(self, tokens: FloatArray) -> float:
+        """Fused-expert (and routed-communication) time of a step; tokens [dp, domains]."""
+        self._window += tokens
+        self._steps_in_window += 1
+        self._turn = (self._turn + 1) % NOISE_POOL
+        time, balance = kernels.experts_us(
+            tokens,
+            self._tables.pairs,
+            self._tables.active,
+            self._grid_log,
+            self._noise[self._turn],
+            self.population.burstiness,
+            self._constants,
+            self._off_source_us,
+            self._owner,
+        )
+        self._balance_sum += balance / self.profile.model.layers
+        self._balance_steps += 1
+        return float(time)
+
+    def before_step(self, step: int, engines: Sequence[Engine]) -> float:
+        """Rearranges when it is due; returns the stall in microseconds (0 when asynchronous)."""
+        if self._placer is None:
+            return 0.0
+        interval = self.cluster.eplb_step_interval
+        # vLLM starts its counter at three quarters of the interval.
+        if (step + interval * 3 // 4) % interval or self._steps_in_window == 0:
+            return 0.0
+        counts = self._recorded_counts()
+        planned = self._placer.place(counts, self.topology, self.placement)
+        stall = self._commit(planned, step)
+        self._window[:] = 0
+        self._steps_in_window = 0
+        return 0.0 if self.cluster.eplb_async else stall
+
+    def _recorded_counts(self) -> RoutingCounts:
+        expected = np.einsum("sd,dlx->slx", self._window, self.population.share)
+        drawn = self._rng.poisson(expected).astype(float)
+        return RoutingCounts(drawn, steps=self._steps_in_window)
+
+    def _commit(self, planned: IntArray, step: int) -> float:
+        moved = planned != self.placement
+        received = self._received(planned)
+        mix = self._window.sum(axis=0)
+        before = self._tables
+        self._tables = RoutingTables(self.population, planned, self.topology, mix)
+        self.placement = planned
+        stall = migration_us(self.profile, received, self.profile.model.layers)
+        self.rebalances.append(
+            RebalanceRecord(
+                time_s=0.0,
+                committed=bool(moved.any()),
+                reason=f"step {step}",
+                predicted_gain_us_per_step=0.0,
+                predicted_stall_us=stall,
+                realized_gain_us_per_step=None,
+                stall_us=0.0 if self.cluster.eplb_async else stall,
+                moved_slots=int(moved.sum()),
+                received_experts=int(received),
+                balance_before=before.balance,
+                balance_after=self._tables.balance,
+                local_share_before=before.local_share(self._window, self.topology),
+                local_share_after=self._tables.local_share(self._window, self.topology),
+            )
+        )
+        return stall if moved.any() else 0.0
+
+    def _received(self, planned: IntArray) -> float:
+        """Experts that the busiest rank must receive from others, over all layers."""
+        per_rank = self.topology.slots_per_rank
+        busiest = 0
+        for rank in range(self.topology.ranks):
+            part = slice(rank * per_rank, (rank + 1) * per_rank)
+            missing = sum(
+                len(set(new.tolist()) - set(old.tolist()))
+                for new, old in zip(planned[:, part], self.placement[:, part], strict=True)
+            )
+            busiest = max(busiest, missing)
+        return float(busiest)
+
+
+def _placer(arm: Arm) -> Placer | None:
+    if arm.placer == "static":
+        return None
+    from gimbal.core.placement import PLACERS
+
+    return PLACERS.build(arm.placer)

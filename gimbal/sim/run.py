@@ -1,0 +1,247 @@
+"""The simulation: one plain lock-step loop over all DP engines, driven by the core policies."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gimbal.core.config import DispatchConfig
+from gimbal.core.contracts import DispatchRequest, Field, FloatArray
+from gimbal.core.cost.profile import Profile
+from gimbal.core.cost.step import BatchShape, device_us
+from gimbal.core.dispatch.dispatcher import Dispatcher
+from gimbal.core.errors import InputError
+from gimbal.core.queue import ORDERINGS
+from gimbal.records.schema import RebalanceRecord, RequestRecord
+from gimbal.sim.arms import Arm
+from gimbal.sim.cluster import Cluster
+from gimbal.sim.engine import Engine, SimRequest, StepBatch
+from gimbal.sim.experts import Experts
+from gimbal.sim.routing import Population
+from gimbal.sim.signals import Signals
+from gimbal.workloads.trace import Trace
+
+
+@dataclass(slots=True)
+class SimResult:
+    """Everything one simulated run leaves behind.
+
+    Attributes:
+        records: one per request, as a client would have seen it.
+        steps: lock-step iterations run.
+        duration_s: simulated time from the first arrival to the last token.
+        step_us: [steps] their durations.
+        step_decodes: [steps] decoding requests over all engines: each got one token per step.
+        queued_s: [requests] when the engine took each into its waiting queue, as `records`.
+        rebalances: expert rearrangements, proposed and committed.
+        preemptions: over all engines.
+        balance: mean over steps of mean/max rank pairs (1 is even).
+    """
+
+    records: list[RequestRecord]
+    steps: int
+    duration_s: float
+    step_us: FloatArray
+    step_decodes: FloatArray
+    queued_s: FloatArray
+    rebalances: list[RebalanceRecord] = field(default_factory=list)
+    preemptions: int = 0
+    balance: float = 1.0
+
+
+class Simulation:
+    """One run of one arm over one trace; `run` may be called once."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        cluster: Cluster,
+        profile: Profile,
+        population: Population,
+        arm: Arm,
+        seed: int = 0,
+        dispatch: DispatchConfig | None = None,
+        max_steps: int | None = None,
+    ) -> None:
+        self.cluster, self.profile, self.arm = cluster, profile, arm
+        self.max_steps = max_steps
+        self._prefix_block_tokens = trace.prefix_block_tokens
+        domains = {name: i for i, name in enumerate(population.names)}
+        self._pending = [
+            SimRequest(
+                i,
+                f"r{i}",
+                r.arrival_s * 1e6 + profile.api_us,
+                r.prompt_tokens,
+                max(1, r.output_tokens),
+                domains.get(r.domain or "", i % len(domains)),
+                r.session,
+                r.prefix_blocks,
+            )
+            for i, r in enumerate(trace.requests)
+        ]
+        self._trace = trace
+        self._next = 0
+        self._late: list[SimRequest] = []
+        self._done: list[SimRequest] = []
+        kv_tokens = cluster.kv_tokens or profile.kv_tokens
+        for request in self._pending:
+            needed = request.prompt_tokens + request.output_tokens
+            if needed > kv_tokens:
+                raise InputError(
+                    f"trace {trace.name}: request {request.index} needs {needed} tokens of KV "
+                    f"cache, one engine of {cluster.name} has {kv_tokens}; cut lengths or raise "
+                    "kv_tokens"
+                )
+        self.engines = [
+            Engine(
+                index,
+                cluster.max_num_batched_tokens,
+                cluster.max_num_seqs,
+                kv_tokens // cluster.block_size,
+                cluster.block_size,
+                ORDERINGS.build(arm.ordering),
+                cluster.enable_prefix_caching,
+                cluster.long_prefill_token_threshold,
+                len(domains),
+            )
+            for index in range(cluster.dp)
+        ]
+        for engine in self.engines:
+            engine.set_prefix_block_tokens(trace.prefix_block_tokens)
+        config = dataclasses.replace(dispatch or DispatchConfig(), policy=arm.dispatch)
+        self.dispatcher = Dispatcher(
+            cluster.dp, config, feedback_weight=1.0 if arm.feedback else 0.0
+        )
+        self.signals = Signals(self.engines, arm.fresh_signals, cluster.stats_interval_ms * 1e3)
+        self.experts = Experts(cluster, profile, population, arm, seed)
+        self._step_us: list[float] = []
+        self._step_decodes: list[int] = []
+
+    def run(self, on_progress: Callable[[int], None] | None = None) -> SimResult:
+        """Simulates until every request is done, or `max_steps`."""
+        now = 0.0
+        total = len(self._pending)
+        while len(self._done) < total:
+            if self.max_steps is not None and len(self._step_us) >= self.max_steps:
+                break
+            if not self._late and not any(e.busy for e in self.engines):
+                now = max(now, self._pending[self._next].arrival_us)
+                self._dispatch_until(now)
+                self._deliver(now)
+            elif not self.cluster.async_scheduling:
+                self._deliver(now)
+            now = self._step(now)
+            if on_progress is not None and len(self._step_us) % 2000 == 0:
+                on_progress(len(self._done))
+        return self._result(now)
+
+    def _step(self, start_us: float) -> float:
+        """Runs one lock-step step of all engines; returns the time of its end."""
+        interval = self.cluster.prefill_schedule_interval
+        admit = interval <= 1 or len(self._step_us) % interval == 0
+        batches = [engine.schedule(start_us / 1e6, admit) for engine in self.engines]
+        if self.cluster.async_scheduling:
+            # Step k+1 is scheduled as soon as k runs: what came during k waits for k+2.
+            self._deliver(start_us)
+        stall_us = self.experts.before_step(len(self._step_us), self.engines)
+        duration_us = self._duration_us(batches) + stall_us
+        end_us = start_us + duration_us
+        self._dispatch_until(end_us)
+        for engine, batch in zip(self.engines, batches, strict=True):
+            for request in engine.finish_step(batch, end_us):
+                self.dispatcher.finished(request.request_id)
+                self._done.append(request)
+        self.signals.step_done(batches, duration_us)
+        self._step_us.append(duration_us)
+        self._step_decodes.append(sum(batch.decodes for batch in batches))
+        return end_us
+
+    def _duration_us(self, batches: Sequence[StepBatch]) -> float:
+        # A rank without tokens runs a dummy batch of one.
+        shape = BatchShape(
+            tokens=np.array([max(1, b.tokens) for b in batches], dtype=float),
+            decode_kv_tokens=np.array([b.kv_tokens for b in batches], dtype=float),
+            prefill_pairs=np.array([b.prefill_pairs for b in batches]),
+            prefill_kv_tokens=np.array([b.prefill_kv_tokens for b in batches], dtype=float),
+            sampled=np.array([b.sampled for b in batches], dtype=float),
+        )
+        tokens = np.array([engine.domain_tokens for engine in self.engines])
+        return device_us(self.profile, shape, self.experts.step_us(tokens))
+
+    def _dispatch_until(self, end_us: float) -> None:
+        """Sends every request that reaches the front end before `end_us` to an engine."""
+        while self._next < len(self._pending):
+            request = self._pending[self._next]
+            if request.arrival_us > end_us:
+                return
+            self._next += 1
+            board = self.signals.read(request.arrival_us)
+            board[:, Field.EXPERT_PRESSURE_US] = self.experts.pressure_us
+            decision = self.dispatcher.dispatch(
+                DispatchRequest(
+                    request.request_id, request.prompt_tokens, request.arrival_us, request.session
+                ),
+                self._prompt(request),
+                board,
+                request.arrival_us,
+            )
+            request.engine = decision.engine
+            self.signals.count_dispatch(decision.engine)
+            self._late.append(request)
+
+    def _prompt(self, request: SimRequest) -> list[int] | None:
+        """Token ids with the trace's shared prefixes, for the dispatcher's prefix index."""
+        size = self._prefix_block_tokens
+        if not request.prefix_blocks or not size:
+            return None
+        tokens = [block for block in request.prefix_blocks for _ in range(size)]
+        tokens += [-1 - request.index] * (request.prompt_tokens - len(tokens))
+        return tokens[: request.prompt_tokens]
+
+    def _deliver(self, now_us: float) -> None:
+        for request in self._late:
+            engine = self.engines[request.engine]
+            request.queued_us = now_us
+            engine.add(request, now_us / 1e6, self._prefix_block_tokens)
+        self._late.clear()
+
+    def _result(self, now_us: float) -> SimResult:
+        records = [self._record(request) for request in self._done]
+        order = np.argsort([request.index for request in self._done])
+        records = [records[i] for i in order]
+        queued_s = np.array([self._done[i].queued_us / 1e6 for i in order])
+        return SimResult(
+            records,
+            len(self._step_us),
+            now_us / 1e6,
+            np.array(self._step_us),
+            np.array(self._step_decodes, dtype=float),
+            queued_s,
+            self.experts.rebalances,
+            sum(engine.preemptions for engine in self.engines),
+            self.experts.mean_balance,
+        )
+
+    def _record(self, request: SimRequest) -> RequestRecord:
+        api_s = self.profile.api_token_us / 1e6
+        source = self._trace.requests[request.index]
+        return RequestRecord(
+            request_id=request.request_id,
+            arm=self.arm.name,
+            repeat=0,
+            arrival_s=source.arrival_s,
+            sent_s=source.arrival_s,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=request.output_tokens,
+            expected_output_tokens=request.output_tokens,
+            first_token_s=request.first_token_us / 1e6 + api_s,
+            last_token_s=request.last_token_us / 1e6 + api_s,
+            engine=request.engine,
+            session=request.session,
+            domain=source.domain,
+            index=request.index,
+        )

@@ -1,0 +1,95 @@
+"""What the front end sees of the simulated engines: a fresh board, or vLLM's delayed counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gimbal.core.contracts import (
+    ACCEPTED_REQUESTS,
+    ACCEPTED_TOKENS,
+    ROW_WIDTH,
+    Field,
+    FloatArray,
+)
+from gimbal.core.cost.online import OnlineStepCost
+from gimbal.sim.engine import Engine, StepBatch
+
+
+class Signals:
+    """Keeps the board that a dispatcher reads.
+
+    Args:
+        engines: in rank order.
+        fresh: True publishes every step; False only request counts and KV usage, at most every
+            `stats_interval_us` and only when a count changed, as vLLM's coordinator does.
+        stats_interval_us: see `fresh`.
+    """
+
+    def __init__(self, engines: Sequence[Engine], fresh: bool, stats_interval_us: float) -> None:
+        self._engines = engines
+        self._fresh = fresh
+        self._interval_us = stats_interval_us
+        self._published_us = -np.inf
+        self._counts: list[tuple[int, int]] = [(0, 0)] * len(engines)
+        self._dirty = True
+        self.board: FloatArray = np.zeros((len(engines), ROW_WIDTH))
+        self.board[:, Field.KV_BLOCKS_TOTAL] = [e.blocks_total for e in engines]
+        self.board[:, Field.KV_BLOCK_TOKENS] = [e.block_tokens for e in engines]
+        self.board[:, Field.STEP_TOKEN_BUDGET] = [e.budget for e in engines]
+        self.board[:, Field.MAX_RUNNING_REQUESTS] = [e.seats for e in engines]
+        self.costs = [OnlineStepCost(e.budget) for e in engines]
+
+    def step_done(self, batches: Sequence[StepBatch], duration_us: float) -> None:
+        """Learns from one finished step (every engine saw the same duration)."""
+        self._dirty = True
+        if not self._fresh:
+            return
+        fullest = max(b.prefill_tokens for b in batches)
+        for engine, cost, batch in zip(self._engines, self.costs, batches, strict=True):
+            cost.observe(batch.prefill_tokens, batch.decodes, duration_us, fullest)
+            if duration_us > 0:
+                rate = batch.prefill_tokens / duration_us * 1e6
+                engine.prefill_rate += 0.1 * (rate - engine.prefill_rate)
+
+    def read(self, now_us: float) -> FloatArray:
+        """The board as a front end sees it at `now_us`."""
+        if self._fresh:
+            if self._dirty:
+                self._fill(now_us)
+                self._dirty = False
+            return self.board
+        if now_us - self._published_us >= self._interval_us:
+            counts = [(len(e.waiting), len(e.running)) for e in self._engines]
+            if counts != self._counts:
+                self._counts = counts
+                self._published_us = now_us
+                self._fill(now_us)
+        # Nothing on vLLM's path says how old a count is; the policies must not read it as stale.
+        self.board[:, Field.TIMESTAMP_US] = now_us
+        return self.board
+
+    def count_dispatch(self, engine: int) -> None:
+        """vLLM raises its own copy of the waiting count until the next snapshot arrives."""
+        if not self._fresh:
+            self.board[engine, Field.WAITING_REQUESTS] += 1
+
+    def _fill(self, now_us: float) -> None:
+        for row, engine, cost in zip(self.board, self._engines, self.costs, strict=True):
+            row[Field.SEQUENCE] += 1
+            row[Field.TIMESTAMP_US] = now_us
+            row[Field.WAITING_REQUESTS] = len(engine.waiting)
+            row[Field.WAITING_PREFILL_TOKENS] = engine.waiting.waiting_tokens
+            row[Field.RUNNING_REQUESTS] = len(engine.running)
+            row[Field.RUNNING_PREFILL_TOKENS] = engine.remaining_prefill_tokens
+            row[Field.DECODING_REQUESTS] = engine.decodes
+            row[Field.KV_BLOCKS_USED] = engine.used_blocks
+            row[Field.PREEMPTIONS] = engine.preemptions
+            row[Field.RUNNING_TOKENS] = engine.kv_tokens
+            row[Field.STEP_BASE_US] = cost.step_base_us(engine.decodes)
+            row[Field.DECODE_US_PER_REQUEST] = cost.decode_us_per_request
+            row[Field.PREFILL_US_PER_TOKEN] = cost.prefill_us_per_token
+            row[Field.PREFILL_TOKENS_PER_S] = engine.prefill_rate
+            row[ACCEPTED_REQUESTS] = engine.accepted_requests
+            row[ACCEPTED_TOKENS] = engine.accepted_tokens

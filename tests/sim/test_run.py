@@ -1,0 +1,128 @@
+"""Whole simulated runs: determinism, conservation, and effects that must show."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from gimbal.core.errors import InputError
+from gimbal.sim.arms import ARMS, get_arm
+from gimbal.sim.cluster import cluster_names, load_cluster
+from gimbal.sim.routing import Population, RoutingTables, linear_placement, make_population
+from gimbal.sim.run import Simulation
+from gimbal.workloads.trace import TraceRequest, make_trace
+
+CLUSTER, PROFILE = load_cluster("h100x4-paper")
+POPULATION = make_population(PROFILE)
+
+
+def long_tailed(count=300, rate=20.0, seed=0):
+    rng = np.random.default_rng(seed)
+    arrivals = np.cumsum(rng.exponential(1 / rate, count))
+    prompts = np.clip(rng.lognormal(5.5, 1.3, count), 8, 12000).astype(int)
+    outputs = np.clip(rng.exponential(60, count), 1, 400).astype(int)
+    rows = [
+        TraceRequest(a, int(p), int(o)) for a, p, o in zip(arrivals, prompts, outputs, strict=True)
+    ]
+    return make_trace("long-tailed", rows)
+
+
+def run(arm, trace=None, cluster=CLUSTER, seed=0):
+    chosen = trace if trace is not None else long_tailed()
+    return Simulation(chosen, cluster, PROFILE, POPULATION, get_arm(arm), seed).run()
+
+
+def ttft(result):
+    return np.array([r.first_token_s - r.arrival_s for r in result.records])
+
+
+@pytest.mark.parametrize("arm", ["vllm-no-eplb", "round-robin", "gimbal-dp", "hrrn"])
+def test_every_request_completes_and_runs_repeat_exactly(arm):
+    trace = long_tailed()
+    first, second = run(arm, trace), run(arm, trace)
+    assert first.records == second.records
+    assert [r.output_tokens for r in first.records] == [r.output_tokens for r in trace.requests]
+    assert (ttft(first) > 0).all()
+
+
+def test_an_engine_alone_decodes_at_the_profile_step_time():
+    trace = make_trace("one", [TraceRequest(0.0, 100, 200)])
+    record = run("round-robin", trace).records[0]
+    tpot_ms = (record.last_token_s - record.first_token_s) / 199 * 1e3
+    assert 5 < tpot_ms < 8  # about 6 ms on the device plus host time
+
+
+def test_asynchronous_scheduling_admits_one_step_later():
+    trace = make_trace("two", [TraceRequest(0.0, 2000, 50), TraceRequest(0.06, 100, 2)])
+    sync = dataclasses.replace(CLUSTER, async_scheduling=False)
+    assert ttft(run("round-robin", trace, sync))[1] < ttft(run("round-robin", trace))[1]
+
+
+def test_a_hot_rank_slows_every_step():
+    share = np.zeros((1, PROFILE.model.layers, PROFILE.model.experts))
+    share[..., :8] = 1.0  # every token goes to the eight experts of rank 0
+    hot = Population(share, ("all",))
+    trace = long_tailed(100)
+    even = Simulation(trace, CLUSTER, PROFILE, POPULATION, get_arm("round-robin")).run()
+    skewed = Simulation(trace, CLUSTER, PROFILE, hot, get_arm("round-robin")).run()
+    assert skewed.balance < 0.3 < even.balance
+
+
+def test_a_shared_prefix_is_prefilled_once_per_engine():
+    rows = [TraceRequest(i * 0.5, 4100, 4, prefix_blocks=tuple(range(8))) for i in range(20)]
+    shared = make_trace("shared", rows, prefix_block_tokens=512)
+    result = run("gimbal-dispatch", shared)
+    assert ttft(result)[5:].max() < ttft(result)[0]
+
+
+def test_tables_conserve_pairs_and_bound_active_experts():
+    from gimbal.core.contracts import Topology
+
+    topology = Topology(4, 40, 2)  # 32 redundant experts
+    placement = linear_placement(PROFILE.model.layers, PROFILE.model.experts, topology)
+    tables = RoutingTables(POPULATION, placement, topology, np.ones(4))
+    np.testing.assert_allclose(tables.pairs.sum(axis=2), POPULATION.share.sum(axis=2))
+    assert (tables.active <= 40 + 1e-9).all()
+    assert (np.diff(tables.active, axis=0) >= -1e-12).all()
+
+
+def test_population_looks_like_recorded_routing():
+    share = POPULATION.share
+    peak = np.median(share.max(axis=2) / share.mean(axis=2))
+    assert 3 <= peak <= 5
+    p = share / share.sum(axis=2, keepdims=True)
+    pairs = [(a, b) for a in range(4) for b in range(a)]
+    divergence = np.mean([_jensen_shannon(p[a], p[b]) for a, b in pairs])
+    assert 0.10 <= divergence <= 0.20
+
+
+def _jensen_shannon(a, b):
+    m = (a + b) / 2
+    return np.mean((a * np.log2(a / m) + b * np.log2(b / m)).sum(axis=1) / 2)
+
+
+@pytest.mark.parametrize("name", cluster_names())
+def test_packaged_clusters_load(name):
+    cluster, profile = load_cluster(name)
+    assert cluster.name == name
+    assert profile.model.layers == 48
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: load_cluster("h100x4"), "did you mean 'h100x4-paper'"),
+        (lambda: get_arm("gimball"), "did you mean 'gimbal'"),
+        (
+            lambda: run("vllm", make_trace("t", [TraceRequest(0, 2_000_000, 1)])),
+            "request 0 needs 2000001 tokens of KV",
+        ),
+    ],
+)
+def test_bad_input_says_what_and_where(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_arms_are_named_after_themselves():
+    assert all(name == arm.name for name, arm in ARMS.items())
