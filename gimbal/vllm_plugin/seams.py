@@ -228,7 +228,7 @@ def check_seams(vllm_root: Path, seams: tuple[Seam, ...] | None = None) -> list[
 
 
 def _find(node: ast.AST, path: list[str]) -> ast.AST | None:
-    """The definition, assignment or import named by `path` directly below `node` (also inside if/try)."""
+    """The definition, assignment or import named by `path`, directly below `node` or in if/try."""
     for child in ast.iter_child_nodes(node):
         name = getattr(child, "name", None)
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

@@ -87,7 +87,8 @@ def unpack_rows(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torc
     out, offset = [], 0
     for t in like:
         width = _row_width(t)
-        columns = packed[:, offset : offset + width].contiguous()
+        # A copy, never a view: a wider dtype needs its bytes at an aligned offset.
+        columns = packed[:, offset : offset + width].clone(memory_format=torch.contiguous_format)
         out.append(columns.view(t.dtype).view(packed.shape[0], *t.shape[1:]))
         offset += width
     return out
@@ -103,5 +104,6 @@ def _row_width(tensor: torch.Tensor) -> int:
 
 def _row_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """[rows, bytes per row] uint8 view (a copy when `tensor` is not contiguous)."""
-    rows = tensor.shape[0]
-    return tensor.contiguous().view(rows, -1).view(torch.uint8).view(rows, _row_width(tensor))
+    rows, width = tensor.shape[0], _row_width(tensor)
+    columns = width // tensor.element_size()
+    return tensor.contiguous().view(rows, columns).view(torch.uint8)
