@@ -1,0 +1,128 @@
+"""Gathered rows, one per expert-parallel rank, turned into counts per source engine.
+
+Every rank computes this from the same bytes, so all ranks agree on the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import numpy as np
+
+from gimbal.core.contracts import FloatArray, RoutingCounts
+
+PLANES = 4
+"""Arrays [layers, experts] of a row: vLLM's own sum, decayed pairs, decayed pairs of decodes,
+decayed number of steps in which the expert was active."""
+SCALARS = 3
+"""Numbers behind a row's planes: decayed steps, recorded steps, the last rearrangement's stall."""
+
+
+class Sources(Enum):
+    """What the rows of a group tell about who asked."""
+
+    PER_RANK = "each rank counts tokens of its own"
+    PER_ENGINE = "ranks of one engine count the same tokens"
+    UNKNOWN = "every rank counts all tokens, so source-awareness is off"
+
+
+@dataclass(frozen=True, slots=True)
+class RankRows:
+    """One model's rows of all ranks.
+
+    Attributes:
+        raw: [ranks, layers, experts] what vLLM sums, not decayed.
+        pairs, decode_pairs: [ranks, layers, experts] decayed token-expert pairs.
+        active_steps: [ranks, layers, experts] decayed steps that activated the expert.
+        steps: [ranks] decayed steps with tokens; recorded: [ranks] rows of the window in use.
+        stall_us: [ranks] what the last rearrangement took, 0 before the first. Gathered because
+            planning must see the same figure on every rank.
+    """
+
+    raw: FloatArray
+    pairs: FloatArray
+    decode_pairs: FloatArray
+    active_steps: FloatArray
+    steps: FloatArray
+    recorded: FloatArray
+    stall_us: FloatArray
+
+
+def row_length(layers: int, experts: int) -> int:
+    """Numbers in one rank's row of a model."""
+    return PLANES * layers * experts + SCALARS
+
+
+def split_rows(gathered: FloatArray, layers: int, experts: int) -> RankRows:
+    """`gathered` is [ranks, row_length(layers, experts)]."""
+    ranks = gathered.shape[0]
+    planes = gathered[:, :-SCALARS].reshape(ranks, PLANES, layers, experts)
+    return RankRows(*(planes[:, p] for p in range(PLANES)), *gathered[:, -SCALARS:].T)
+
+
+def who_counts(raw: FloatArray, ranks_per_source: int) -> Sources:
+    """Which tokens the ranks counted, from `raw` [ranks, layers, experts].
+
+    Two engines never route the same tokens, so equal rows mean that every rank saw all tokens.
+    Within an engine, equal rows mean plain tensor parallelism, different ones sequence-parallel
+    MoE, where each rank routes its share of the tokens.
+    """
+    groups = raw.reshape(-1, ranks_per_source, *raw.shape[1:])
+    if len(groups) > 1 and raw.any() and (raw == raw[:1]).all():
+        return Sources.UNKNOWN
+    if ranks_per_source > 1 and raw.any() and (groups == groups[:, :1]).all():
+        return Sources.PER_ENGINE
+    return Sources.PER_RANK
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCounts:
+    """Counts per source engine.
+
+    Attributes:
+        routing: [sources, layers, experts] for the placer; one source when `sources` is UNKNOWN.
+        decode: share of `routing.counts` that belongs to decodes, same shape.
+        sources: how the rows were read.
+    """
+
+    routing: RoutingCounts
+    decode: FloatArray
+    sources: Sources
+
+
+def per_source(rows: RankRows, ranks_per_source: int) -> SourceCounts:
+    """Adds ranks to engines as `who_counts` says, and scales to whole steps.
+
+    Lock-step engines share their steps: the busiest rank's decayed steps are the window's.
+    """
+    sources = who_counts(rows.raw, ranks_per_source)
+
+    def fold(plane: FloatArray) -> FloatArray:
+        if sources is Sources.UNKNOWN:
+            return plane[:1]
+        groups = plane.reshape(-1, ranks_per_source, *plane.shape[1:])
+        if sources is Sources.PER_ENGINE:
+            return groups[:, 0]
+        return np.asarray(groups.sum(axis=1))
+
+    window = max(float(rows.steps.max()), 1e-9)
+    steps = max(1, round(window))
+    scale = steps / window
+    # Ranks of one engine take part in the same steps: the union of their activations.
+    missed = fold_missed(rows.active_steps / window, sources, ranks_per_source)
+    routing = RoutingCounts(fold(rows.pairs) * scale, np.clip(1.0 - missed, 0.0, 1.0), steps)
+    if not rows.raw.any():
+        routing = replace(routing, active=None)
+    return SourceCounts(routing, fold(rows.decode_pairs) * scale, sources)
+
+
+def fold_missed(probability: FloatArray, sources: Sources, ranks_per_source: int) -> FloatArray:
+    """[sources, layers, experts] probability that a step does not activate the expert."""
+    missed = 1.0 - np.clip(probability, 0.0, 1.0)
+    if sources is Sources.UNKNOWN:
+        return missed[:1]
+    groups = missed.reshape(-1, ranks_per_source, *missed.shape[1:])
+    if sources is Sources.PER_ENGINE:
+        return groups[:, 0]
+    return np.asarray(groups.prod(axis=1))
