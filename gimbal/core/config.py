@@ -45,6 +45,26 @@ class QueueConfig:
     """Level `queue`: the order of an engine's waiting requests and prefill budget."""
 
     ordering: str = option("gimbal", "waiting-queue ordering by name")
+    overtake_factor: float = option(
+        10.0, "later work that may overtake a request, in multiples of its own (gimbal)"
+    )
+    backlog_factor: float = option(
+        4.0, "drain times of the queue that a prompt of mean size counts as younger (gimbal)"
+    )
+    max_wait_s: float = option(60.0, "who waited longer goes first, oldest first (gimbal); 0 never")
+    priority_tokens: float = option(
+        0.0, "prompt tokens one priority level is worth; 0 keeps classes strictly apart"
+    )
+    in_batch: bool = option(True, "share each step's prefill budget by the same order (gimbal)")
+    pass_steps: int = option(32, "steps a request without KV blocks may be passed; 0 never")
+    pass_s: float = option(1.0, "seconds a request without KV blocks may be passed")
+    protect_decodes: bool = option(False, "bound the prefill that rides along with decodes")
+    tpot_factor: float = option(
+        5.0, "how much longer than a decode-only step one with prefill may be (protect_decodes)"
+    )
+    throughput_loss: float = option(
+        0.1, "share of prefill throughput that protecting decodes may cost under backlog"
+    )
 
 
 @dataclass(frozen=True, slots=True)

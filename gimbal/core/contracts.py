@@ -49,6 +49,13 @@ class Field(IntEnum):
     MAX_RUNNING_REQUESTS = 20  # max_num_seqs
     DECODE_US_PER_REQUEST = 21  # learned: what one more decoding request adds to a step
     STEP_PREFILL_TOKENS = 22  # prefill tokens of the step that runs now
+    QUEUE_OVERTAKES = 23  # requests admitted before one that was queued earlier
+    QUEUE_PROMOTIONS = 24  # requests admitted because they had waited past the absolute limit
+    QUEUE_KV_PASSES = 25  # times a request was offered ahead of a head without KV blocks
+    QUEUE_YIELDS = 26  # steps in which a running prefill left budget to shorter newcomers
+    QUEUE_OLDEST_WAIT_US = 27  # longest wait of a request that waits now
+    QUEUE_OLDEST_BOUND_US = 28  # what the ordering's bound allowed that request, when it came
+    QUEUE_FALLBACKS = 29  # times the queue level fell back to vLLM's behaviour
 
 
 SNAPSHOT_FIELDS = 32

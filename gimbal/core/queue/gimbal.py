@@ -77,3 +77,15 @@ class GimbalOrdering:
         key = self.virtual_tokens + request.uncached_tokens
         self.virtual_tokens += request.uncached_tokens / self.overtake_factor
         return key
+
+    def bound_s(self, ahead_tokens: float, own_tokens: int, prefill_tokens_per_s: float) -> float:
+        """Longest time to the end of a request's prefill by the first corollary, less one step.
+
+        Args:
+            ahead_tokens: prefill work waiting or running when it was queued.
+            own_tokens: its uncached tokens.
+            prefill_tokens_per_s: throughput; infinity is returned while it is unknown (0).
+        """
+        if prefill_tokens_per_s <= 0.0:
+            return float("inf")
+        return (ahead_tokens + (self.overtake_factor + 1.0) * own_tokens) / prefill_tokens_per_s

@@ -33,6 +33,7 @@ class Entry(Generic[T]):
     key: float
     queued_s: float
     sequence: int
+    bound_s: float = float("inf")  # what the ordering allows it to wait, for the record
     lane: int = ORDERED
     promoted: bool = False  # offered ahead of its key because it waited past the limit
     in_age_heap: bool = False
