@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -184,10 +185,26 @@ def _environment(
         # The demo needs nothing from the network; without these vLLM and transformers try it.
         added |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if cpu:
-        added["VLLM_CPU_OMP_THREADS_BIND"] = bind_workers(
-            usable_cores(), max(1, flags.local_engines), flags.tp * flags.pp
-        )
+        bind = bind_workers(usable_cores(), max(1, flags.local_engines), flags.tp * flags.pp)
+        added["VLLM_CPU_OMP_THREADS_BIND"] = bind
+        # The quick start does not pin the threads of a worker one by one: nothing lost with one
+        # core per worker, left to the user where there are more.
+        if "," not in bind:
+            # One thread also keeps numpy from starting a pool, which would forbid the fork.
+            added |= {"GIMBAL_ZYGOTE": "1", "OMP_NUM_THREADS": "1"} | _torch_openmp()
     return {name: value for name, value in added.items() if name not in current}
+
+
+def _torch_openmp() -> dict[str, str]:
+    """Preloads torch's OpenMP library, so that torch and vLLM's kernels share one thread pool.
+
+    vLLM does the same for the processes it spawns; the zygote's forks never pass through there.
+    """
+    torch = importlib.util.find_spec("torch")
+    for folder in (torch.submodule_search_locations or []) if torch else []:
+        for library in sorted(Path(folder).glob("lib/libgomp*.so*")):
+            return {"LD_PRELOAD": str(library)}
+    return {}
 
 
 def _served_name(flags: VllmFlags) -> str:

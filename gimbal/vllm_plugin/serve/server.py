@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 
+from gimbal.core.errors import InputError
+
 
 def main(arguments: list[str]) -> None:
     """Serves with `arguments` of ``vllm serve``."""
@@ -22,6 +24,13 @@ def main(arguments: list[str]) -> None:
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    if os.environ.pop("GIMBAL_ZYGOTE", "0") == "1":
+        import vllm.v1.engine.async_llm  # noqa: F401  (shared by every process, so before the fork)
+
+        from gimbal.vllm_plugin.serve import zygote
+
+        if not zygote.start():
+            print("gimbal: slow start: every process imports vLLM by itself", file=sys.stderr)
     parser = FlexibleArgumentParser(prog="gimbal", description="vLLM's OpenAI server")
     serve = ServeSubcommand()
     serve.subparser_init(parser.add_subparsers(dest="subparser"))
@@ -39,4 +48,8 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"gimbal: {error}", file=sys.stderr)
+        sys.exit(2)

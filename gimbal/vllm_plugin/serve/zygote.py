@@ -1,0 +1,130 @@
+"""Starts vLLM's CPU processes as forks of one process that has imported vLLM already.
+
+A DP=2 server is six processes, and vLLM starts them with multiprocessing's ``spawn`` method, so
+each imports torch and vLLM again: 8 to 10 s of a core apiece, most of the start of a small model.
+Here the API server forks once, single-threaded, right after its imports; that copy (the zygote)
+runs the standard library's fork server, and every later ``spawn`` in the API server or in an
+engine becomes a fork of it. Nothing is inherited but imported modules: arguments still travel
+pickled, and the child's environment is set to its starter's, as with ``spawn``.
+
+One difference remains: OpenMP has read its environment before the fork, so the thread count and
+the cores of a worker are applied by hand (`_apply_openmp`). Threads of one worker then share its
+cores instead of being pinned one to one.
+
+Used on CPU only; CUDA does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing import context, forkserver, popen_forkserver, resource_tracker, spawn
+from typing import Any
+
+# What engines and workers import, beyond what the API server does.
+WORKER_MODULES = ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker")
+_ENVIRONMENT = "gimbal_environment"
+
+
+def start(modules: Sequence[str] = WORKER_MODULES) -> bool:
+    """Forks the zygote and reroutes ``spawn`` to it; returns False when that is not safe.
+
+    Not safe: this process has other threads (a fork would copy the locks they hold), or is not
+    on Linux with a Python whose fork server is known.
+    """
+    known = sys.platform.startswith("linux") and (3, 11) <= sys.version_info[:2] <= (3, 13)
+    if not known or len(os.listdir("/proc/self/task")) > 1:
+        return False
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    address = os.path.join(tempfile.mkdtemp(prefix="zygote-"), "socket")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    alive_read, alive_write = os.pipe()
+    _carry_environment()
+    with suppress(ImportError):
+        # It looks for argv by the environment's address, which is gone once a fork has replaced
+        # its environment; asking once here lets every fork set its own title.
+        import_module("setproctitle").getproctitle()
+    # The collector would otherwise touch, and so copy, every page the processes share.
+    gc.collect()
+    gc.freeze()
+    if os.fork() == 0:
+        _serve(listener, alive_read, alive_write, modules)
+    os.close(alive_read)
+    listener.close()
+    server._forkserver_address = address
+    server._forkserver_alive_fd = alive_write
+    # Here and in every process forked from the zygote: the server that runs is the one to use.
+    server.ensure_running = resource_tracker.ensure_running
+    context.SpawnProcess._Popen = staticmethod(popen_forkserver.Popen)  # type: ignore[method-assign,assignment]
+    return True
+
+
+def _serve(
+    listener: socket.socket, alive_read: int, alive_write: int, modules: Sequence[str]
+) -> None:
+    """The zygote's life; ends when every process that could ask for another is gone."""
+    code = 1
+    try:
+        os.close(alive_write)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[attr-defined]
+        context.SpawnProcess._Popen = staticmethod(popen_forkserver.Popen)  # type: ignore[method-assign,assignment]
+        for name in modules:
+            with suppress(ImportError):  # vLLM reports it where the module is needed
+                import_module(name)
+        gc.collect()
+        gc.freeze()
+        forkserver.main(listener.detach(), alive_read, [])
+    except SystemExit:
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _carry_environment() -> None:
+    """Sends ``os.environ`` with every process start, as ``spawn`` does by itself."""
+    pack, unpack = spawn.get_preparation_data, spawn.prepare
+
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        return {**pack(name), _ENVIRONMENT: dict(os.environ)}
+
+    def prepare(data: dict[str, Any]) -> None:
+        environment = data.pop(_ENVIRONMENT, None)
+        if environment is not None:
+            os.environ.clear()
+            os.environ.update(environment)
+            _apply_openmp(environment)
+        unpack(data)
+
+    spawn.get_preparation_data = get_preparation_data
+    spawn.prepare = prepare
+
+
+def _apply_openmp(environment: dict[str, str]) -> None:
+    """Thread count and cores of this process, from the variables vLLM sets for a worker."""
+    cores = openmp_cores(environment)
+    if not cores:
+        return
+    import torch
+
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(cores)))
+
+
+def openmp_cores(environment: dict[str, str]) -> list[int]:
+    """The cores that vLLM's OpenMP variables bind a worker to; empty when they bind none."""
+    text = environment.get("GOMP_CPU_AFFINITY") or ""
+    if not text and environment.get("OMP_PROC_BIND") == "true":
+        text = environment.get("OMP_PLACES", "")
+    if not text and "proclist=[" in environment.get("KMP_AFFINITY", ""):
+        text = environment["KMP_AFFINITY"].partition("proclist=[")[2].partition("]")[0]
+    return [int(part) for part in text.strip("{}").replace(",", " ").split()]
