@@ -110,7 +110,7 @@ class Engine:
         self.prefill_rate = 0.0  # tokens/s, smoothed
         self.domain_decodes = np.zeros(domains)
         self.domain_tokens = np.zeros(domains)  # of the step being run
-        self._phase = np.zeros(block_tokens, dtype=np.int64)
+        self._phase = [0] * block_tokens
         self._finish: list[tuple[int, int, SimRequest, int]] = []
         self._cache: OrderedDict[int, None] = OrderedDict()
         self._cache_tokens_per_block = block_tokens
@@ -165,7 +165,8 @@ class Engine:
                     break
                 if request.index in self.running:  # not preempted by an earlier one
                     budget -= self._prefill(request, budget, batch)
-            self.waiting.refresh(self._queue_state(now_s))
+            if len(self.waiting):
+                self.waiting.refresh(self._queue_state(now_s))
             while budget > 0 and len(self.running) < self.seats and len(self.waiting):
                 entry = self.waiting.peek(now_s)
                 request = entry.item
@@ -218,7 +219,7 @@ class Engine:
     def _grow_decodes(self) -> None:
         """Allocates the blocks that this step's decodes open, preempting when none is left."""
         while True:
-            opened = int(self._phase[-self.step % self.block_tokens])
+            opened = self._phase[-self.step % self.block_tokens]
             if self.used_blocks + opened <= self.blocks_total:
                 self.used_blocks += opened
                 return

@@ -11,11 +11,12 @@ import numpy as np
 from gimbal.core.config import DispatchConfig
 from gimbal.core.contracts import DispatchRequest, Field, FloatArray
 from gimbal.core.cost.profile import Profile
-from gimbal.core.cost.step import BatchShape, device_us
+from gimbal.core.cost.step import pack
 from gimbal.core.dispatch.dispatcher import Dispatcher
 from gimbal.core.errors import InputError
 from gimbal.core.queue import ORDERINGS
 from gimbal.records.schema import RebalanceRecord, RequestRecord
+from gimbal.sim import kernels
 from gimbal.sim.arms import Arm
 from gimbal.sim.cluster import Cluster
 from gimbal.sim.engine import Engine, SimRequest, StepBatch
@@ -118,6 +119,9 @@ class Simulation:
         )
         self.signals = Signals(self.engines, arm.fresh_signals, cluster.stats_interval_ms * 1e3)
         self.experts = Experts(cluster, profile, population, arm, seed)
+        self._packed = pack(profile)
+        self._shape: FloatArray = np.zeros((cluster.dp, 5))
+        self._tokens: FloatArray = np.zeros((cluster.dp, len(domains)))
         self._step_us: list[float] = []
         self._step_decodes: list[int] = []
 
@@ -161,16 +165,17 @@ class Simulation:
         return end_us
 
     def _duration_us(self, batches: Sequence[StepBatch]) -> float:
-        # A rank without tokens runs a dummy batch of one.
-        shape = BatchShape(
-            tokens=np.array([max(1, b.tokens) for b in batches], dtype=float),
-            decode_kv_tokens=np.array([b.kv_tokens for b in batches], dtype=float),
-            prefill_pairs=np.array([b.prefill_pairs for b in batches]),
-            prefill_kv_tokens=np.array([b.prefill_kv_tokens for b in batches], dtype=float),
-            sampled=np.array([b.sampled for b in batches], dtype=float),
-        )
-        tokens = np.array([engine.domain_tokens for engine in self.engines])
-        return device_us(self.profile, shape, self.experts.step_us(tokens))
+        shape = self._shape
+        for row, tokens, batch, engine in zip(
+            shape, self._tokens, batches, self.engines, strict=True
+        ):
+            row[0] = batch.tokens or 1  # a rank without tokens runs a dummy batch of one
+            row[1] = batch.kv_tokens
+            row[2] = batch.prefill_pairs
+            row[3] = batch.prefill_kv_tokens
+            row[4] = batch.sampled
+            tokens[:] = engine.domain_tokens
+        return kernels.device_us(shape, self.experts.step_us(self._tokens), self._packed)
 
     def _dispatch_until(self, end_us: float) -> None:
         """Sends every request that reaches the front end before `end_us` to an engine."""

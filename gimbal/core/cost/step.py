@@ -36,6 +36,18 @@ class BatchShape:
     prefill_kv_tokens: FloatArray
     sampled: FloatArray
 
+    def columns(self) -> FloatArray:
+        """[dp, 5] the five arrays side by side, in their order above."""
+        return np.column_stack(
+            [
+                self.tokens,
+                self.decode_kv_tokens,
+                self.prefill_pairs,
+                self.prefill_kv_tokens,
+                self.sampled,
+            ]
+        ).astype(np.float64)
+
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
@@ -87,69 +99,128 @@ def step_time(
         active: [layers, ep ranks], see `moe_us`.
         pairs: [layers, ep ranks], see `moe_us`.
     """
+    packed = pack(profile)
+    shape = batch.columns()
+    experts = moe_us(profile, active, pairs, group_tokens(shape, packed))
+    total = device_us(shape, experts, packed)
+    dense, attention, collective = layer_parts_us(shape, packed)
     layers = profile.model.layers
-    tokens = _rank_tokens(profile, batch)
-    dense, attention = _rank_parts_us(profile, batch, tokens)
-    slowest = int((dense + attention).argmax())
-    group_tokens = float(tokens.sum())
-    experts = moe_us(profile, active, pairs, group_tokens)
-    device = device_us(profile, batch, experts) - _host_us(profile, batch)
-    collective = layers * sum(t.at(group_tokens) for t in profile.per_group_token)
-    sampling = sum(t.at(float(batch.sampled.max())) for t in profile.per_step)
-    parts = layers * float(dense[slowest] + attention[slowest]) + collective + experts + sampling
+    sampled = float(batch.sampled.max())
+    sampling = sum(t.at(sampled) for t in profile.per_step)
+    host = profile.host_us + profile.host_per_request_us * sampled
+    busy = layers * (dense + attention + collective) + experts + sampling
     return StepTime(
-        dense_us=float(layers * dense[slowest]),
-        attention_us=float(layers * attention[slowest]),
-        collective_us=float(collective),
+        dense_us=layers * dense,
+        attention_us=layers * attention,
+        collective_us=layers * collective,
         moe_us=experts,
-        sampling_us=float(sampling),
-        launch_us=device - parts,
-        host_us=_host_us(profile, batch),
+        sampling_us=sampling,
+        launch_us=total - host - busy,
+        host_us=host,
     )
 
 
-def device_us(profile: Profile, batch: BatchShape, experts_us: float) -> float:
-    """The whole step, given its fused-expert time summed over layers (the simulator's path)."""
-    layers = profile.model.layers
-    tokens = _rank_tokens(profile, batch)
-    dense, attention = _rank_parts_us(profile, batch, tokens)
-    group_tokens = float(tokens.sum())
-    collective = sum(t.at(group_tokens) for t in profile.per_group_token)
-    sampling = sum(t.at(float(batch.sampled.max())) for t in profile.per_step)
-    device = layers * (float((dense + attention).max()) + collective) + experts_us + sampling
-    if float(batch.tokens.max()) > profile.graph_tokens:
-        device = max(device, layers * profile.launch_layer_us)
-    return device + _host_us(profile, batch)
+# The functions below are plain loops over arrays, so that the simulator can compile the very
+# same code with numba; nothing else in them is allowed that numba cannot compile.
+
+_ATTENTION, _MISC = 6, 5
 
 
-def _host_us(profile: Profile, batch: BatchShape) -> float:
-    return profile.host_us + profile.host_per_request_us * float(batch.sampled.max())
-
-
-def _rank_tokens(profile: Profile, batch: BatchShape) -> FloatArray:
-    """[dp] tokens each rank runs: under a CUDA graph every rank is padded to the busiest."""
-    most = batch.tokens.max()
-    return np.full_like(batch.tokens, most) if most <= profile.graph_tokens else batch.tokens
-
-
-def _rank_parts_us(
-    profile: Profile, batch: BatchShape, tokens: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """[dp] dense and [dp] attention time of one layer."""
-    dense = np.zeros_like(tokens)
-    for term in profile.per_rank_token:
-        dense += np.maximum(term.floor_us, term.base_us + term.per_unit_us * tokens)
+def pack(profile: Profile) -> FloatArray:
+    """The profile's step constants as one vector: counts of terms, terms, attention, the rest."""
+    groups = (profile.per_rank_token, profile.per_group_token, profile.per_step)
+    flat = [x for g in groups for t in g for x in (t.floor_us, t.base_us, t.per_unit_us)]
     a = profile.attention
-    mixed = batch.prefill_pairs > 0
-    kv_rate = np.where(mixed, a.per_mixed_decode_kv_token_us, a.per_decode_kv_token_us)
-    attention = np.maximum(
+    attention = (
         a.floor_us,
-        a.base_us
-        + kv_rate * batch.decode_kv_tokens
-        + a.per_prefill_pair_us * batch.prefill_pairs
-        + a.per_prefill_kv_token_us * batch.prefill_kv_tokens,
+        a.base_us,
+        a.per_decode_kv_token_us,
+        a.per_mixed_decode_kv_token_us,
+        a.per_prefill_pair_us,
+        a.per_prefill_kv_token_us,
     )
-    return dense, attention
+    misc = (
+        float(profile.model.layers),
+        float(profile.graph_tokens),
+        profile.launch_layer_us,
+        profile.host_us,
+        profile.host_per_request_us,
+    )
+    return np.array([*map(len, groups), *flat, *attention, *misc], dtype=np.float64)
+
+
+def group_tokens(shape: FloatArray, packed: FloatArray) -> float:
+    """Tokens of all DP ranks; under a CUDA graph every rank is padded to the busiest one."""
+    most = 0.0
+    total = 0.0
+    for rank in range(len(shape)):
+        most = max(most, shape[rank, 0])
+        total += shape[rank, 0]
+    graph_tokens = packed[len(packed) - _MISC + 1]
+    return float(most * len(shape) if most <= graph_tokens else total)
+
+
+def terms_us(first: int, count: int, x: float, packed: FloatArray) -> float:
+    """Sum of `count` packed terms at x units."""
+    total = 0.0
+    for i in range(first, first + count):
+        floor, base, unit = packed[3 + 3 * i], packed[4 + 3 * i], packed[5 + 3 * i]
+        total += max(floor, base + unit * x)
+    return total
+
+
+def layer_parts_us(shape: FloatArray, packed: FloatArray) -> tuple[float, float, float]:
+    """(dense, attention) of the slowest rank and the collectives, of one layer.
+
+    Args:
+        shape: [dp, 5] as `BatchShape.columns`.
+    """
+    ranks_terms, group_terms, step_terms = int(packed[0]), int(packed[1]), int(packed[2])
+    at = 3 + 3 * (ranks_terms + group_terms + step_terms)
+    most = 0.0
+    for rank in range(len(shape)):
+        most = max(most, shape[rank, 0])
+    padded = most <= packed[at + _ATTENTION + 1]
+    dense = 0.0
+    attention = 0.0
+    for rank in range(len(shape)):
+        tokens, kv, chunk_pairs, prefix = (
+            shape[rank, 0],
+            shape[rank, 1],
+            shape[rank, 2],
+            shape[rank, 3],
+        )
+        own_dense = terms_us(0, ranks_terms, most if padded else tokens, packed)
+        kv_rate = packed[at + 3] if chunk_pairs > 0 else packed[at + 2]
+        work = kv_rate * kv + packed[at + 4] * chunk_pairs + packed[at + 5] * prefix
+        own_attention = max(packed[at], packed[at + 1] + work)
+        if own_dense + own_attention > dense + attention:
+            dense, attention = own_dense, own_attention
+    collective = terms_us(ranks_terms, group_terms, group_tokens(shape, packed), packed)
+    return dense, attention, collective
+
+
+def device_us(shape: FloatArray, experts_us: float, packed: FloatArray) -> float:
+    """The whole step, given its fused-expert time summed over layers.
+
+    Args:
+        shape: [dp, 5] as `BatchShape.columns`.
+        packed: see `pack`.
+    """
+    ranks_terms, group_terms, step_terms = int(packed[0]), int(packed[1]), int(packed[2])
+    misc = len(packed) - _MISC
+    dense, attention, collective = layer_parts_us(shape, packed)
+    most = 0.0
+    sampled = 0.0
+    for rank in range(len(shape)):
+        most = max(most, shape[rank, 0])
+        sampled = max(sampled, shape[rank, 4])
+    layers = packed[misc]
+    device = layers * (dense + attention + collective) + experts_us
+    device += terms_us(ranks_terms + group_terms, step_terms, sampled, packed)
+    if most > packed[misc + 1]:
+        device = max(device, layers * packed[misc + 2])
+    return float(device + packed[misc + 3] + packed[misc + 4] * sampled)
 
 
 def expected_active(share: FloatArray, tokens: float) -> FloatArray:
