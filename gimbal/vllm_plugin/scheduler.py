@@ -9,10 +9,11 @@ never a request. The queue level adds its waiting queue in ``_gimbal_install_que
 from __future__ import annotations
 
 import logging
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from gimbal.core.config import GimbalConfig
+from gimbal.core.errors import InputError
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.guard import LevelGuard
 from gimbal.vllm_plugin.signals import SchedulerSignals, open_signals
@@ -21,8 +22,6 @@ logger = logging.getLogger("vllm.gimbal")
 
 LEVELS_IN_SCHEDULER = frozenset({"dispatch", "queue", "feedback"})
 """Any of these needs the derived scheduler: for its signals, its queue, or both."""
-
-_building: list[Any] = []  # the VllmConfig of the EngineCore under construction, innermost last
 
 
 class GimbalSchedulerMixin:
@@ -133,31 +132,32 @@ def with_gimbal(base: type, config: GimbalConfig) -> type:
     return type(f"Gimbal{base.__name__}", (GimbalSchedulerMixin, base), members)
 
 
-def install() -> None:
-    """Makes ``EngineCore`` build its scheduler through `with_gimbal` where Gimbal is enabled."""
-    from vllm.config.scheduler import SchedulerConfig
-    from vllm.v1.engine.core import EngineCore
+def build_scheduler(base: type, *args: Any, **kwargs: Any) -> Any:
+    """The scheduler that vLLM asks `base` for; Gimbal's where the configuration wants one."""
+    try:
+        vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        config = bridge.gimbal_config(vllm_config)
+        if config is not None and LEVELS_IN_SCHEDULER.intersection(config.levels):
+            base = with_gimbal(base, config)
+    except InputError:
+        raise
+    except Exception:
+        logger.exception("Gimbal: no signals and no queue in this engine; vLLM runs without")
+    return base(*args, **kwargs)
 
-    init = EngineCore.__init__
+
+def install() -> None:
+    """Has ``EngineCore`` build its scheduler through `build_scheduler`.
+
+    Not through ``EngineCore.__init__``: in an engine process that already runs when vLLM loads
+    plugins, and the class is asked for without the ``VllmConfig`` that the instance gets.
+    """
+    from vllm.config.scheduler import SchedulerConfig
+
     get_scheduler_cls = SchedulerConfig.get_scheduler_cls
 
-    @wraps(init)
-    def engine_core_init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        _building.append(vllm_config)
-        try:
-            init(self, vllm_config, *args, **kwargs)
-        finally:
-            _building.pop()
-
     @wraps(get_scheduler_cls)
-    def scheduler_cls(self: Any) -> type:
-        base: type = get_scheduler_cls(self)
-        if not _building or _building[-1].scheduler_config is not self:
-            return base
-        config = bridge.gimbal_config(_building[-1])
-        if config is None or not LEVELS_IN_SCHEDULER.intersection(config.levels):
-            return base
-        return with_gimbal(base, config)
+    def scheduler_cls(self: Any) -> Any:
+        return partial(build_scheduler, get_scheduler_cls(self))
 
-    EngineCore.__init__ = engine_core_init
     SchedulerConfig.get_scheduler_cls = scheduler_cls
