@@ -75,6 +75,13 @@ class PlacementConfig:
     alpha: float = option(1.0, "multiplier of the load term")
     beta: float = option(1.0, "multiplier of the communication term")
     gamma: float = option(1.0, "multiplier of the migration term")
+    gate: float = option(1.0, "commit when the gain exceeds this many stalls; 0: any gain")
+    backend: str = option(
+        "auto", "all2all: bytes depend on placement; allgather_reducescatter: they do not"
+    )
+    replicas: str = option("near", "near: nearest replica first within balance; even: vLLM's hash")
+    half_life_steps: float = option(1000.0, "recorded steps lose half their weight in so many")
+    records: str = option("", "directory for one record per rearrangement; empty: none")
 
 
 @dataclass(frozen=True, slots=True)
