@@ -35,6 +35,7 @@ class ReplayJob:
         salt: see `PromptWriter`.
         prefix: request ids are ``{prefix}-{index}``.
         timeout_s: limit of one request.
+        grace_s: how long open streams may go on after the last arrival.
     """
 
     url: str
@@ -44,6 +45,7 @@ class ReplayJob:
     salt: tuple[int, ...]
     prefix: str
     timeout_s: float = 600.0
+    grace_s: float = 600.0
 
 
 def encode_requests(job: ReplayJob) -> list[ClientRequest]:
@@ -142,7 +144,7 @@ def _loop_runner() -> Callable[[Any], Replay]:
 
 
 async def _replay(job: ReplayJob, requests: list[ClientRequest], pipe: Connection) -> Replay:
-    client = Client(job.url, job.timeout_s, job.timeout_s)
+    client = Client(job.url, job.timeout_s, job.grace_s)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -46,6 +46,7 @@ class RequestRecord:
     domain: str | None = None
     status: str = "ok"  # ok | rejected | failed | aborted
     error: str | None = None
+    index: int = 0  # position in the repeat's trace: the same request in every arm
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,359 @@
+"""One benchmark: arms in turns on live servers, records as they come, the report at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from gimbal.bench.arms import Arm, ServerSpec
+from gimbal.bench.capacity import measure_capacity
+from gimbal.bench.client import Replay
+from gimbal.bench.client_process import ReplayJob, run_replay
+from gimbal.bench.compare import compare, nested, turns
+from gimbal.bench.endpoint import Counters, Endpoint, counter_differences
+from gimbal.bench.metrics import Slo, balance, summarize
+from gimbal.records.schema import RequestRecord, RunInfo
+from gimbal.records.store import RunWriter
+from gimbal.workloads import Trace, WorkloadOptions, build_workload
+from gimbal.workloads.prompts import Vocabulary
+
+WARM_UP_RPS = 4.0
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured.
+
+    Attributes:
+        trace: where requests come from.
+        workload: what is taken from it; its rate is replaced when `load` is set.
+        repeats: turns of every arm.
+        seed: of workloads, prompts and bootstrap.
+        salt: makes prompts differ from those of any earlier benchmark on the same server.
+        load: fraction of the measured capacity, or None for the workload's own rate.
+        capacity_rps: known capacity; measured when None and `load` is set.
+        warm_up: requests before every turn, not counted.
+        slo: what goodput counts.
+        share: arms that can be switched at run time share a server.
+        timeout_s: limit of one request.
+    """
+
+    trace: Trace
+    workload: WorkloadOptions
+    repeats: int = 1
+    seed: int = 0
+    salt: int = 0
+    load: float | None = None
+    capacity_rps: float | None = None
+    warm_up: int = 16
+    slo: Slo = field(default_factory=Slo)
+    share: bool = True
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One run of one arm."""
+
+    repeat: int
+    arm: Arm
+    spec: ServerSpec
+
+
+def plan_turns(arms: Sequence[Arm], repeats: int, share: bool) -> list[Turn]:
+    """The runs in order: within a server Williams turns, servers there and back.
+
+    Going through servers in one direction and then in the other starts each one but the first
+    and last at most once per repeat, and lets a drift of the machine hit all of them alike.
+    """
+    by_name = {arm.name: arm for arm in arms}
+    specs = {arm.name: arm.server(share) for arm in arms}
+    servers = list(dict.fromkeys(specs.values()))
+    if len(servers) == len(arms):
+        rows = [turns([*by_name], 1)[0][:: 1 if k % 2 == 0 else -1] for k in range(repeats)]
+    else:
+        rows = turns([*by_name], repeats)
+    plan = []
+    for repeat, row in enumerate(rows):
+        for spec in servers if repeat % 2 == 0 else servers[::-1]:
+            plan += [Turn(repeat, by_name[n], spec) for n in row if specs[n] == spec]
+    return plan
+
+
+def count_starts(plan: Sequence[Turn], resident: int) -> int:
+    """Server starts that `plan` needs with `resident` servers alive at once."""
+    alive: list[ServerSpec] = []
+    starts = 0
+    for turn in plan:
+        if turn.spec in alive:
+            alive.remove(turn.spec)
+        else:
+            starts += 1
+            alive = alive[-(resident - 1) :] if resident > 1 else []
+        alive.append(turn.spec)
+    return starts
+
+
+class BenchSession:
+    """Runs the plan. Records of finished turns are on disk whatever happens later.
+
+    Args:
+        options: what is measured.
+        arms: in the order asked for.
+        server_of: returns the endpoint for a server specification, starting it if need be.
+        vocabulary_of: returns what prompts are made of, for an endpoint.
+        writer: where records go.
+        info: of the run; its `runs` and `result` are filled in as they come.
+        switch: arms are switched at run time through the control route.
+        on_progress: gets (requests ended, streams open) during a turn.
+        say: gets one line per event worth telling.
+    """
+
+    def __init__(
+        self,
+        options: BenchOptions,
+        arms: Sequence[Arm],
+        server_of: Callable[[ServerSpec], Endpoint],
+        vocabulary_of: Callable[[Endpoint], Vocabulary],
+        writer: RunWriter,
+        info: RunInfo,
+        switch: bool = True,
+        on_progress: Callable[[int, int], None] | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.options = options
+        self.arms = list(arms)
+        self.info = info
+        self.records: dict[str, list[list[RequestRecord]]] = {arm.name: [] for arm in arms}
+        self.rate_rps: float | None = options.workload.rate_rps
+        self.capacity_rps = options.capacity_rps
+        self._server_of = server_of
+        self._vocabulary_of = vocabulary_of
+        self._writer = writer
+        self._switch = switch
+        self._on_progress = on_progress
+        self._say = say
+        self._runs: list[dict[str, Any]] = []
+        self._settings: dict[str, dict[str, Any]] = {}  # by URL: what it is switched to
+
+    def settle_rate(self, spec: ServerSpec, arm: Arm) -> None:
+        """Turns a load into a rate, measuring the capacity of `arm` if it is not known."""
+        options = self.options
+        if options.load is None:
+            return
+        if self.capacity_rps is None:
+            endpoint = self._prepare(Turn(0, arm, spec))
+            job = self._job(endpoint, self._workload(0, endpoint), "capacity", (0xCA,))
+            self._say(f"measuring the capacity of arm {arm.name}")
+            self.capacity_rps = measure_capacity(job, lambda j: run_replay(j, self._on_progress))
+            endpoint.wait_idle(options.timeout_s)
+        self.rate_rps = options.load * self.capacity_rps
+        self._say(
+            f"capacity {self.capacity_rps:.2f} requests/s; load {options.load:g} is "
+            f"{self.rate_rps:.2f} requests/s"
+        )
+
+    def run(self, turn: Turn) -> None:
+        """One turn: prepare, warm up, replay, record."""
+        endpoint = self._prepare(turn)
+        workload = self._workload(turn.repeat, endpoint)
+        ordinal = [arm.name for arm in self.arms].index(turn.arm.name)
+        name = f"{turn.arm.name}-r{turn.repeat}"
+        self._warm_up(endpoint, workload, (turn.repeat, ordinal))
+        endpoint.wait_idle()
+        before = endpoint.counters()
+        began = time.time()
+        job = self._job(endpoint, workload, name, (turn.repeat, ordinal, 1))
+        try:
+            replay = run_replay(job, self._on_progress)
+        except KeyboardInterrupt as interrupt:
+            partial = getattr(interrupt, "replay", None)
+            if partial is not None:
+                self._writer.write(to_records(turn, workload, partial))
+            raise
+        endpoint.wait_idle()
+        counters = counter_differences(before, endpoint.counters())
+        records = to_records(turn, workload, replay)
+        self.records[turn.arm.name].append(records)
+        self._writer.write(records)
+        self._runs.append(_run_row(turn, began, workload, replay, counters))
+        self._write_info(None)
+
+    def _prepare(self, turn: Turn) -> Endpoint:
+        endpoint = self._server_of(turn.spec)
+        settings = turn.arm.switches()
+        if self._switch and self._settings.get(endpoint.url) != settings:
+            endpoint.switch(settings)
+            self._settings[endpoint.url] = settings
+        return endpoint
+
+    def _workload(self, repeat: int, endpoint: Endpoint) -> Trace:
+        """The requests of one repeat: the same in every arm, others in every repeat."""
+        options = replace(self.options.workload, rate_rps=self.rate_rps)
+        context = endpoint.model().max_model_len
+        if context is not None:
+            options = replace(options, max_total=min(context, options.max_total or context))
+        domains = self._vocabulary_of(endpoint).names
+        return build_workload(self.options.trace, options, self.options.seed + repeat, domains)
+
+    def _job(
+        self, endpoint: Endpoint, trace: Trace, prefix: str, salt: tuple[int, ...]
+    ) -> ReplayJob:
+        return ReplayJob(
+            endpoint.url,
+            endpoint.model().name,
+            trace,
+            self._vocabulary_of(endpoint),
+            (self.options.salt, self.options.seed, *salt),
+            prefix,
+            self.options.timeout_s,
+            self.options.timeout_s,
+        )
+
+    def _warm_up(self, endpoint: Endpoint, workload: Trace, salt: tuple[int, ...]) -> None:
+        count = min(self.options.warm_up, len(workload))
+        if not count:
+            return
+        rows = tuple(
+            replace(r, arrival_s=i / WARM_UP_RPS) for i, r in enumerate(workload.requests[:count])
+        )
+        job = self._job(endpoint, replace(workload, requests=rows), "warm", (*salt, 0))
+        run_replay(job)
+
+    def report(self) -> dict[str, Any]:
+        """The object that ``--json`` prints, over the turns finished so far; also recorded."""
+        done = {name: runs for name, runs in self.records.items() if runs}
+        slo = self.options.slo
+        arms: dict[str, Any] = {}
+        for name, runs in done.items():
+            rows = [row for row in self._runs if row["arm"] == name]
+            arms[name] = summarize(runs, slo) | {
+                "repeats": len(runs),
+                "balance": balance(_sum_engines(rows, "tokens_by_engine")),
+                "requests_by_engine": balance(_sum_engines(rows, "requests_by_engine")),
+                "prefix_hit_rate": _hit_rate(rows),
+                "client_core_share": float(np.mean([row["client"]["core_share"] for row in rows])),
+            }
+        result = {
+            "arms": arms,
+            "ratios": self._ratios(done, slo),
+            "seed": self.options.seed,
+            "load": self.options.load,
+            "capacity_rps": self.capacity_rps,
+            "rate_rps": self.rate_rps,
+            "slo": slo.limits(),
+            "client": _client_cost(self._runs),
+            "environment": self.info.environment,
+        }
+        self._write_info(result)
+        return result
+
+    def _ratios(self, done: dict[str, list[list[RequestRecord]]], slo: Slo) -> dict[str, Any]:
+        base = self.base
+        if base not in done or len(done) < 2:
+            return {}
+        rng = np.random.default_rng([self.options.seed, 0xB007])
+        intervals = compare(done, base, slo, rng)
+        return {f"{name}/{base}": nested(metrics) for name, metrics in intervals.items()}
+
+    @property
+    def base(self) -> str:
+        """The arm that ratios divide by: ``vllm`` where it takes part, else the first."""
+        names = [arm.name for arm in self.arms]
+        return "vllm" if "vllm" in names else names[0]
+
+    def _write_info(self, result: dict[str, Any] | None) -> None:
+        self.info = replace(self.info, runs=tuple(self._runs), result=result)
+        self._writer.write_info(self.info)
+
+
+def to_records(turn: Turn, workload: Trace, replay: Replay) -> list[RequestRecord]:
+    """What the client saw, as records."""
+    records = []
+    for index, result in enumerate(replay.results):
+        request = workload.requests[index]
+        times = result.token_times_s
+        records.append(
+            RequestRecord(
+                request_id=result.request_id,
+                arm=turn.arm.name,
+                repeat=turn.repeat,
+                arrival_s=round(request.arrival_s, 6),
+                sent_s=round(result.sent_s, 6),
+                prompt_tokens=request.prompt_tokens,
+                output_tokens=result.output_tokens,
+                expected_output_tokens=request.output_tokens,
+                first_token_s=round(times[0], 6) if times else None,
+                last_token_s=round(times[-1], 6) if times else None,
+                token_times_s=tuple(round(t, 6) for t in times),
+                engine=result.engine,
+                session=request.session,
+                domain=request.domain,
+                status=result.status,
+                error=result.error,
+                index=index,
+            )
+        )
+    return records
+
+
+def _run_row(
+    turn: Turn, began: float, workload: Trace, replay: Replay, counters: Counters
+) -> dict[str, Any]:
+    usage = replay.usage
+    prompt = counters.get("vllm:prompt_tokens_total", {})
+    output = counters.get("vllm:generation_tokens_total", {})
+    return {
+        "arm": turn.arm.name,
+        "repeat": turn.repeat,
+        "began_unix_s": round(began, 3),
+        "rate_rps": workload.rate_rps,
+        "requests": len(workload),
+        "client": {
+            "cpu_s": usage.cpu_s,
+            "wall_s": usage.wall_s,
+            "events": usage.events,
+            "core_share": usage.core_share,
+            "cpu_us_per_token": usage.cpu_us_per_token,
+            "peak_streams": usage.peak_streams,
+            "send_lag_p99_ms": usage.send_lag_p99_ms,
+        },
+        "requests_by_engine": counters.get("vllm:request_success_total", {}),
+        "tokens_by_engine": {e: prompt.get(e, 0.0) + output.get(e, 0.0) for e in prompt},
+        "counters": counters,
+    }
+
+
+def _sum_engines(rows: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
+    total: dict[int, float] = {}
+    for row in rows:
+        for engine, value in row[key].items():
+            total[engine] = total.get(engine, 0.0) + value
+    return total
+
+
+def _hit_rate(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Prompt tokens found in the prefix cache, of those looked up."""
+    hits, queries = (
+        sum(sum(row["counters"].get(f"vllm:prefix_cache_{k}_total", {}).values()) for row in rows)
+        for k in ("hits", "queries")
+    )
+    return hits / queries if queries else None
+
+
+def _client_cost(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The client over all turns: it competes with the engines for cores."""
+    clients = [row["client"] for row in rows]
+    wall = sum(c["wall_s"] for c in clients)
+    cpu = sum(c["cpu_s"] for c in clients)
+    events = sum(c["events"] for c in clients)
+    return {
+        "core_share": cpu / wall if wall else 0.0,
+        "cpu_us_per_token": cpu * 1e6 / events if events else 0.0,
+        "peak_streams": max((c["peak_streams"] for c in clients), default=0),
+        "send_lag_p99_ms": max((c["send_lag_p99_ms"] for c in clients), default=0.0),
+    }

@@ -1,0 +1,106 @@
+"""The report on a terminal: arms side by side, then ratios; losers as visible as winners."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+LATENCIES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2e_ms": "E2E"}
+STATISTICS = {"mean": "mean", "p50": "P50", "p90": "P90", "p99": "P99"}
+RATES = {
+    "throughput_rps": "requests/s",
+    "output_tokens_per_s": "output tokens/s",
+    "goodput_rps": "goodput/s",
+}
+COUNTS = ("requests", "completed", "rejected", "failed", "aborted")
+RATIO_CELL = 20
+"""Columns that one ratio with its interval takes."""
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _arms_table(report: dict[str, Any]) -> Table:
+    arms = report["arms"]
+    table = Table(title="Arms (latencies in ms)", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in arms:
+        table.add_column(name, justify="right")
+    for metric, title in LATENCIES.items():
+        for key, statistic in STATISTICS.items():
+            values = [_number(arm[metric][key]) for arm in arms.values()]
+            table.add_row(f"{title} {statistic}", *values, end_section=key == "p99")
+    for metric, title in RATES.items():
+        table.add_row(title, *(_number(arm[metric]) for arm in arms.values()))
+    for key in COUNTS:
+        values = [str(arm[key]) for arm in arms.values()]
+        style = "red" if key not in ("requests", "completed") and set(values) != {"0"} else None
+        table.add_row(key, *values, style=style)
+    for key, title in (("balance", "tokens"), ("requests_by_engine", "requests")):
+        spread = [arm[key]["max_over_mean"] for arm in arms.values()]
+        cells = ["-" if s is None else f"{s:.2f}" for s in spread]
+        table.add_row(f"{title}: busiest/mean engine", *cells)
+    hits = [arm["prefix_hit_rate"] for arm in arms.values()]
+    table.add_row("prefix cache hits", *("-" if h is None else f"{h:.1%}" for h in hits))
+    return table
+
+
+def _ratio_cell(values: dict[str, float | None], lower_is_better: bool) -> Text:
+    ratio, low, high = values["ratio"], values["low"], values["high"]
+    if ratio is None or low is None or high is None:
+        return Text("-")
+    style = ""
+    if high < 1 or low > 1:
+        style = "green" if (high < 1) == lower_is_better else "red"
+    return Text(f"{ratio:.2f} [{low:.2f}, {high:.2f}]", style=style)
+
+
+def _ratios_table(ratios: dict[str, Any]) -> Table:
+    table = Table(
+        title="Ratios, 95 % intervals (below 1 is better for times, above 1 for rates)",
+        title_justify="left",
+    )
+    table.add_column("", no_wrap=True)
+    for name in ratios:
+        table.add_column(name, justify="right")
+    for metric, title in LATENCIES.items():
+        for key, statistic in STATISTICS.items():
+            cells = [_ratio_cell(r[metric][key], True) for r in ratios.values()]
+            table.add_row(f"{title} {statistic}", *cells, end_section=key == "p99")
+    for metric, title in RATES.items():
+        table.add_row(title, *(_ratio_cell(r[metric], False) for r in ratios.values()))
+    return table
+
+
+def _footer(report: dict[str, Any]) -> list[str]:
+    client = report["client"]
+    lines = []
+    if report.get("rate_rps"):
+        load = f" (load {report['load']:g})" if report.get("load") else ""
+        lines.append(f"arrivals: {report['rate_rps']:.2f} requests/s{load}")
+    slo = ", ".join(f"{k} <= {v:g}" for k, v in report["slo"].items())
+    lines.append(f"goodput: at {slo}" if slo else "goodput: no SLO stated, so it is throughput")
+    lines.append(
+        f"client: {client['core_share']:.1%} of one core, {client['cpu_us_per_token']:.0f} us of "
+        f"CPU per token, {client['peak_streams']} streams at most, "
+        f"{client['send_lag_p99_ms']:.1f} ms late at sending (P99)"
+    )
+    return lines
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """Prints the whole report; ratio tables are split where the console is too narrow."""
+    console.print(_arms_table(report))
+    names = list(report["ratios"])
+    fit = max(1, (console.width - RATIO_CELL) // RATIO_CELL)
+    for start in range(0, len(names), fit):
+        part = {name: report["ratios"][name] for name in names[start : start + fit]}
+        console.print(_ratios_table(part))
+    for line in _footer(report):
+        console.print(line, highlight=False, soft_wrap=True)
