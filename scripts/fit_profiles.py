@@ -121,52 +121,30 @@ def qwen3_30b(expert_bytes: int = 3 * 2048 * 768 * 2) -> p.ModelShape:
     )
 
 
-def fit_h100(data: Path) -> p.Profile:
-    """4 x H100, DP=2, TP=2, EP=4: the paper's layout."""
+def fit_h100(data: Path, dp: int = 2, tp: int = 2) -> p.Profile:
+    """H100: 4 GPUs with DP=2, TP=2, EP=4 (the paper's layout), or one GPU with DP=1, TP=1."""
     aic = data / "aic_measured"
-    print("h100-qwen3-30b-a3b")
+    layout = p.Layout(dp, tp)
+    name = "h100-qwen3-30b-a3b" + ("" if layout.ep > 1 else "-tp1")
+    print(name)
+    heads, kv_heads = 32 // tp, 4 // tp
     gemm = pd.read_parquet(aic / "gemm_bf16_vllm0.24.0_h100.parquet")
 
     def gemm_term(name: str, n: int, k: int) -> p.Term:
         rows = gemm[(gemm.n == n) & (gemm.k == k) & (gemm.m <= 16384)]
         return affine_term(f"{name} GEMM {k}x{n}", rows.m.values, rows.latency.values * 1e3, AIC)
 
-    reduce = pd.read_csv(aic / "h100_sxm__comm__vllm__0.24.0__custom_allreduce_perf.csv")
-    nccl = pd.read_csv(aic / "h100_sxm__comm__nccl__2.29.2__nccl_perf.csv")
-
-    def collective(name: str, table: pd.DataFrame, gpus: int, **where: str) -> p.Term:
-        rows = table[(table.num_gpus == gpus) & (table.message_size <= 2048 * 16384)]
-        for column, value in where.items():
-            rows = rows[rows[column] == value]
-        tokens = rows.message_size.values / 2048  # message_size counts elements
-        return affine_term(name, tokens, rows.latency.values * 1e3, AIC)
-
-    context = pd.read_csv(aic / "context_attention_vllm_32q4kv_tp124.csv")
-    decode = pd.read_csv(aic / "generation_attention_vllm_32q4kv_tp124.csv")
-    both = []
-    for table, is_decode in ((context, False), (decode, True)):
-        rows = table[
-            (table.system == "h100_sxm")
-            & (table.version == "0.24.0")
-            & (table.num_heads == 16)
-            & (table.attn_dtype == "bfloat16")
-            & (table.kv_cache_dtype == "bfloat16")
-        ]
-        length = (rows.isl + (rows.step if is_decode else 0)).values.astype(float)
-        rows, length = rows[length >= SHORT_TOKENS], length[length >= SHORT_TOKENS]
-        n = rows.batch_size.values.astype(float)
-        zero = np.zeros_like(n)
-        columns = [n * length, zero, zero] if is_decode else [zero, n * length**2 / 2, zero]
-        both.append(np.column_stack([*columns, rows.latency.values * 1e3]))
-    stacked = np.concatenate(both)
-    attention = attention_term(stacked[:, :3], stacked[:, 3], AIC)
-    # The tables hold neither mixed batches nor chunks with a prefix: a decode in a mixed batch is
-    # charged its own rate (FA3 packs both), and reading p keys what a decode pays for them.
-    rate = attention.per_decode_kv_token_us
-    attention = dataclasses.replace(
-        attention, per_mixed_decode_kv_token_us=rate, per_prefill_kv_token_us=rate
-    )
-
+    per_rank = [
+        gemm_term("QKV", 128 * (heads + 2 * kv_heads), 2048),
+        gemm_term("O", 2048, 128 * heads),
+        gemm_term("router", 128, 2048),
+        p.Term(0.0285, 10.0, 0.0, "5 small kernels at 0.8 x 3.35 TB/s (data sheet)"),
+    ]
+    per_group = []
+    if layout.ep > 1:
+        own, group = h100_collectives(aic, layout)
+        per_rank += own
+        per_group += group
     moe = pd.read_csv(aic / "moe_qwen3_30b_a3b_shape_h100_vllm.csv")
     moe = moe[
         (moe.version == "0.24.0")
@@ -175,29 +153,21 @@ def fit_h100(data: Path) -> p.Profile:
         & (moe.moe_ep_size.isin([1, 2, 4, 8]))
         & (moe.distribution == "balanced")
     ]
-    ep, group = moe.moe_ep_size.values, moe.num_tokens.values.astype(float)
-    x = np.column_stack([np.minimum(128, 8 * group) / ep, 8 * group / ep, group])
+    ep, tokens = moe.moe_ep_size.values, moe.num_tokens.values.astype(float)
+    x = np.column_stack([np.minimum(128, 8 * tokens) / ep, 8 * tokens / ep, tokens])
+    vocabulary = 151936 // tp
+    lm_head_us = vocabulary * 2048 * 2 / 2.7e6
     return p.Profile(
-        name="h100-qwen3-30b-a3b",
-        machine="4x NVIDIA H100 80GB SXM, NVLink",
+        name=name,
+        machine=f"{layout.ep}x NVIDIA H100 80GB SXM" + (", NVLink" if layout.ep > 1 else ""),
         model=qwen3_30b(),
-        layout=p.Layout(dp=2, tp=2),
-        per_rank_token=(
-            gemm_term("QKV", 2560, 2048),
-            gemm_term("O", 2048, 2048),
-            gemm_term("router", 128, 2048),
-            p.Term(0.0285, 10.0, 0.0, "5 small kernels at 0.8 x 3.35 TB/s (data sheet)"),
-            collective("all-reduce(2)", reduce, 2, backend="vllm_graph"),
-            collective("TP all-gather(2)", nccl, 2, op_name="all_gather"),
-        ),
-        per_group_token=(
-            collective("all-gather(4)", nccl, 4, op_name="all_gather"),
-            collective("reduce-scatter(4)", nccl, 4, op_name="reduce_scatter"),
-        ),
-        attention=attention,
-        moe=moe_term(x, moe.latency.values * 1e3, ep == 4, AIC),
+        layout=layout,
+        per_rank_token=tuple(per_rank),
+        per_group_token=tuple(per_group),
+        attention=h100_attention(aic, heads),
+        moe=moe_term(x, moe.latency.values * 1e3, ep == layout.ep, AIC),
         per_step=(
-            p.Term(0.3, 115.0, 0.0, "LM head 2048x75968 at 2.7 TB/s (data sheet)"),
+            p.Term(0.3, round(lm_head_us), 0.0, "LM head in bf16 at 2.7 TB/s (data sheet)"),
             p.Term(0.0, 150.0, 0.0, "sampler, assumed"),
         ),
         interconnect=p.Interconnect(
@@ -214,13 +184,66 @@ def fit_h100(data: Path) -> p.Profile:
         graph_tokens=512,
         api_us=3000.0,
         api_token_us=46.0,
-        kv_tokens=1_190_000,
+        kv_tokens=1_190_000 if layout.ep > 1 else 150_000,
         notes=(
             "host_us: 0.5-1 ms residual of measured decode steps; per request and per token: "
             "BLIS fit (4.4 us, 46 us); launch_layer_us between AIConfigurator's 800 us and the "
             "400 us that measured TTFTs allow; all three are assumptions and dominate small steps",
-            "held out of the expert fit: every EP=4 row; of the others: every third row by size",
+            "held out of the expert fit: every row of this layout's EP size",
         ),
+    )
+
+
+def h100_collectives(aic: Path, layout: p.Layout) -> tuple[list[p.Term], list[p.Term]]:
+    """Per-layer collectives on (tokens of a DP rank, tokens of all DP ranks)."""
+    reduce = pd.read_csv(aic / "h100_sxm__comm__vllm__0.24.0__custom_allreduce_perf.csv")
+    nccl = pd.read_csv(aic / "h100_sxm__comm__nccl__2.29.2__nccl_perf.csv")
+
+    def collective(name: str, table: pd.DataFrame, gpus: int, **where: str) -> p.Term:
+        rows = table[(table.num_gpus == gpus) & (table.message_size <= 2048 * 16384)]
+        for column, value in where.items():
+            rows = rows[rows[column] == value]
+        tokens = rows.message_size.values / 2048  # message_size counts elements
+        title = f"{name}({gpus})"
+        return affine_term(title, tokens, rows.latency.values * 1e3, AIC)
+
+    own = [
+        collective("all-reduce", reduce, layout.tp, backend="vllm_graph"),
+        collective("TP all-gather", nccl, layout.tp, op_name="all_gather"),
+    ]
+    group = [
+        collective("all-gather", nccl, layout.ep, op_name="all_gather"),
+        collective("reduce-scatter", nccl, layout.ep, op_name="reduce_scatter"),
+    ]
+    return own, group
+
+
+def h100_attention(aic: Path, heads: int) -> p.AttentionTerm:
+    """Attention of `heads` query heads per GPU, from separate prefill and decode tables."""
+    context = pd.read_csv(aic / "context_attention_vllm_32q4kv_tp124.csv")
+    decode = pd.read_csv(aic / "generation_attention_vllm_32q4kv_tp124.csv")
+    both = []
+    for table, is_decode in ((context, False), (decode, True)):
+        rows = table[
+            (table.system == "h100_sxm")
+            & (table.version == "0.24.0")
+            & (table.num_heads == heads)
+            & (table.attn_dtype == "bfloat16")
+            & (table.kv_cache_dtype == "bfloat16")
+        ]
+        length = (rows.isl + (rows.step if is_decode else 0)).values.astype(float)
+        rows, length = rows[length >= SHORT_TOKENS], length[length >= SHORT_TOKENS]
+        n = rows.batch_size.values.astype(float)
+        zero = np.zeros_like(n)
+        columns = [n * length, zero, zero] if is_decode else [zero, n * length**2 / 2, zero]
+        both.append(np.column_stack([*columns, rows.latency.values * 1e3]))
+    stacked = np.concatenate(both)
+    attention = attention_term(stacked[:, :3], stacked[:, 3], AIC)
+    # The tables hold neither mixed batches nor chunks with a prefix: a decode in a mixed batch is
+    # charged its own rate (FA3 packs both), and reading p keys what a decode pays for them.
+    rate = attention.per_decode_kv_token_us
+    return dataclasses.replace(
+        attention, per_mixed_decode_kv_token_us=rate, per_prefill_kv_token_us=rate
     )
 
 
@@ -291,8 +314,8 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("GIMBAL_DATA", "../shared/data"))
     parser.add_argument("--out", default="gimbal/core/cost/profiles")
     args = parser.parse_args()
-    for fit in (fit_h100, fit_rtx):
-        profile = fit(Path(args.data))
+    data = Path(args.data)
+    for profile in (fit_h100(data), fit_h100(data, dp=1, tp=1), fit_rtx(data)):
         path = Path(args.out) / f"{profile.name}.yaml"
         path.write_text(p.dump_profile(profile), encoding="utf-8")
         print(f"  wrote {path}")

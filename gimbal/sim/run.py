@@ -54,7 +54,13 @@ class SimResult:
 
 
 class Simulation:
-    """One run of one arm over one trace; `run` may be called once."""
+    """One run of one arm over one trace; `run` may be called once.
+
+    Args:
+        dispatch: options of the level; its policy is the arm's.
+        max_steps: stop after so many lock-step iterations.
+        concurrency: closed loop: that many requests at a time, arrival times are ignored.
+    """
 
     def __init__(
         self,
@@ -66,6 +72,7 @@ class Simulation:
         seed: int = 0,
         dispatch: DispatchConfig | None = None,
         max_steps: int | None = None,
+        concurrency: int | None = None,
     ) -> None:
         self.cluster, self.profile, self.arm = cluster, profile, arm
         self.max_steps = max_steps
@@ -86,6 +93,11 @@ class Simulation:
         ]
         self._trace = trace
         self._next = 0
+        self._released = len(self._pending)
+        if concurrency is not None:
+            self._released = concurrency
+            for request in self._pending:
+                request.arrival_us = profile.api_us if request.index < concurrency else np.inf
         self._late: list[SimRequest] = []
         self._done: list[SimRequest] = []
         kv_tokens = cluster.kv_tokens or profile.kv_tokens
@@ -159,10 +171,17 @@ class Simulation:
             for request in engine.finish_step(batch, end_us):
                 self.dispatcher.finished(request.request_id)
                 self._done.append(request)
+                self._release(end_us)
         self.signals.step_done(batches, duration_us)
         self._step_us.append(duration_us)
         self._step_decodes.append(sum(batch.decodes for batch in batches))
         return end_us
+
+    def _release(self, now_us: float) -> None:
+        """In a closed loop the end of one request sends the next."""
+        if self._released < len(self._pending):
+            self._pending[self._released].arrival_us = now_us + self.profile.api_us
+            self._released += 1
 
     def _duration_us(self, batches: Sequence[StepBatch]) -> float:
         shape = self._shape
@@ -234,12 +253,13 @@ class Simulation:
     def _record(self, request: SimRequest) -> RequestRecord:
         api_s = self.profile.api_token_us / 1e6
         source = self._trace.requests[request.index]
+        sent_s = (request.arrival_us - self.profile.api_us) / 1e6
         return RequestRecord(
             request_id=request.request_id,
             arm=self.arm.name,
             repeat=0,
-            arrival_s=source.arrival_s,
-            sent_s=source.arrival_s,
+            arrival_s=sent_s,
+            sent_s=sent_s,
             prompt_tokens=request.prompt_tokens,
             output_tokens=request.output_tokens,
             expected_output_tokens=request.output_tokens,
