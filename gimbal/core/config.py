@@ -101,6 +101,7 @@ class GimbalConfig:
     enabled: bool = option(True, "false leaves vLLM exactly as it is")
     levels: tuple[str, ...] = option(LEVELS, "levels that are switched on")
     seed: int = option(0, "seed of every random choice")
+    admin: bool = option(False, "POST /gimbal/control may switch policies on the running server")
     dispatch: DispatchConfig = DispatchConfig()
     queue: QueueConfig = QueueConfig()
     placement: PlacementConfig = PlacementConfig()

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -62,6 +63,7 @@ class FrontEnd:
         self.metrics = dispatch_metrics()
         self.guard = LevelGuard("dispatch", on_fallback=self.metrics.fell_back)
         self.decision: Decision | None = None
+        self.decisions: Counter[tuple[int, str, str]] = Counter()
         self.first = client.engine_ranks_managed[0]
         engines = len(client.core_engines)
         self.reader = BoardReader(board, engines, self.first)
@@ -100,7 +102,7 @@ class FrontEnd:
         index, reason = self._choose(described, request)
         if index is None:
             return self._vllm(client, request, described, original, "fallback")
-        self.metrics.decided(self.first + index, self.policy, reason)
+        self._count(index, self.policy, reason)
         return _pinned(client, request, index, original)
 
     def finished(self, request_ids: Any) -> None:
@@ -160,15 +162,19 @@ class FrontEnd:
             self.dispatcher.assigned(described[0], index, described[1])
         except Exception as error:
             self.guard.fell_back("account", error)
-        self.metrics.decided(self.first + index, VLLM, reason)
+        self._count(index, VLLM, reason)
         return engine
 
     def _follow(self, client: Any) -> None:
-        """Takes up a changed number of engines and a new control message."""
+        """Takes up a changed number of engines, and a new control message."""
         engines = len(client.core_engines)
         if engines != self.dispatcher.engines:
             self.reader.resize(engines)
             self.dispatcher.resize(engines)
+        self.follow_control()
+
+    def follow_control(self) -> None:
+        """Takes up a new control message."""
         version = self.board.control_version()
         if version != self._control or self.board.generation != self._control_generation:
             self._control, self._control_generation = version, self.board.generation
@@ -191,6 +197,23 @@ class FrontEnd:
             self._resets = control.get("resets", 0)
             for engine in range(self.dispatcher.engines):
                 self.dispatcher.cache_cleared(engine)
+
+    def _count(self, index: int, policy: str, reason: str) -> None:
+        self.decisions[self.first + index, policy, reason] += 1
+        self.metrics.decided(self.first + index, policy, reason)
+
+    def status(self) -> dict[str, Any]:
+        """For ``GET /gimbal/status``: what this front end does and did."""
+        return {
+            "enabled": self.enabled and not self.guard.disabled,
+            "switched_itself_off": self.guard.disabled,
+            "policy": self.policy,
+            "decisions": [
+                {"engine": engine, "policy": policy, "reason": reason, "count": count}
+                for (engine, policy, reason), count in sorted(self.decisions.items())
+            ],
+            "fallbacks": dict(self.guard.counts),
+        }
 
     def _start_refresh(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -279,6 +302,12 @@ def attach(client: Any) -> FrontEnd | None:
     return front_end
 
 
+def front_end_of(client: Any) -> FrontEnd | None:
+    """The front end attached to vLLM's engine client, if any."""
+    found: FrontEnd | None = getattr(client, _ATTRIBUTE, None)
+    return found
+
+
 def install() -> None:
     """Patches vLLM's load-balancing client."""
     from vllm.v1.engine.core_client import DPLBAsyncMPClient
@@ -298,7 +327,7 @@ def install() -> None:
 
     @wraps(choose)
     def get_core_engine_for_request(self: Any, request: Any) -> bytes:
-        front_end: FrontEnd | None = getattr(self, _ATTRIBUTE, None)
+        front_end = front_end_of(self)
         if front_end is None:
             engine: bytes = choose(self, request)
             return engine
@@ -306,7 +335,7 @@ def install() -> None:
 
     @wraps(outputs)
     async def process_engine_outputs(self: Any, engine_outputs: Any) -> None:
-        front_end: FrontEnd | None = getattr(self, _ATTRIBUTE, None)
+        front_end = front_end_of(self)
         if front_end is not None and engine_outputs.finished_requests:
             front_end.finished(engine_outputs.finished_requests)
         await outputs(self, engine_outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -180,7 +181,7 @@ def demo_model(folder: Path | None = None) -> Path:
 def _environment(
     flags: VllmFlags, cpu: bool, demo: bool, current: Mapping[str, str]
 ) -> dict[str, str]:
-    added: dict[str, str] = {}
+    added: dict[str, str] = {"VLLM_PLUGINS": _plugins()}
     if demo:
         # The demo needs nothing from the network; without these vLLM and transformers try it.
         added |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -193,6 +194,13 @@ def _environment(
             # One thread also keeps numpy from starting a pool, which would forbid the fork.
             added |= {"GIMBAL_ZYGOTE": "1", "OMP_NUM_THREADS": "1"} | _torch_openmp()
     return {name: value for name, value in added.items() if name not in current}
+
+
+def _plugins() -> str:
+    """Every vLLM plugin that is installed: vLLM adds HTTP routes only for plugins named here."""
+    groups = ("endpoint", "general", "io_processor", "platform", "stat_logger")
+    found = (importlib.metadata.entry_points(group=f"vllm.{group}_plugins") for group in groups)
+    return ",".join(sorted({point.name for points in found for point in points}))
 
 
 def _torch_openmp() -> dict[str, str]:
