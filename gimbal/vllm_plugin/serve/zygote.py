@@ -32,6 +32,11 @@ from typing import Any
 WORKER_MODULES = ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker")
 _ENVIRONMENT = "gimbal_environment"
 
+# Private parts of the standard library, the same in 3.11 to 3.13.
+_SERVER: Any = forkserver._forkserver  # type: ignore[attr-defined,unused-ignore]
+_SPAWN_PROCESS: Any = context.SpawnProcess
+_SPAWN: Any = spawn
+
 
 def start(modules: Sequence[str] = WORKER_MODULES) -> bool:
     """Forks the zygote and reroutes ``spawn`` to it; returns False when that is not safe.
@@ -42,7 +47,6 @@ def start(modules: Sequence[str] = WORKER_MODULES) -> bool:
     known = sys.platform.startswith("linux") and (3, 11) <= sys.version_info[:2] <= (3, 13)
     if not known or len(os.listdir("/proc/self/task")) > 1:
         return False
-    server = forkserver._forkserver  # type: ignore[attr-defined]
     address = os.path.join(tempfile.mkdtemp(prefix="zygote-"), "socket")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -60,12 +64,17 @@ def start(modules: Sequence[str] = WORKER_MODULES) -> bool:
         _serve(listener, alive_read, alive_write, modules)
     os.close(alive_read)
     listener.close()
-    server._forkserver_address = address
-    server._forkserver_alive_fd = alive_write
-    # Here and in every process forked from the zygote: the server that runs is the one to use.
-    server.ensure_running = resource_tracker.ensure_running
-    context.SpawnProcess._Popen = staticmethod(popen_forkserver.Popen)  # type: ignore[method-assign,assignment]
+    _SERVER._forkserver_address = address
+    _SERVER._forkserver_alive_fd = alive_write
+    _reroute_spawn()
     return True
+
+
+def _reroute_spawn() -> None:
+    """Makes ``spawn`` ask the zygote, here and in every process forked from here."""
+    # The fork server that runs is the one to use; by default a process starts its own.
+    _SERVER.ensure_running = resource_tracker.ensure_running
+    _SPAWN_PROCESS._Popen = staticmethod(popen_forkserver.Popen)
 
 
 def _serve(
@@ -76,10 +85,9 @@ def _serve(
     try:
         os.close(alive_write)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[attr-defined]
-        context.SpawnProcess._Popen = staticmethod(popen_forkserver.Popen)  # type: ignore[method-assign,assignment]
+        _reroute_spawn()
         for name in modules:
-            with suppress(ImportError):  # vLLM reports it where the module is needed
+            with suppress(Exception):  # vLLM reports it in the process that needs the module
                 import_module(name)
         gc.collect()
         gc.freeze()
@@ -105,8 +113,8 @@ def _carry_environment() -> None:
             _apply_openmp(environment)
         unpack(data)
 
-    spawn.get_preparation_data = get_preparation_data
-    spawn.prepare = prepare
+    _SPAWN.get_preparation_data = get_preparation_data
+    _SPAWN.prepare = prepare
 
 
 def _apply_openmp(environment: dict[str, str]) -> None:

@@ -1,0 +1,57 @@
+"""``gimbal doctor``: what is wrong with this installation, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from gimbal.vllm_plugin.doctor.findings import Finding, report
+from gimbal.vllm_plugin.doctor.machine import check_machine
+from gimbal.vllm_plugin.doctor.seams_report import check_levels, check_source_version, source_root
+from gimbal.vllm_plugin.doctor.software import check_software, vllm_root
+
+_COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
+
+
+@click.command()
+@click.option(
+    "--vllm-source",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="check only the symbols of this unpacked vLLM wheel, without importing it",
+)
+@click.option("--json", "as_json", is_flag=True, help="one JSON object")
+def command(vllm_source: Path | None, as_json: bool) -> None:
+    """Check Python, vLLM, every symbol Gimbal relies on, and the machine.
+
+    Exit code 1 when a check failed; warnings do not count.
+    """
+    if vllm_source is not None:
+        root = source_root(vllm_source)
+        findings = [check_source_version(root), *check_levels(root)]
+    else:
+        findings = list(check_software())
+        installed = vllm_root()
+        findings += check_levels(installed) if installed is not None else []
+        findings += check_machine()
+    result = report(findings)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        _show(findings)
+    sys.exit(0 if result["ok"] else 1)
+
+
+def _show(findings: list[Finding]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for finding in findings:
+        colour = _COLOURS[finding.status]
+        found = finding.found + (f"\n-> {finding.advice}" if finding.advice else "")
+        table.add_row(f"[{colour}]{finding.status}[/]", finding.check, found)
+    # A pipe has no width: rich would cut lines at 80 columns there.
+    console = Console()
+    Console(width=None if console.is_terminal else 200).print(table)

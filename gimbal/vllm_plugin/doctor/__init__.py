@@ -1,0 +1,5 @@
+"""``gimbal doctor``: is this machine, this Python and this vLLM what Gimbal needs?
+
+`findings` holds the result type, `software` and `machine` the checks, `seams_report` the
+comparison of every symbol Gimbal relies on with a vLLM source tree. Nothing here imports vLLM.
+"""

@@ -1,0 +1,63 @@
+"""Every vLLM symbol Gimbal relies on, compared with a source tree."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from gimbal.core.errors import InputError
+from gimbal.vllm_plugin.doctor.findings import Finding
+from gimbal.vllm_plugin.seams import SEAMS, check_seams
+from gimbal.vllm_plugin.serve.checks import check_version, supported_text
+
+
+def source_root(folder: Path) -> Path:
+    """The folder that holds ``v1/``: `folder` itself or its ``vllm``.
+
+    Raises InputError when neither does.
+    """
+    for root in (folder, folder / "vllm"):
+        if (root / "v1").is_dir() and (root / "__init__.py").exists():
+            return root
+    raise InputError(f"{folder}: no vLLM sources (expected {folder}/vllm/v1 or {folder}/v1)")
+
+
+def source_version(root: Path) -> str | None:
+    """vLLM's version as written in its ``_version.py``, None when there is none."""
+    path = root / "_version.py"
+    if not path.exists():
+        return None
+    match = re.search(r"^__version__ = .*?'([^'\n]+)'", path.read_text(), re.MULTILINE)
+    return match[1] if match else None
+
+
+def check_source_version(root: Path) -> Finding:
+    version = source_version(root)
+    if version is None:
+        return Finding("vLLM sources", "warning", f"{root}, version unknown")
+    try:
+        check_version(version)
+    except InputError:
+        return Finding("vLLM sources", "failed", version, f"install vLLM {supported_text()}")
+    return Finding("vLLM sources", "ok", version)
+
+
+def check_levels(root: Path) -> Iterator[Finding]:
+    """One finding per level: how many symbols are as expected, or what differs."""
+    problems = check_seams(root)
+    for level, count in Counter(seam.level for seam in SEAMS).items():
+        bad = [problem for problem in problems if problem.seam.level == level]
+        if not bad:
+            yield Finding(f"symbols of {level}", "ok", f"all {count} as expected")
+            continue
+        for problem in bad:
+            seam = problem.seam
+            wanted = f"({', '.join(seam.parameters)})" if seam.parameters else "to exist"
+            yield Finding(
+                f"symbols of {level}",
+                "failed",
+                f"vllm.{seam.module}.{seam.symbol}: {problem.found}; expected {wanted}",
+                f"switch the level off (--levels), or use vLLM {supported_text()}; it {seam.why}",
+            )
