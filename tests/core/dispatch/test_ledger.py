@@ -1,0 +1,167 @@
+"""The ledger against engines that really keep their inboxes, request by request."""
+
+from collections import deque
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from gimbal.core.contracts import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
+from gimbal.core.dispatch.ledger import Ledger
+
+ENGINES = 3
+FRONT_ENDS = 2
+front_ends = st.integers(0, FRONT_ENDS - 1)
+engines = st.integers(0, ENGINES - 1)
+
+
+class Engines(RuleBasedStateMachine):
+    """Two front ends, three engines; each engine holds one true inbox per front end."""
+
+    def __init__(self):
+        super().__init__()
+        self.ledgers = [Ledger(ENGINES, f) for f in range(FRONT_ENDS)]
+        self.inbox = {(f, e): deque() for f in range(FRONT_ENDS) for e in range(ENGINES)}
+        self.live = [{} for _ in range(FRONT_ENDS)]  # request id -> (engine, tokens)
+        self.true_board = np.zeros((ENGINES, ROW_WIDTH))
+        self.true_board[:, Field.EPOCH] = 1
+        self.history = []
+        self.count = 0
+        self.publish_and_read()
+
+    @rule(front_end=front_ends, engine=engines, tokens=st.integers(1, 20_000))
+    def send(self, front_end, engine, tokens):
+        name = f"r{self.count}"
+        self.count += 1
+        self.ledgers[front_end].sent(name, engine, tokens)
+        self.inbox[front_end, engine].append(tokens)
+        self.live[front_end][name] = (engine, tokens)
+
+    @rule(front_end=front_ends, data=st.data(), twice=st.booleans())
+    def finish_or_abort(self, front_end, data, twice):
+        """At any time: before or after the engine has accepted it."""
+        if self.live[front_end]:
+            name = data.draw(st.sampled_from(sorted(self.live[front_end])))
+            del self.live[front_end][name]
+            self.ledgers[front_end].finished(name)
+            if twice:
+                self.ledgers[front_end].finished(name)
+
+    @rule(front_end=front_ends, engine=engines, count=st.integers(1, 30))
+    def accept(self, front_end, engine, count):
+        """The engine takes what waits on its sockets, adds of aborted requests included."""
+        inbox = self.inbox[front_end, engine]
+        row = self.true_board[engine]
+        for _ in range(min(count, len(inbox))):
+            row[ACCEPTED_REQUESTS + front_end] += 1
+            row[ACCEPTED_TOKENS + front_end] += inbox.popleft()
+
+    @rule()
+    def publish_and_read(self):
+        self.true_board[:, Field.SEQUENCE] += 1
+        self.history.append(self.true_board.copy())
+        self.read(len(self.history) - 1)
+
+    @precondition(lambda self: len(self.history) > 1)
+    @rule(data=st.data())
+    def read_a_stale_snapshot(self, data):
+        """One engine's row from the past, of the same process: it must change nothing."""
+        engine = data.draw(engines)
+        old = self.history[data.draw(st.integers(0, len(self.history) - 1))][engine]
+        board = self.history[-1].copy()
+        if old[Field.EPOCH] == board[engine, Field.EPOCH]:
+            board[engine] = old
+        before = [ledger.unacked.copy() for ledger in self.ledgers]
+        for ledger, expected in zip(self.ledgers, before, strict=True):
+            ledger.observe(board)
+            assert (ledger.unacked == expected).all()
+
+    @rule(engine=engines)
+    def restart(self, engine):
+        """The process is gone with what was sent to it; everybody sees the new one."""
+        row = self.true_board[engine]
+        row[ACCEPTED_REQUESTS:] = 0
+        row[Field.EPOCH] += 1
+        row[Field.SEQUENCE] = 0
+        for front_end in range(FRONT_ENDS):
+            self.inbox[front_end, engine].clear()
+        self.publish_and_read()
+
+    def read(self, index):
+        for ledger in self.ledgers:
+            ledger.observe(self.history[index])
+        for (front_end, engine), inbox in self.inbox.items():
+            unacked = self.ledgers[front_end].unacked[:, engine]
+            assert tuple(unacked) == (len(inbox), sum(inbox))
+
+    @invariant()
+    def inflight_is_exact_always(self):
+        for ledger, live in zip(self.ledgers, self.live, strict=True):
+            for engine in range(ENGINES):
+                tokens = [t for e, t in live.values() if e == engine]
+                assert tuple(ledger.inflight[:, engine]) == (len(tokens), sum(tokens))
+
+    @invariant()
+    def unacked_never_negative(self):
+        assert all((ledger.unacked >= 0).all() for ledger in self.ledgers)
+
+
+Engines.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestEngines = Engines.TestCase
+
+
+def board(**columns):
+    """One engine's board with these columns."""
+    rows = np.zeros((1, ROW_WIDTH))
+    rows[0, Field.EPOCH] = 1
+    for name, value in columns.items():
+        rows[0, Field[name]] = value
+    return rows
+
+
+def test_snapshot_that_jumps_over_many_requests():
+    ledger = Ledger(1)
+    for number in range(100):
+        ledger.sent(str(number), 0, 10)
+    jumped = board(SEQUENCE=1)
+    jumped[0, ACCEPTED_REQUESTS], jumped[0, ACCEPTED_TOKENS] = 97, 970
+    ledger.observe(jumped)
+    assert tuple(ledger.unacked[:, 0]) == (3, 30)
+
+
+def test_front_end_restarted_under_the_same_index():
+    ledger = Ledger(1)
+    running = board(SEQUENCE=9)
+    running[0, ACCEPTED_REQUESTS], running[0, ACCEPTED_TOKENS] = 500, 90_000
+    ledger.observe(running)
+    ledger.sent("a", 0, 70)
+    assert tuple(ledger.unacked[:, 0]) == (1, 70)
+    running[0, Field.SEQUENCE] = 10
+    running[0, ACCEPTED_REQUESTS], running[0, ACCEPTED_TOKENS] = 501, 90_070
+    ledger.observe(running)
+    assert tuple(ledger.unacked[:, 0]) == (0, 0)
+
+
+def test_id_sent_again_is_one_request_in_flight_and_two_adds():
+    ledger = Ledger(2)
+    ledger.sent("a", 0, 10)
+    ledger.sent("a", 1, 30)
+    assert ledger.inflight.tolist() == [[0, 1], [0, 30]]
+    assert ledger.unacked.tolist() == [[1, 1], [10, 30]]
+    assert ledger.finished("a") == 1
+    assert ledger.finished("a") is None
+
+
+@pytest.mark.parametrize("engines", [1, 4])
+def test_resize(engines):
+    ledger = Ledger(2)
+    ledger.sent("a", 0, 10)
+    ledger.sent("b", 1, 20)
+    ledger.resize(engines)
+    assert ledger.engines == engines
+    assert ledger.inflight[:, 0].tolist() == [1, 10]
+    assert ledger.finished("b") == (1 if engines > 1 else None)
+    ledger.observe(np.zeros((engines, ROW_WIDTH)))
+    assert ledger.inflight[1].sum() == 10
