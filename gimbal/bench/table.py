@@ -79,19 +79,24 @@ def _ratios_table(ratios: dict[str, Any]) -> Table:
 
 
 def _footer(report: dict[str, Any]) -> list[str]:
-    client = report["client"]
     lines = []
     if report.get("rate_rps"):
         load = f" (load {report['load']:g})" if report.get("load") else ""
         lines.append(f"arrivals: {report['rate_rps']:.2f} requests/s{load}")
     slo = ", ".join(f"{k} <= {v:g}" for k, v in report["slo"].items())
     lines.append(f"goodput: at {slo}" if slo else "goodput: no SLO stated, so it is throughput")
-    lines.append(
+    client = report.get("client")  # a simulated run has none
+    if client is not None:
+        lines.append(_client_line(client))
+    return lines
+
+
+def _client_line(client: dict[str, Any]) -> str:
+    return (
         f"client: {client['core_share']:.1%} of one core, {client['cpu_us_per_token']:.0f} us of "
         f"CPU per token, {client['peak_streams']} streams at most, "
         f"{client['send_lag_p99_ms']:.1f} ms late at sending (P99)"
     )
-    return lines
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:

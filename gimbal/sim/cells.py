@@ -1,0 +1,136 @@
+"""A matrix of simulated runs: one cell is one arm on one seed's workload, in its own process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import numpy as np
+
+from gimbal.core.contracts import FloatArray
+from gimbal.records.schema import RebalanceRecord, RequestRecord
+from gimbal.sim.arms import Arm
+from gimbal.sim.cluster import load_cluster
+from gimbal.sim.routing import make_population
+from gimbal.sim.run import Simulation
+from gimbal.workloads import Trace
+
+POPULATION_SEED = 7
+"""Who prefers which expert belongs to the model, not to a run: one seed for all cells."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run to simulate."""
+
+    cluster: str
+    trace: Trace
+    arm: Arm
+    repeat: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class CellResult:
+    """What a report needs of one run.
+
+    Attributes:
+        itl_ms: mean, P50, P90, P99 over all token gaps, from step times and decode counts.
+        requests_by_engine, tokens_by_engine: by DP rank.
+    """
+
+    arm: str
+    repeat: int
+    records: tuple[RequestRecord, ...]
+    rebalances: tuple[RebalanceRecord, ...]
+    itl_ms: dict[str, float | None]
+    requests_by_engine: dict[int, float]
+    tokens_by_engine: dict[int, float]
+    steps: int
+    duration_s: float
+    preemptions: int
+    balance: float
+
+
+def run_cell(cell: Cell) -> CellResult:
+    """Simulates one cell; the same cell gives the same result, byte for byte."""
+    cluster, profile = load_cluster(cell.cluster)
+    population = make_population(profile, seed=POPULATION_SEED)
+    result = Simulation(cell.trace, cluster, profile, population, cell.arm, cell.seed).run()
+    records = tuple(
+        RequestRecord(
+            **{
+                name: getattr(record, name)
+                for name in RequestRecord.__dataclass_fields__
+                if name != "repeat"
+            },
+            repeat=cell.repeat,
+        )
+        for record in result.records
+    )
+    requests, tokens = np.zeros(cluster.dp), np.zeros(cluster.dp)
+    for record in records:
+        assert record.engine is not None
+        requests[record.engine] += 1
+        tokens[record.engine] += record.prompt_tokens + record.output_tokens
+    return CellResult(
+        cell.arm.name,
+        cell.repeat,
+        records,
+        tuple(result.rebalances),
+        gaps_ms(result.step_us, result.step_decodes),
+        dict(enumerate(requests.tolist())),
+        dict(enumerate(tokens.tolist())),
+        result.steps,
+        result.duration_s,
+        result.preemptions,
+        result.balance,
+    )
+
+
+def gaps_ms(step_us: FloatArray, decodes: FloatArray) -> dict[str, float | None]:
+    """Inter-token statistics: a step of d decoding requests is d gaps of its own duration."""
+    total = decodes.sum()
+    if total == 0:
+        return dict.fromkeys(("mean", "p50", "p90", "p99"))
+    order = np.argsort(step_us, kind="stable")
+    reached = np.cumsum(decodes[order]) / total
+    values = step_us[order] / 1e3
+    result: dict[str, float | None] = {"mean": float(step_us @ decodes / total / 1e3)}
+    for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        result[name] = float(values[min(int(np.searchsorted(reached, q)), len(values) - 1)])
+    return result
+
+
+def run_cells(
+    cells: Sequence[Cell], jobs: int | None = None, on_done: Callable[[int], None] | None = None
+) -> list[CellResult]:
+    """All cells, in parallel over processes; results in the order of `cells`.
+
+    Args:
+        jobs: processes; None takes the CPUs this process may use, 1 runs here.
+        on_done: called with the number of cells finished.
+    """
+    jobs = min(jobs or len(os.sched_getaffinity(0)), len(cells))
+    results: dict[int, CellResult] = {}
+    for index, result in _completed(cells, jobs):
+        results[index] = result
+        if on_done is not None:
+            on_done(len(results))
+    return [results[i] for i in range(len(cells))]
+
+
+def _completed(cells: Sequence[Cell], jobs: int) -> Iterable[tuple[int, CellResult]]:
+    if jobs <= 1:
+        for index, cell in enumerate(cells):
+            yield index, run_cell(cell)
+        return
+    # Spawned, not forked: numba's and numpy's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        futures = {pool.submit(run_cell, cell): i for i, cell in enumerate(cells)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()

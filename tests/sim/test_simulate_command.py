@@ -1,0 +1,62 @@
+"""``gimbal simulate`` end to end, small."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from gimbal.commands.simulate import command
+from gimbal.core.errors import InputError
+
+
+@pytest.fixture()
+def trace(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    rows = [
+        {"arrival_s": i * 0.02, "prompt_tokens": 200 + 37 * i % 900, "output_tokens": 5 + i % 40}
+        for i in range(120)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def simulate(*arguments):
+    return CliRunner().invoke(command, arguments, catch_exceptions=True)
+
+
+def test_same_seed_same_bytes_and_records_on_disk(trace, tmp_path):
+    arguments = ("--trace", trace, "--arms", "vllm-no-eplb,gimbal-dp", "--repeat", "2", "--json")
+    first = simulate(*arguments, "--out", str(tmp_path / "run"))
+    second = simulate(*arguments, "--jobs", "1")
+    assert first.exit_code == 0, first.output
+    assert first.stdout == second.stdout
+    report = json.loads(first.stdout)
+    assert report["arms"]["gimbal-dp"]["completed"] == 240
+    assert set(report["ratios"]) == {"gimbal-dp/vllm-no-eplb"}
+    assert len((tmp_path / "run" / "requests.jsonl").read_text().splitlines()) == 480
+
+
+def test_load_sets_the_rate_from_the_simulated_capacity(trace):
+    result = simulate("--trace", trace, "--arms", "vllm-no-eplb", "--load", "0.5", "--json")
+    report = json.loads(result.stdout)
+    assert report["rate_rps"] == pytest.approx(0.5 * report["capacity_rps"], rel=0.01)
+
+
+def test_the_table_is_printed(trace):
+    assert "TTFT mean" in simulate("--trace", trace, "--arms", "vllm-no-eplb").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arms", "gimbl"), "unknown arm"),
+        (("--cluster", "h100x5"), "unknown cluster"),
+        (("--load", "0"), "expected a number > 0"),
+        (("--load", "1", "--rate", "2"), "give one"),
+        (("--repeat", "0"), "whole number"),
+    ],
+)
+def test_bad_input(trace, arguments, message):
+    result = simulate("--trace", trace, *arguments)
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
