@@ -1,0 +1,16 @@
+"""Expert placement: which logical expert each physical slot of each rank holds.
+
+`heuristic.plan` is the planner, `gate.decide` says whether its plan is worth the stall and
+`verify.check` whether a map is safe. A placer is one class with one method (`contracts.Placer`);
+registering it is one line here, and nothing but its name is loaded before somebody asks for it.
+"""
+
+from __future__ import annotations
+
+from gimbal.core.contracts import Placer
+from gimbal.core.registry import Registry
+
+PLACERS: Registry[Placer] = Registry("placer")
+_HERE = "gimbal.core.placement"
+PLACERS.register("gimbal", f"{_HERE}.heuristic:GimbalPlacer")
+PLACERS.register("eplb", f"{_HERE}.eplb:EplbPlacer")

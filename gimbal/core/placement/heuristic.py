@@ -1,0 +1,249 @@
+"""Gimbal's placer: from the placement in force to a better one, in bounded deterministic work.
+
+Per layer (`kernel.solve_layer`): replica exchange while a hot expert's replica is busier than a
+cold expert's would be with one fewer; then best-improvement swaps from the hottest rank down, each
+by its exact effect on smoothed load, communication and migration; then experts that stay on their
+rank keep their slot. A layer is changed only if its exact cost falls, migration included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
+from gimbal.core.placement import objective
+from gimbal.core.placement.bounds import load_floor_us
+from gimbal.core.placement.objective import CostTerms, Prices
+from gimbal.core.placement.problem import PlacementProblem
+
+VISITS_PER_SLOT = 8
+"""Bound of the search: rank visits per slot and sharpness stage (far above what is needed)."""
+
+REPLICA_MARGIN = 1.02
+"""A spare slot changes experts when the hot replica would still be this much hotter."""
+
+Terms = tuple[FloatArray, FloatArray, FloatArray]
+"""[layers] load, communication and migration cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementPlan:
+    """A planned placement and what it is predicted to do; costs are microseconds per step.
+
+    Attributes:
+        physical_to_logical: [layers, slots], int32.
+        before: cost of keeping the current placement.
+        after: cost of the plan, amortized migration included.
+        lower_bound_us: proven: no placement costs less.
+        layer_gain_us: [layers] before minus after.
+        balance_before, balance_planned: mean over layers of mean/max rank pairs.
+        local_share_before, local_share_planned: share of pairs that stay on the source's ranks.
+        received_experts: slots whose expert was not on that rank before.
+        moved_slots: slots that hold another expert than before.
+        slots: all layers' slots.
+    """
+
+    physical_to_logical: IntArray
+    before: CostTerms
+    after: CostTerms
+    lower_bound_us: float
+    layer_gain_us: FloatArray
+    balance_before: float
+    balance_planned: float
+    local_share_before: float
+    local_share_planned: float
+    received_experts: int
+    moved_slots: int
+    slots: int
+
+    @property
+    def gap(self) -> float:
+        """Relative distance of the plan's cost from the lower bound."""
+        return (self.after.total - self.lower_bound_us) / max(self.lower_bound_us, 1e-12)
+
+
+def plan(problem: PlacementProblem, threads: int = 1) -> PlacementPlan:
+    """Plans a placement; never costs more than keeping the current one.
+
+    Args:
+        problem: validated on construction.
+        threads: above 1, layers are solved in parallel by numba; the result is the same.
+    """
+    priced = objective.prices(problem)
+    start = _start(problem)
+    placement, comm = _solve(problem, priced, start, -1, threads)
+    before = objective.layer_costs(problem, priced, problem.current, comm[:, 0])
+    after = objective.layer_costs(problem, priced, placement, comm[:, 1])
+    unusable = ~usable(problem)
+    keep = (_total(before) - _total(after) <= _tolerance(before)) & ~unusable
+    if problem.max_received is not None:
+        placement, keep = _within_budget(problem, priced, placement, before, after, keep)
+        comm[:, 1] = objective.communication_us(problem, priced, placement)
+    placement = np.where(keep[:, None], problem.current, placement).astype(np.int32)
+    comm[keep, 1] = comm[keep, 0]
+    after = objective.layer_costs(problem, priced, placement, comm[:, 1])
+    return _report(problem, priced, placement, before, after, comm[:, 2])
+
+
+def _total(terms: Terms) -> FloatArray:
+    return terms[0] + terms[1] + terms[2]
+
+
+def _tolerance(before: Terms) -> FloatArray:
+    """[layers] gains below this are rounding, not gains."""
+    return 1e-9 * _total(before)
+
+
+def usable(problem: PlacementProblem) -> NDArray[np.bool_]:
+    """[layers] True where the placement in force meets the constraints and may be kept.
+
+    vLLM's own placements may hold an expert twice on a rank, and know no groups between plans.
+    """
+    per_rank = np.sort(problem.current.reshape(problem.layers, problem.topology.ranks, -1), axis=2)
+    fine = (per_rank[:, :, 1:] != per_rank[:, :, :-1]).all(axis=(1, 2))
+    if problem.group_locked:
+        from gimbal.core.placement.eplb import groups_respected
+
+        fine &= groups_respected(
+            problem.current, problem.topology, problem.experts, problem.expert_groups
+        )
+    return np.asarray(fine)
+
+
+def _start(problem: PlacementProblem) -> IntArray:
+    """[layers, slots] where the search starts: the placement in force, unless groups forbid it."""
+    current = np.ascontiguousarray(problem.current, dtype=np.int32)
+    if not problem.group_locked:
+        return current
+    from gimbal.core.placement.eplb import eplb_placement
+
+    respected = usable(problem)
+    if respected.all():
+        return current
+    packed = eplb_placement(
+        problem.routing.counts.sum(axis=0), problem.topology, problem.expert_groups, problem.nodes
+    )
+    return np.where(respected[:, None], current, packed).astype(np.int32)
+
+
+def _within_budget(
+    problem: PlacementProblem,
+    priced: Prices,
+    placement: IntArray,
+    before: Terms,
+    after: Terms,
+    keep: NDArray[np.bool_],
+) -> tuple[IntArray, NDArray[np.bool_]]:
+    """Spends `max_received` on the layers that gain most per received expert.
+
+    The first layer that no longer fits is planned again under what is left of the budget.
+    """
+    budget = problem.max_received or 0
+    gain = _total(before) - _total(after)
+    moved = objective.received(placement, problem.current, problem.topology)
+    order = np.argsort(-gain / np.maximum(moved, 1), kind="stable")
+    keep = keep.copy()
+    rest: IntArray | None = None
+    placement = placement.copy()
+    for layer in order:
+        if keep[layer] or moved[layer] <= budget:
+            budget -= 0 if keep[layer] else int(moved[layer])
+            continue
+        keep[layer] = True
+        if rest is None and budget > 0 and not problem.group_locked:
+            rest, comm = _solve(problem, priced, _start(problem), budget, 1)
+            costs = objective.layer_costs(problem, priced, rest, comm[:, 1])
+            spent = objective.received(rest, problem.current, problem.topology)
+            if _total(costs)[layer] < _total(before)[layer] and spent[layer] <= budget:
+                placement[layer] = rest[layer]
+                keep[layer] = False
+                budget -= int(spent[layer])
+    return placement, keep
+
+
+def _solve(
+    problem: PlacementProblem, priced: Prices, start: IntArray, budget: int, threads: int
+) -> tuple[IntArray, FloatArray]:
+    """Runs the kernel; returns placement [layers, slots] and communication [layers, 3]."""
+    # numba is loaded here, not on import: servers import this package and may never plan.
+    from gimbal.core.placement import kernel
+
+    t = problem.topology
+    log_idle = np.full_like(priced.active, -1e3)
+    np.log1p(-priced.active, out=log_idle, where=priced.active < 1.0)
+    setup = kernel.Setup(
+        ranks=t.ranks,
+        per_rank=t.slots_per_rank,
+        ranks_per_source=t.ranks_per_source,
+        ranks_per_node=t.ranks_per_node,
+        node_locked=problem.group_locked,
+        budget=budget,
+        pairs_scale=1.0 / problem.routing.steps,
+        same_rank_us=float(priced.send_us[0]),
+        same_node_us=float(priced.send_us[1]),
+        other_node_us=float(priced.send_us[2]),
+        receive_us=float(priced.receive_us),
+        alpha=float(problem.alpha),
+        sharpness=objective.MAX_SHARPNESS,
+        replica_margin=REPLICA_MARGIN,
+        visits=VISITS_PER_SLOT * t.slots,
+    )
+    load = kernel.Load(
+        priced.pairs,
+        objective.round32(log_idle),
+        priced.variance,
+        priced.us_per_pair,
+        priced.us_per_active,
+        priced.theta,
+    )
+    counts = np.ascontiguousarray(problem.routing.counts, dtype=np.float64)
+    current = np.ascontiguousarray(problem.current, dtype=np.int32)
+    placement = np.empty_like(current)
+    comm = np.zeros((problem.layers, 3))
+    solve = kernel.solve_parallel if threads > 1 else kernel.solve_serial
+    solve(counts, current, start, load, setup, placement, comm)
+    return placement, comm
+
+
+def _report(
+    problem: PlacementProblem,
+    priced: Prices,
+    placement: IntArray,
+    before: Terms,
+    after: Terms,
+    comm_floor: FloatArray,
+) -> PlacementPlan:
+    counts, t = problem.routing.counts, problem.topology
+    floor = load_floor_us(problem, priced) + comm_floor
+    return PlacementPlan(
+        physical_to_logical=placement,
+        before=CostTerms(*(float(term.sum()) for term in before)),
+        after=CostTerms(*(float(term.sum()) for term in after)),
+        lower_bound_us=float(floor.sum()),
+        layer_gain_us=np.asarray(_total(before) - _total(after)),
+        balance_before=objective.balance(problem.current, counts, t),
+        balance_planned=objective.balance(placement, counts, t),
+        local_share_before=objective.local_share(problem.current, counts, t),
+        local_share_planned=objective.local_share(placement, counts, t),
+        received_experts=int(objective.received(placement, problem.current, t).sum()),
+        moved_slots=int((placement != problem.current).sum()),
+        slots=int(placement.size),
+    )
+
+
+class GimbalPlacer:
+    """`contracts.Placer` around `plan`, with the problem's other inputs fixed.
+
+    Args:
+        template: keyword arguments of `PlacementProblem` besides routing, topology and current.
+    """
+
+    def __init__(self, **template: object) -> None:
+        self._template = template
+
+    def place(self, routing: RoutingCounts, topology: Topology, current: IntArray) -> IntArray:
+        problem = PlacementProblem(routing, topology, current, **self._template)  # type: ignore[arg-type]
+        return plan(problem).physical_to_logical
