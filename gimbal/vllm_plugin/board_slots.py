@@ -180,6 +180,8 @@ class BoardReader:
             self.board.previous = None
             return
         current, self._records = self._records, old.records
-        kept, good = self._copy(old.newest[self.first : self.first + self.engines].copy())
+        before = old.newest[self.first : self.first + self.engines].copy()
+        kept, good = self._copy(before)
         self._records = current
-        rows[missing & good] = kept[missing & good]
+        kept = np.where((good & (before > 0))[:, None], kept, self._rows)
+        rows[missing] = kept[missing]
