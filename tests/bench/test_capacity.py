@@ -1,0 +1,47 @@
+"""The capacity run against a made-up server with a known capacity."""
+
+import pytest
+
+from gimbal.bench.capacity import measure_capacity
+from gimbal.bench.client import ClientResult, ClientUsage, Replay
+from gimbal.bench.client_process import ReplayJob
+from gimbal.workloads import TraceRequest
+from gimbal.workloads.prompts import uniform_vocabulary
+from gimbal.workloads.trace import make_trace
+
+
+def job(count: int = 60) -> ReplayJob:
+    trace = make_trace("t", [TraceRequest(i * 0.3, 10, 2) for i in range(count)])
+    return ReplayJob("http://x", "m", trace, uniform_vocabulary(0, 9), (0,), "cap")
+
+
+def server(capacity_rps: float, latency_s: float = 1.0):
+    """Replays as a server would that ends one request every 1/capacity seconds, in order."""
+
+    def replay(job: ReplayJob) -> Replay:
+        free, results = 0.0, []
+        last = job.trace.requests[-1].arrival_s
+        for index, request in enumerate(job.trace.requests):
+            free = max(free, request.arrival_s) + 1 / capacity_rps
+            end = free + latency_s
+            aborted = end > last + job.grace_s
+            result = ClientResult(f"{index}", request.arrival_s, "aborted" if aborted else "ok")
+            result.ended_s = end
+            results.append(result)
+        return Replay(results, ClientUsage(0.1, 1.0, 1, 1, 0.0))
+
+    return replay
+
+
+@pytest.mark.parametrize("capacity", [0.5, 4.0, 30.0])
+def test_finds_the_capacity(capacity: float) -> None:
+    assert measure_capacity(job(), server(capacity)) == pytest.approx(capacity, rel=0.1)
+
+
+def test_nothing_completes() -> None:
+    def replay(job: ReplayJob) -> Replay:
+        result = ClientResult("0", 0.0, "failed", error="HTTP 400: too long")
+        return Replay([result], ClientUsage(0, 1, 0, 0, 0))
+
+    with pytest.raises(RuntimeError, match="too long"):
+        measure_capacity(job(), replay)
