@@ -9,7 +9,7 @@ from gimbal.commands.simulate import command
 from gimbal.core.errors import InputError
 
 
-@pytest.fixture()
+@pytest.fixture
 def trace(tmp_path):
     path = tmp_path / "trace.jsonl"
     rows = [

@@ -15,7 +15,9 @@ on features scaled to about one, with three guards:
 - Without excitation (hours of decoding without one prefill) forgetting would make the estimate
   jump at the next prefill. The covariance is bounded instead, so that one step can move a
   coefficient about half way at most.
-- Coefficients never go below zero.
+- Published coefficients never go below zero. The estimate itself may: clamping it would break the
+  pairing of estimate and covariance, and the corrections of the other coefficients would then
+  overshoot more with every step.
 
 Engines in lock step all see the duration of the slowest. An engine that prefilled nothing while
 its neighbour prefilled a full chunk would learn that idling is slow, so pass the group's fullest
@@ -57,21 +59,20 @@ class OnlineStepCost:
     @property
     def prefill_us_per_token(self) -> float:
         """What one more prefill token adds to a step."""
-        return self._theta[2] / self._prefill_scale
+        return max(0.0, self._theta[2]) / self._prefill_scale
 
     @property
     def decode_us_per_request(self) -> float:
         """What one more decoding request adds to a step."""
-        return self._theta[1] / _DECODE_SCALE
+        return max(0.0, self._theta[1]) / _DECODE_SCALE
 
     def step_base_us(self, decode_requests: float) -> float:
         """A step's time without prefill."""
-        return self._theta[0] + self._theta[1] * decode_requests / _DECODE_SCALE
+        return max(0.0, self._theta[0] + self._theta[1] * decode_requests / _DECODE_SCALE)
 
     def predict_us(self, prefill_tokens: float, decode_requests: float) -> float:
         """A step's time."""
-        prefill = self._theta[2] * prefill_tokens / self._prefill_scale
-        return self.step_base_us(decode_requests) + prefill
+        return self.step_base_us(decode_requests) + self.prefill_us_per_token * prefill_tokens
 
     def observe(
         self,
@@ -102,9 +103,9 @@ class OnlineStepCost:
         scale = 1.0 / (FORGETTING + v0 + v1 * x1 + v2 * x2)
         gain = residual * scale
         base, decode, prefill = self._theta
-        self._theta[0] = max(0.0, base + v0 * gain)
-        self._theta[1] = max(0.0, decode + v1 * gain)
-        self._theta[2] = max(0.0, prefill + v2 * gain)
+        self._theta[0] = base + v0 * gain
+        self._theta[1] = decode + v1 * gain
+        self._theta[2] = prefill + v2 * gain
         p00, p01, p02 = p00 - v0 * v0 * scale, p01 - v0 * v1 * scale, p02 - v0 * v2 * scale
         p11, p12, p22 = p11 - v1 * v1 * scale, p12 - v1 * v2 * scale, p22 - v2 * v2 * scale
         forget = 1.0 / FORGETTING if p00 + p11 + p22 < _MAX_VARIANCE else 1.0

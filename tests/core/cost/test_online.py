@@ -1,5 +1,6 @@
 import random
 
+import numpy as np
 import pytest
 
 from gimbal.core.cost.online import OnlineStepCost
@@ -93,3 +94,19 @@ def test_never_negative():
         assert model.prefill_us_per_token >= 0
         assert model.decode_us_per_request >= 0
         assert model.step_base_us(0) >= 0
+
+
+def test_a_law_with_a_negative_intercept_does_not_diverge():
+    # Time that grows faster than linearly with the batch pulls the linear base below zero.
+    rng = np.random.default_rng(0)
+    cost = OnlineStepCost(8192)
+    errors = []
+    for step in range(4000):
+        decodes = 150 + 100 * np.sin(step / 200) + rng.integers(0, 20)
+        prefill = float(rng.integers(0, 4000)) if rng.random() < 0.5 else 0.0
+        duration_us = 40.0 * decodes**1.3 + 5.0 * prefill
+        if step > 200:
+            errors.append(abs(cost.predict_us(prefill, decodes) / duration_us - 1))
+        cost.observe(prefill, decodes, duration_us)
+    assert np.mean(errors) < 0.2
+    assert max(errors) < 2.0
