@@ -92,6 +92,8 @@ class EngineLoads:
         age_us: [engines] age of each snapshot at the decision.
         client_count: API servers that share these engines.
         rotation: grows by one per decision; ties go to the first engine at or after it.
+        unacked_cached_tokens: [engines] of `unacked_tokens`, those believed cached there.
+        prefix_reuse: share of recent prompt tokens that some engine had cached, 0 to 1.
     """
 
     board: FloatArray
@@ -103,6 +105,8 @@ class EngineLoads:
     age_us: FloatArray
     client_count: int = 1
     rotation: int = 0
+    unacked_cached_tokens: FloatArray | float = 0.0
+    prefix_reuse: float = 0.0
 
     def column(self, field: Field) -> FloatArray:
         """[engines] view of one snapshot field."""
@@ -209,9 +213,15 @@ class Placer(Protocol):
 def argmin_rotating(costs: FloatArray | Sequence[float], rotation: int) -> int:
     """Index of the least cost; equal costs go to the first at or after `rotation` (mod n).
 
-    A fixed tie-break would send every request of an idle server to rank 0 (vLLM PR #47420).
+    A fixed tie-break would send every request of an idle server to rank 0 (vLLM PR #47420). Equal
+    means up to one part in 10^9: vectorized sums of the same numbers may differ in the last bit.
     """
     values = costs.tolist() if isinstance(costs, np.ndarray) else list(costs)
     start = rotation % len(values)
     turned = values[start:] + values[:start]
-    return (turned.index(min(turned)) + start) % len(values)
+    least = min(turned)
+    limit = least + abs(least) * 1e-9
+    for step, value in enumerate(turned):
+        if value <= limit:
+            return (start + step) % len(values)
+    raise ValueError("costs are not numbers")

@@ -27,6 +27,7 @@ from gimbal.core.dispatch.prefix_index import PrefixIndex, PrefixMatch
 from gimbal.core.dispatch.sessions import Sessions
 
 _TIMESTAMP = int(Field.TIMESTAMP_US)
+_REUSE_RATE = 0.01
 
 
 @runtime_checkable
@@ -103,6 +104,7 @@ class Dispatcher:
         self._rotation = engines * front_end // client_count
         self._unsettled: tuple[PrefixMatch, int] | None = None
         self._owed_since_us = np.zeros(engines)
+        self._prefix_reuse = 0.0
 
     def use_policy(self, policy: DispatchPolicy) -> None:
         """Decides by `policy` from now on; accounts, prefix index and sessions stay."""
@@ -140,6 +142,7 @@ class Dispatcher:
         loads = self._loads(board, match, now_us)
         decision = self._decide(request, loads)
         self._enter(request, decision.engine, match, now_us)
+        self._learn_reuse(request, match)
         return decision
 
     def assigned(
@@ -150,7 +153,7 @@ class Dispatcher:
     ) -> None:
         """Enters a request that somebody else sent to `engine`: a pinned rank, or a fallback."""
         self.settle()
-        match = PrefixMatch(_NOTHING, [], prompt_token_ids or ())
+        match = self.prefixes.match(prompt_token_ids or ())
         self._enter(request, engine, match, request.arrival_us)
 
     def finished(self, request_id: str) -> None:
@@ -198,6 +201,8 @@ class Dispatcher:
             self._ages(board, now_us),
             self._client_count,
             self._rotation,
+            self.ledger.unacked_cached,
+            self._prefix_reuse,
         )
 
     def _ages(self, board: FloatArray, now_us: float) -> FloatArray:
@@ -249,12 +254,18 @@ class Dispatcher:
     ) -> None:
         if self.ledger.unacked[0, engine] == 0:
             self._owed_since_us[engine] = now_us
-        self.ledger.sent(request.request_id, engine, request.prompt_tokens)
+        cached = float(match.cached_tokens[engine])
+        self.ledger.sent(request.request_id, engine, request.prompt_tokens, cached)
         self._rotation += 1
         if request.session is not None:
             self.sessions.note(request.session, engine)
         if match.tokens:
             self._unsettled = (match, engine)
+
+    def _learn_reuse(self, request: DispatchRequest, match: PrefixMatch) -> None:
+        """Share of prompt tokens some engine had cached, over about the last 1 / rate requests."""
+        longest = match.longest / max(1, request.prompt_tokens)
+        self._prefix_reuse += _REUSE_RATE * (longest - self._prefix_reuse)
 
 
 def _build_policy(name: str, config: DispatchConfig, feedback_weight: float) -> DispatchPolicy:
@@ -266,6 +277,3 @@ def _build_policy(name: str, config: DispatchConfig, feedback_weight: float) -> 
         expected_output_tokens=config.expected_output_tokens,
         session_patience=config.session_patience,
     )
-
-
-_NOTHING = np.zeros(0)

@@ -20,6 +20,8 @@ snapshot jumps over, and no request is counted both here and in the snapshot's q
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,6 +36,7 @@ class Ledger:
 
     Attributes:
         unacked: [2, engines] requests and prompt tokens sent and not yet acknowledged.
+        unacked_cached: [engines] of the unacknowledged tokens, those believed cached there.
         inflight: [2, engines] requests and prompt tokens sent and not yet finished.
     """
 
@@ -46,7 +49,10 @@ class Ledger:
         self._epoch = np.zeros(engines)
         self._seen = np.full(engines, -1.0)  # SEQUENCE of the newest snapshot used
         self.unacked = np.zeros((2, engines))
+        self.unacked_cached = np.zeros(engines)
         self.inflight = np.zeros((2, engines))
+        # Engine -> cached tokens of its unacknowledged requests, oldest first.
+        self._cached: dict[int, deque[float]] = {}
 
     @property
     def engines(self) -> int:
@@ -64,14 +70,24 @@ class Ledger:
         np.subtract(self._sent, self._accepted, out=self.unacked)
         if self.unacked.min() < 0:
             self._start_again(self.unacked.min(axis=0) < 0)
+        for engine in list(self._cached):
+            self._forget_cached(engine, int(self.unacked[0, engine]))
 
-    def sent(self, request_id: str, engine: int, tokens: int) -> None:
-        """Notes one request sent to `engine`; an id sent again replaces its in-flight entry."""
+    def sent(self, request_id: str, engine: int, tokens: int, cached: float = 0.0) -> None:
+        """Notes one request sent to `engine`; an id sent again replaces its in-flight entry.
+
+        Args:
+            tokens: of its prompt.
+            cached: those of them the engine is believed to hold.
+        """
         self.finished(request_id)
         self._requests[request_id] = (engine, tokens)
         for account in (self._sent, self.unacked, self.inflight):
             account[0, engine] += 1
             account[1, engine] += tokens
+        self._cached.setdefault(engine, deque()).append(cached)
+        if cached:
+            self.unacked_cached[engine] += cached
 
     def finished(self, request_id: str) -> int | None:
         """Ends a request (finished or aborted); returns its engine, None when it is not known."""
@@ -91,6 +107,10 @@ class Ledger:
     def resize(self, engines: int) -> None:
         """Opens accounts for new engines, or closes the last ones and forgets their requests."""
         keep = min(engines, self.engines)
+        cached = np.zeros(engines)
+        cached[:keep] = self.unacked_cached[:keep]
+        self.unacked_cached = cached
+        self._cached = {e: queue for e, queue in self._cached.items() if e < engines}
         for name in ("_sent", "_accepted", "unacked", "inflight"):
             account = np.zeros((2, engines))
             account[:, :keep] = getattr(self, name)[:, :keep]
@@ -100,6 +120,14 @@ class Ledger:
             known[:keep] = getattr(self, name)[:keep]
             setattr(self, name, known)
         self._requests = {k: v for k, v in self._requests.items() if v[0] < engines}
+
+    def _forget_cached(self, engine: int, unacked: int) -> None:
+        """Drops the oldest entries of `engine` until one is left per unacknowledged request."""
+        queue = self._cached[engine]
+        while len(queue) > unacked:
+            self.unacked_cached[engine] -= queue.popleft()
+        if not queue:
+            del self._cached[engine]
 
     def _restart(self, board: FloatArray) -> BoolArray:
         """[engines] whose process is a new one; the first one seen is no restart."""

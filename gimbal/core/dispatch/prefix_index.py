@@ -39,11 +39,13 @@ class PrefixMatch:
 
     Attributes:
         cached_tokens: [engines] leading tokens of the prompt the engine is believed to hold.
+        longest: the most of them.
         names: chunk names hashed so far.
         tokens: the whole prompt.
     """
 
     cached_tokens: FloatArray
+    longest: int
     names: list[int]
     tokens: Sequence[int]
 
@@ -108,7 +110,7 @@ class PrefixIndex:
         else:
             if start:
                 depths.append((start, candidates))
-        return PrefixMatch(self._cached(depths, len(tokens)), names, tokens)
+        return PrefixMatch(self._cached(depths, len(tokens)), start, names, tokens)
 
     def insert(self, tokens: Sequence[int] | PrefixMatch, engine: int) -> None:
         """Notes that `engine` (will) hold the prompt; a `PrefixMatch` saves hashing it twice."""

@@ -30,21 +30,32 @@ What it costs others, each microsecond of delay of each request counting the sam
                   wait now will arrive behind this one before it is through, and each waits for
                   its work. A long prompt therefore avoids the engine where many short ones wait.
 
+    reuse         prefix reuse * c * u_e * (1 + decoding requests of all engines): what is computed
+                  here takes the place of something cached on e, which is asked for again with
+                  about the probability that a prompt token is cached anywhere (measured), and is
+                  then computed again while everybody's decodes wait. Without this term a busy
+                  moment copies a shared prefix to every engine, and the copies evict each other.
+
 And what it meets afterwards:
 
     decode     expected output tokens * d * n_e, d being what one decoding request adds to a step
-               and n_e the requests that decode or will decode on e, counted by head or by context
-               in units of the group's mean, whichever is more
+               and n_e the requests that decode or will decode on e: the mean of their number and
+               of their context in units of the group's mean request, since the learned d does not
+               tell the cost per request from the cost per context token
     admission  KV tokens or request slots it lacks on e, turned over at the rate at which e
                prefills: what does not fit waits until as much has left
     expert     feedback weight * predicted straggling of e's expert-parallel ranks * k_e
 
-Before the first steps have been measured, base is 0 and c is 1: the order is then by tokens.
+R_e is a shared R, the mean over engines, where only base / R is needed. Before the first steps
+have been measured, base is 0 and c is 1: the order is then by tokens.
+
+Each engine's quantities are one column and each term's prices one row, so that a decision is two
+small matrix products instead of forty array operations.
 
 Source: the shape of the cost (pressure of queue, KV and experts in one score) is the Gimbal
 paper's, arXiv 2606.15177; the lock-step envelope and the pricing in time are this project's.
-`followers` with `queue` and `prefill` reproduces LMetric's (new + active) * requests up to the
-base time.
+`queue`, `prefill` and `followers` together are LMetric's (new + active) * requests, in time, with
+waiting requests for all requests.
 """
 
 from __future__ import annotations
@@ -59,10 +70,41 @@ _TERMS = (
     "lockstep",
     "interference",
     "followers",
+    "reuse",
     "decode",
-    "admission",
     "expert",
+    "admission",
 )
+_QUEUE, _PREFILL, _LOCKSTEP, _INTERFERENCE, _FOLLOWERS, _REUSE, _DECODE, _EXPERT, _ADMISSION = (
+    range(len(_TERMS))
+)
+
+# Rows of an engine's quantities. The first are linear in the snapshot.
+_KV_EXCESS, _BACKLOG, _WAITING, _HEADS, _SLOT_EXCESS, _ROOM, _DECODING, _RUNNING, _CONTEXT = range(
+    9
+)
+_LINEAR_ROWS = 9
+_UNCACHED, _STEPS, _BOUNDED, _BEYOND, _FOLLOWED, _PRESSED = range(_LINEAR_ROWS, 15)
+_ROWS = 15
+
+_FIRST, _LAST = int(Field.WAITING_REQUESTS), int(Field.MAX_RUNNING_REQUESTS)
+_LINEAR = (
+    (_KV_EXCESS, Field.WAITING_PREFILL_TOKENS, 1.0),
+    (_BACKLOG, Field.WAITING_PREFILL_TOKENS, 1.0),
+    (_BACKLOG, Field.RUNNING_PREFILL_TOKENS, 1.0),
+    (_WAITING, Field.WAITING_REQUESTS, 1.0),
+    (_HEADS, Field.WAITING_REQUESTS, 1.0),
+    (_HEADS, Field.RUNNING_REQUESTS, 1.0),
+    (_SLOT_EXCESS, Field.WAITING_REQUESTS, 1.0),
+    (_SLOT_EXCESS, Field.RUNNING_REQUESTS, 1.0),
+    (_SLOT_EXCESS, Field.MAX_RUNNING_REQUESTS, -1.0),
+    (_ROOM, Field.STEP_TOKEN_BUDGET, 1.0),
+    (_ROOM, Field.DECODING_REQUESTS, -1.0),
+    (_DECODING, Field.DECODING_REQUESTS, 1.0),
+    (_RUNNING, Field.RUNNING_REQUESTS, 1.0),
+    (_CONTEXT, Field.RUNNING_TOKENS, 1.0),
+)
+_UNKNOWN_BUDGET = 2048.0  # vLLM's default, until an engine has published its own
 
 
 class GimbalPolicy:
@@ -93,36 +135,15 @@ class GimbalPolicy:
 
     def terms(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
         """[terms, engines] microseconds, rows named by `term_names`."""
+        quantities = _quantities(request, loads)
         columns = loads.board.T
-        base_us, token_us, decode_us = _speeds(columns)
-        waiting = columns[Field.WAITING_REQUESTS] + loads.unacked_requests
-        decoding = columns[Field.DECODING_REQUESTS]
-        room = _prefill_room(columns, decoding)
-        backlog = (
-            columns[Field.WAITING_PREFILL_TOKENS]
-            + columns[Field.RUNNING_PREFILL_TOKENS]
-            + loads.unacked_tokens
-        )
-        uncached = request.prompt_tokens - loads.cached_tokens
-        work = backlog + uncached
-        steps = np.ceil(work / room)
-        longest = backlog.max()
-        envelope = np.maximum(longest, work)
-        slice_us = token_us + base_us / room
-
-        terms = np.empty((len(_TERMS), len(room)))
-        np.multiply(slice_us, backlog, out=terms[0])
-        np.subtract(steps * base_us + token_us * work, terms[0], out=terms[1])
-        np.multiply(np.minimum(steps * room, envelope) - work, token_us, out=terms[2])
-        np.multiply(envelope - longest, token_us * decoding.sum(), out=terms[3])
-        np.multiply(slice_us * uncached, waiting, out=terms[4])
-        terms[5] = self._decode(columns, waiting, decode_us)
-        terms[6] = _admission(request, columns, loads, waiting, slice_us)
-        if self._feedback_weight:
-            np.multiply(columns[Field.EXPERT_PRESSURE_US], steps, out=terms[7])
-            terms[7] *= self._feedback_weight
-        else:
-            terms[7] = 0.0
+        prices = self._prices(quantities, _speeds(columns), loads.prefix_reuse)
+        terms: FloatArray = prices.dot(quantities)
+        # "Beyond" is the envelope with the request; what lies beyond the longest queue counts.
+        terms[_INTERFERENCE] -= terms[_INTERFERENCE].min()
+        if _lacks(quantities, request.prompt_tokens):
+            slice_us = prices[_QUEUE, _BACKLOG]
+            terms[_ADMISSION] = _admission(request, columns, quantities, slice_us)
         return terms
 
     def session_bound_us(self, request: DispatchRequest, loads: EngineLoads, engine: int) -> float:
@@ -132,65 +153,103 @@ class GimbalPolicy:
         prompt, are cached on the session's engine without the index knowing.
         """
         base_us, token_us, _ = _speeds(loads.board.T)
-        budget = max(1.0, float(loads.board[engine, Field.STEP_TOKEN_BUDGET]))
+        budget = float(loads.board[engine, Field.STEP_TOKEN_BUDGET]) or _UNKNOWN_BUDGET
         unknown = request.prompt_tokens - float(loads.cached_tokens[engine])
         return self._patience * (token_us + base_us / budget) * unknown
 
-    def _decode(self, columns: FloatArray, waiting: FloatArray, decode_us: float) -> FloatArray:
-        requests = columns[Field.RUNNING_REQUESTS]
-        context = columns[Field.RUNNING_TOKENS]
-        mean_context = context.sum() / max(1.0, requests.sum())
-        heads = np.maximum(requests, context / max(1.0, mean_context))
-        load: FloatArray = (heads + waiting) * (self._output_tokens * decode_us)
-        return load
+    def _prices(
+        self, quantities: FloatArray, speeds: tuple[float, float, float], prefix_reuse: float
+    ) -> FloatArray:
+        """[terms, quantities] microseconds per unit."""
+        base_us, token_us, decode_us = speeds
+        sums = np.add.reduce(quantities[_ROOM:_UNCACHED], axis=1).tolist()
+        room, decoding, running, context = sums
+        slice_us = token_us + base_us * quantities.shape[1] / room
+        decode_us *= 0.5 * self._output_tokens
+        stall_us = token_us * decoding
+
+        prices = np.zeros((len(_TERMS), _ROWS))
+        prices[_QUEUE, _BACKLOG] = slice_us
+        prices[_PREFILL, _STEPS] = base_us
+        prices[_PREFILL, _UNCACHED] = token_us
+        prices[_PREFILL, _BACKLOG] = token_us - slice_us
+        prices[_LOCKSTEP, _BOUNDED] = token_us
+        prices[_LOCKSTEP, _BACKLOG] = prices[_LOCKSTEP, _UNCACHED] = -token_us
+        prices[_INTERFERENCE, _BEYOND] = stall_us
+        prices[_FOLLOWERS, _FOLLOWED] = slice_us
+        prices[_REUSE, _UNCACHED] = prefix_reuse * (token_us + stall_us)
+        prices[_DECODE, _HEADS] = decode_us
+        prices[_DECODE, _CONTEXT] = decode_us * running / max(1.0, context)
+        prices[_EXPERT, _PRESSED] = self._feedback_weight
+        return prices
+
+
+def _linear_map() -> FloatArray:
+    matrix = np.zeros((_LINEAR_ROWS, _LAST - _FIRST + 1))
+    for row, column, factor in _LINEAR:
+        matrix[row, column - _FIRST] = factor
+    return matrix
+
+
+_LINEAR_MAP = _linear_map()
+
+
+def _quantities(request: DispatchRequest, loads: EngineLoads) -> FloatArray:
+    """[quantities, engines]: what the terms are priced on."""
+    columns = loads.board.T
+    out = np.empty((_ROWS, columns.shape[1]))
+    np.dot(_LINEAR_MAP, columns[_FIRST : _LAST + 1], out=out[:_LINEAR_ROWS])
+    block_tokens = float(columns[Field.KV_BLOCK_TOKENS, 0])
+    free = columns[Field.KV_BLOCKS_TOTAL] - columns[Field.KV_BLOCKS_USED]
+    free *= block_tokens
+    out[_KV_EXCESS] -= free
+    out[_KV_EXCESS : _BACKLOG + 1] += loads.unacked_tokens
+    out[_BACKLOG] -= loads.unacked_cached_tokens
+    out[_WAITING : _SLOT_EXCESS + 1] += loads.unacked_requests
+
+    room, backlog, steps = out[_ROOM], out[_BACKLOG], out[_STEPS]
+    if room[room.argmin()] <= 0.0:
+        np.maximum(room, 1.0, out=room)
+        room[columns[Field.STEP_TOKEN_BUDGET] == 0] = _UNKNOWN_BUDGET
+    uncached = np.subtract(request.prompt_tokens, loads.cached_tokens, out=out[_UNCACHED])
+    work = backlog + uncached
+    np.ceil(np.divide(work, room, out=steps), out=steps)
+    beyond = np.maximum(work, backlog[backlog.argmax()], out=out[_BEYOND])
+    bounded = np.multiply(steps, room, out=out[_BOUNDED])
+    np.minimum(bounded, beyond, out=bounded)
+    np.multiply(uncached, out[_WAITING], out=out[_FOLLOWED])
+    np.multiply(columns[Field.EXPERT_PRESSURE_US], steps, out=out[_PRESSED])
+    return out
 
 
 def _speeds(columns: FloatArray) -> tuple[float, float, float]:
     """Step base, prefill token and decode request in us: the slowest engine sets the pace."""
-    base_us = float(columns[Field.STEP_BASE_US].max())
-    token_us = float(columns[Field.PREFILL_US_PER_TOKEN].max())
+    base, token = columns[Field.STEP_BASE_US], columns[Field.PREFILL_US_PER_TOKEN]
+    token_us = float(token[token.argmax()])
     if token_us <= 0.0:
         return 0.0, 1.0, 1.0
-    decode_us = float(columns[Field.DECODE_US_PER_REQUEST].max())
+    decode = columns[Field.DECODE_US_PER_REQUEST]
     # A decoding request is at least one token of the step.
-    return base_us, token_us, max(decode_us, token_us)
+    return float(base[base.argmax()]), token_us, max(float(decode[decode.argmax()]), token_us)
 
 
-def _prefill_room(columns: FloatArray, decoding: FloatArray) -> FloatArray:
-    """[engines] prefill tokens that fit into a step; unknown budgets count as vLLM's 2048."""
-    budget = columns[Field.STEP_TOKEN_BUDGET]
-    if not budget.all():
-        budget = np.where(budget > 0, budget, 2048.0)
-    room: FloatArray = np.maximum(budget - decoding, 1.0)
-    return room
+def _lacks(quantities: FloatArray, prompt_tokens: int) -> bool:
+    """Whether any engine has no room for the request now."""
+    kv, slots = quantities[_KV_EXCESS], quantities[_SLOT_EXCESS]
+    fits: bool = kv[kv.argmax()] + prompt_tokens <= 0.0 and slots[slots.argmax()] + 1.0 <= 0.0
+    return not fits
 
 
 def _admission(
-    request: DispatchRequest,
-    columns: FloatArray,
-    loads: EngineLoads,
-    waiting: FloatArray,
-    slice_us: FloatArray,
-) -> FloatArray | float:
-    """[engines] us until KV memory and a request slot are free for it; 0.0 if they are now."""
-    block = columns[Field.KV_BLOCK_TOKENS]
-    total = columns[Field.KV_BLOCKS_TOTAL] * block
-    wanted = (
-        columns[Field.KV_BLOCKS_USED] * block
-        + columns[Field.WAITING_PREFILL_TOKENS]
-        + loads.unacked_tokens
-        + request.prompt_tokens
-    )
-    running = columns[Field.RUNNING_REQUESTS]
-    slots = columns[Field.MAX_RUNNING_REQUESTS]
-    excess = running + waiting + 1.0 - slots
-    lacking_kv, lacking_slots = wanted - total, excess
-    if lacking_kv.max() <= 0.0 and lacking_slots.max() <= 0.0:
-        return 0.0
-    mean_tokens = columns[Field.RUNNING_TOKENS] / np.maximum(running, 1.0)
+    request: DispatchRequest, columns: FloatArray, quantities: FloatArray, slice_us: float
+) -> FloatArray:
+    """[engines] us until KV memory and a request slot are free for the request."""
+    kv = quantities[_KV_EXCESS] + request.prompt_tokens
+    slots = quantities[_SLOT_EXCESS] + 1.0
+    mean_tokens = quantities[_CONTEXT] / np.maximum(quantities[_RUNNING], 1.0)
     tokens = np.maximum(
-        np.where(total > 0, lacking_kv, 0.0),
-        np.where(slots > 0, lacking_slots, 0.0) * mean_tokens,
+        np.where(columns[Field.KV_BLOCKS_TOTAL] > 0, kv, 0.0),
+        np.where(columns[Field.MAX_RUNNING_REQUESTS] > 0, slots, 0.0) * mean_tokens,
     )
     rate = columns[Field.PREFILL_TOKENS_PER_S]
     us_per_token = np.where(rate > 0, 1e6 / np.maximum(rate, 1e-9), slice_us)
