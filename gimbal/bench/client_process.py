@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import multiprocessing
+import os
 import signal
 import threading
 import traceback
@@ -119,8 +120,11 @@ def run_replay(job: ReplayJob, on_progress: Callable[[int, int], None] | None = 
 
 
 def _child(job: ReplayJob, pipe: Connection) -> None:
-    # Ctrl-C reaches the whole foreground group; the parent decides what it means.
+    # Ctrl-C reaches the whole foreground group; the parent decides what it means. A session of
+    # its own is also a scheduling group of its own (Linux autogroup): sharing one with a busy
+    # process on the other core left the client runnable but unscheduled for up to 14 s.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()
     try:
         requests = encode_requests(job)
         # A collection during the run would stop every stream's clock at once.

@@ -321,6 +321,7 @@ def _run_row(
             "cpu_us_per_token": usage.cpu_us_per_token,
             "peak_streams": usage.peak_streams,
             "send_lag_p99_ms": usage.send_lag_p99_ms,
+            "cpu_wait_s": usage.cpu_wait_s,
         },
         "requests_by_engine": counters.get("vllm:request_success_total", {}),
         "tokens_by_engine": {e: prompt.get(e, 0.0) + output.get(e, 0.0) for e in prompt},
@@ -356,4 +357,5 @@ def _client_cost(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "cpu_us_per_token": cpu * 1e6 / events if events else 0.0,
         "peak_streams": max((c["peak_streams"] for c in clients), default=0),
         "send_lag_p99_ms": max((c["send_lag_p99_ms"] for c in clients), default=0.0),
+        "cpu_wait_share": sum(c["cpu_wait_s"] for c in clients) / wall if wall else 0.0,
     }

@@ -95,7 +95,8 @@ def _client_line(client: dict[str, Any]) -> str:
     return (
         f"client: {client['core_share']:.1%} of one core, {client['cpu_us_per_token']:.0f} us of "
         f"CPU per token, {client['peak_streams']} streams at most, "
-        f"{client['send_lag_p99_ms']:.1f} ms late at sending (P99)"
+        f"{client['send_lag_p99_ms']:.1f} ms late at sending (P99), "
+        f"without a core {client['cpu_wait_share']:.1%} of the time"
     )
 
 
