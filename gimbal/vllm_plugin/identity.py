@@ -8,13 +8,13 @@ starts engines elsewhere and hands on one ``VllmConfig``; its ``instance_id`` se
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import logging
 import os
 import re
 import time
 from functools import wraps
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ logger = logging.getLogger("vllm.gimbal")
 
 RUN_ID = "GIMBAL_RUN_ID"
 """Environment variable with the server's run id; set by the launcher, never by a user."""
-
-_owned: list[Board] = []
 
 
 def server_identity(vllm_config: Any) -> str:
@@ -63,15 +61,13 @@ def launch_board(vllm_config: Any) -> None:
     for path in sweep():
         logger.info("Gimbal: removed the board %s of a server that is gone", path)
     board = Board(server_board_path(vllm_config))
-    if not _owned:
-        atexit.register(_remove_owned)
-    _owned.append(board)
+    close_at_exit(board)
     logger.info("Gimbal: signal board at %s", board.path)
 
 
-def _remove_owned() -> None:
-    while _owned:
-        _owned.pop().close()
+def close_at_exit(board: Board) -> None:
+    """Also where a process ends without atexit handlers, as children of multiprocessing do."""
+    Finalize(None, board.close, exitpriority=0)
 
 
 def _prepare(vllm_config: Any) -> None:

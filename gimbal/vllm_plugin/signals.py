@@ -28,7 +28,7 @@ from gimbal.core.contracts import (
 from gimbal.core.cost.online import OnlineStepCost
 from gimbal.vllm_plugin.board import Board
 from gimbal.vllm_plugin.board_slots import BoardReader, SlotWriter
-from gimbal.vllm_plugin.identity import server_board_path
+from gimbal.vllm_plugin.identity import close_at_exit, server_board_path
 
 logger = logging.getLogger("vllm.gimbal")
 
@@ -347,6 +347,7 @@ def open_signals(scheduler: Any) -> SchedulerSignals:
     parallel = vllm_config.parallel_config
     rank = parallel.data_parallel_index
     board = Board(server_board_path(vllm_config))
+    close_at_exit(board)
     logger.info("Gimbal: engine %d (process %d) publishes on %s", rank, os.getpid(), board.path)
     # Engines of a dense model run on their own: vLLM has set their data-parallel size to 1.
     lock_step = parallel.data_parallel_size > 1
