@@ -3,7 +3,7 @@
 `with_gimbal` derives a class from the one vLLM picks (``AsyncScheduler`` unless the user named
 another), so asynchronous scheduling stays as it was. The overrides only report events to
 `SchedulerSignals`; every report is guarded, so a fault in the accounting costs the signals and
-never a request. The queue level adds its waiting queue in ``_gimbal_install_queue``.
+never a request. The queue level's own overrides are in `queue_level.GimbalQueueMixin`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,12 @@ def with_gimbal(base: type, config: GimbalConfig) -> type:
     if issubclass(base, GimbalSchedulerMixin):
         return base
     members = {"gimbal_config": config, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(f"Gimbal{base.__name__}", (GimbalSchedulerMixin, base), members)
+    mixins: tuple[type, ...] = (GimbalSchedulerMixin,)
+    if "queue" in config.levels:
+        from gimbal.vllm_plugin.queue_level import GimbalQueueMixin
+
+        mixins = (GimbalQueueMixin, GimbalSchedulerMixin)
+    return type(f"Gimbal{base.__name__}", (*mixins, base), members)
 
 
 def build_scheduler(base: type, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""First come, first served: vLLM's default. ``key = 0``, so that ties (arrival) decide."""
+"""First come, first served, as vLLM does it: by the time of queueing, ``key = now_s``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gimbal.core.contracts import QueuedRequest, QueueState
 
 
 class FcfsOrdering:
-    """Arrival order."""
+    """Order of queueing."""
 
     def key(self, request: QueuedRequest, state: QueueState) -> float:
-        return 0.0
+        return state.now_s

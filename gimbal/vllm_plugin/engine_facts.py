@@ -1,0 +1,62 @@
+"""What the queue level asks about its engine, answered from vLLM's scheduler and the signals."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from gimbal.core.contracts import Field
+
+
+class EngineFacts:
+    """Implements `waiting_queue.QueueFacts`; only reads.
+
+    Args:
+        scheduler: vLLM's scheduler with ``gimbal_signals`` (None where signals failed).
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.pool = scheduler.kv_cache_manager.block_pool
+        self.watermark = int(getattr(scheduler.kv_cache_manager, "watermark_blocks", 0))
+
+    def field(self, field: Field) -> float:
+        """One column of this engine's own snapshot; 0 without signals."""
+        signals = self.scheduler.gimbal_signals
+        return float(signals.row[field]) if signals is not None else 0.0
+
+    def uncached_tokens(self, request: Any) -> int:
+        """As the signals counted when they looked the prompt up in the prefix cache."""
+        signals = self.scheduler.gimbal_signals
+        if signals is not None:
+            # A path into the queue that the signals do not see leaves the whole prompt.
+            with suppress(KeyError):
+                return int(signals.uncached_tokens(request.request_id))
+        return max(0, int(request.num_tokens - request.num_computed_tokens))
+
+    def prefill_tokens_per_s(self) -> float:
+        return self.field(Field.PREFILL_TOKENS_PER_S)
+
+    def running_prefill_tokens(self) -> int:
+        return int(self.field(Field.RUNNING_PREFILL_TOKENS))
+
+    def free_blocks(self) -> int:
+        return int(self.pool.get_num_free_blocks())
+
+    def blocks_needed(self, request: Any, free: int) -> int:
+        """Blocks vLLM wants free before it admits `request` (``full_sequence_must_fit``).
+
+        Shared-prefix blocks that are in use need no free one; they are looked up only when the
+        request would not fit otherwise.
+        """
+        scheduler = self.scheduler
+        tokens = min(request.num_tokens, scheduler.max_model_len)
+        if not scheduler.scheduler_reserve_full_isl:
+            tokens = min(tokens, scheduler.max_num_scheduled_tokens)
+        needed = -(-tokens // scheduler.block_size)
+        if scheduler.running:
+            needed += self.watermark
+        if needed > free and request.num_computed_tokens == 0:
+            groups = scheduler.kv_cache_manager.get_computed_blocks(request)[0].blocks
+            needed -= sum(block.ref_cnt > 0 for group in groups[:1] for block in group)
+        return int(needed)

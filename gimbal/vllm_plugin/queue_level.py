@@ -1,0 +1,210 @@
+"""Level `queue` in one engine: the waiting queue, the step's prefill budget, the run-time switch.
+
+`GimbalQueueMixin` sits in front of the scheduler class. Per step it sets, through levers vLLM
+has, what core decided: ``max_num_scheduled_tokens`` (decode protection) and, for a running prefill
+that yields to shorter newcomers, its chunk (``_reserve_prefill_lookahead``, which vLLM asks about
+every chunk it is about to schedule). vLLM's ``schedule()`` itself is untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from gimbal.core.config import GimbalConfig
+from gimbal.core.contracts import Field, QueueOrdering
+from gimbal.core.errors import InputError
+from gimbal.core.queue import ORDERINGS
+from gimbal.core.queue.admission import BlockedHeadGate
+from gimbal.core.queue.gimbal import GimbalOrdering
+from gimbal.vllm_plugin.board_slots import BoardReader
+from gimbal.vllm_plugin.engine_facts import EngineFacts
+from gimbal.vllm_plugin.guard import LevelGuard
+from gimbal.vllm_plugin.step_plan import StepPlanner
+from gimbal.vllm_plugin.waiting_queue import GimbalRequestQueue
+
+logger = logging.getLogger("vllm.gimbal")
+
+OFF = "fcfs"
+"""The ordering while the level is switched off at run time: vLLM's."""
+
+
+class QueueLevel:
+    """The level's state in one engine; see the module.
+
+    Args:
+        scheduler: vLLM's scheduler, its ``waiting`` still vLLM's own and empty.
+        config: the server's configuration.
+
+    Attributes:
+        queue: what replaces ``scheduler.waiting``.
+        ordering: name of the ordering in force.
+        guard: counts failures; when it is disabled the level leaves every step to vLLM.
+    """
+
+    def __init__(self, scheduler: Any, config: GimbalConfig) -> None:
+        self.scheduler = scheduler
+        self.config = config.queue
+        self.levels = config.levels
+        self.guard = LevelGuard("queue")
+        self.board = _board(scheduler)
+        self.facts = EngineFacts(scheduler)
+        self.ordering = self.config.ordering
+        self.active = True
+        self._control: tuple[int, int] | None = None
+        self.queue = GimbalRequestQueue(
+            self._build(self.ordering),
+            scheduler.policy,
+            self.facts,
+            self.guard,
+            priority_tokens=self.config.priority_tokens,
+        )
+        parallel = scheduler.vllm_config.parallel_config
+        engines, rank = parallel.data_parallel_size, parallel.data_parallel_index
+        reader = None
+        if self.board is not None and engines > 1 and self.config.protect_decodes:
+            reader = BoardReader(self.board, engines)
+        self.planner = StepPlanner(scheduler, self.config, self.queue, self.facts, reader, rank)
+        self._use(self.ordering)
+
+    def _build(self, name: str) -> QueueOrdering:
+        if name == "gimbal":
+            return GimbalOrdering(self.config.overtake_factor, self.config.backlog_factor)
+        return ORDERINGS.build(name)
+
+    def _use(self, name: str) -> None:
+        """Puts the ordering `name` in force, with what belongs to it; InputError if unknown."""
+        ordering, config, queue = self._build(name), self.config, self.queue
+        ours = isinstance(ordering, GimbalOrdering)
+        queue.bound_s = ordering.bound_s if isinstance(ordering, GimbalOrdering) else None
+        queue.use_ordering(ordering, (config.max_wait_s or None) if ours else None)
+        # Blocks are counted for one kind of layer only: hybrid models keep vLLM's rule.
+        plain = len(self.scheduler.kv_cache_config.kv_cache_groups) == 1
+        passing = ours and plain and config.pass_steps > 0 and queue.fallback is None
+        queue.gate = BlockedHeadGate(config.pass_steps, config.pass_s) if passing else None
+        self.ordering = name
+        self.in_batch = ours and config.in_batch
+        self.protect = ours and config.protect_decodes
+
+    def _follow(self) -> None:
+        """Takes up a new control message of the board: ``levels`` and ``queue_ordering``."""
+        board = self.board
+        if board is None:
+            return
+        version = (board.control_version(), board.generation)
+        if version == self._control:
+            return
+        self._control = version
+        control = board.read_control()
+        self.active = "queue" in control.get("levels", self.levels)
+        name = control.get("queue_ordering", self.config.ordering) if self.active else OFF
+        if name == self.ordering:
+            return
+        try:
+            self._use(name)
+        except InputError as error:
+            logger.warning("Gimbal: the queue's ordering stays %s: %s", self.ordering, error)
+        else:
+            logger.info("Gimbal: queue ordering %s", name)
+
+    def begin_step(self, throttled: bool) -> tuple[int, dict[str, int]]:
+        """Before vLLM schedules: the step's token budget, and caps of running prefills.
+
+        Args:
+            throttled: vLLM holds prefills back in this step (``prefill_schedule_interval``).
+        """
+        self._follow()
+        self.queue.begin_step()
+        budget = int(self.scheduler.max_num_scheduled_tokens)
+        if self.queue.fallback is not None:
+            return budget, {}
+        if self.protect:
+            budget = self.planner.protected_budget(budget)
+        if self.in_batch and not throttled:
+            return budget, self.planner.caps(budget)
+        return budget, {}
+
+    def publish(self) -> None:
+        """Puts the level's counters into the engine's next snapshot."""
+        signals = self.scheduler.gimbal_signals
+        if signals is None:
+            return
+        queue, row = self.queue, signals.row
+        oldest = queue.heap.oldest() if queue.fallback is None else None
+        row[Field.QUEUE_OVERTAKES : Field.QUEUE_FALLBACKS + 1] = (
+            queue.heap.overtakes,
+            queue.heap.promotions,
+            queue.passes,
+            self.planner.yields,
+            0.0 if oldest is None else (queue.clock() - oldest.queued_s) * 1e6,
+            0.0 if oldest is None else oldest.bound_s * 1e6,
+            sum(self.guard.counts.values()),
+        )
+
+
+def _board(scheduler: Any) -> Any:
+    """The board the engine's signals publish on; None without signals or on another host."""
+    signals = scheduler.gimbal_signals
+    return getattr(signals.sink, "board", None) if signals is not None else None
+
+
+class GimbalQueueMixin:
+    """Overrides of vLLM's ``Scheduler`` for the queue level, in front of `GimbalSchedulerMixin`."""
+
+    gimbal_config: GimbalConfig
+    gimbal_queue: QueueLevel | None = None
+    max_num_scheduled_tokens: int
+    waiting: Any
+    _reserve_prefill_lookahead: Any
+
+    def _gimbal_install_queue(self) -> None:
+        if "queue" not in self.gimbal_config.levels:
+            return
+        try:
+            self.gimbal_queue = QueueLevel(self, self.gimbal_config)
+        except InputError:
+            raise  # a configuration that names no ordering must be seen at start
+        except Exception as error:
+            LevelGuard("queue").fell_back("install", error)
+        else:
+            self.waiting = self.gimbal_queue.queue
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        level = self.gimbal_queue
+        if level is None or level.guard.disabled:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        whole = self.max_num_scheduled_tokens
+        try:
+            throttled = bool(args[0] if args else kwargs.get("throttle_prefills", False))
+            budget, caps = level.begin_step(throttled)
+            level.publish()
+            level.guard.succeeded()
+        except Exception as error:
+            level.guard.fell_back("plan", error)
+            budget, caps = whole, {}
+        if budget == whole and not caps:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self.max_num_scheduled_tokens = budget
+        if caps:
+            self._reserve_prefill_lookahead = _capped(self._reserve_prefill_lookahead, caps)
+        try:
+            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.max_num_scheduled_tokens = whole
+            if caps:
+                del self._reserve_prefill_lookahead
+        if caps:
+            level.planner.yielded(output.total_num_scheduled_tokens, budget)
+        return output
+
+
+def _capped(original: Any, caps: dict[str, int]) -> Any:
+    """vLLM's ``_reserve_prefill_lookahead``, asked about a chunk no larger than its cap."""
+
+    def reserve(request: Any, num_computed_tokens: int, num_new_tokens: int) -> int:
+        cap = caps.get(request.request_id)
+        if cap is not None and cap < num_new_tokens:
+            num_new_tokens = cap
+        return int(original(request, num_computed_tokens, num_new_tokens))
+
+    return reserve

@@ -1,0 +1,259 @@
+"""The queue level inside vLLM's own scheduler (no model, no engine)."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import real_scheduler as real
+
+pytestmark = pytest.mark.slow  # importing vLLM takes most of ten seconds
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    built = []
+
+    def make(gimbal=None, levels=("queue",), **options):
+        values = None if gimbal is None else {"levels": list(levels), **gimbal}
+        built.append(real.build(tmp_path, values, **options))
+        if gimbal is not None:
+            # Steps without a model take microseconds; aging has to run at a server's pace.
+            built[-1].gimbal_queue.facts.prefill_tokens_per_s = lambda: 1000.0
+        return built[-1]
+
+    yield make
+    for scheduler in built:
+        scheduler.shutdown()
+
+
+def run(scheduler, requests, steps=400):
+    """Adds requests (step, request) as their step comes; returns each step's token counts."""
+    schedule = []
+    due = sorted(requests, key=lambda pair: pair[0])
+    for step in range(steps):
+        while due and due[0][0] <= step:
+            scheduler.add_request(due.pop(0)[1])
+        output = scheduler.schedule()
+        schedule.append(dict(output.num_scheduled_tokens))
+        real.finish_step(scheduler, output)
+        if not due and not scheduler.has_requests():
+            break
+    return schedule
+
+
+def first_steps(schedule):
+    """Request ids in the order in which they were first scheduled."""
+    seen = []
+    for counts in schedule:
+        seen += [name for name in counts if name not in seen]
+    return seen
+
+
+def mixed(count=60, seed=1, sizes=(20, 80, 300, 1500), output=6):
+    rng = random.Random(seed)
+    return [
+        (rng.randrange(40), real.request(f"r{i}", rng.choice(sizes), output, arrival=float(i)))
+        for i in range(count)
+    ]
+
+
+def test_a_short_newcomer_takes_budget_from_a_running_long_prefill(build):
+    scheduler = build({})
+    requests = [(0, real.request("long", 3000)), (2, real.request("short", 200))]
+    counts = run(scheduler, requests)
+    assert counts[0] == {"long": 512}
+    assert counts[2] == {"long": 312, "short": 200}
+    assert scheduler.gimbal_queue.planner.yields == 1
+    plain = run(build({"queue": {"in_batch": False}}), requests_again(requests))
+    assert plain[2] == {"long": 512}
+
+
+def requests_again(requests):
+    return [(step, real.request(r.request_id, r.num_prompt_tokens)) for step, r in requests]
+
+
+def test_waiting_order_is_that_of_the_ordering(build):
+    sizes = {"a": 900, "b": 40, "c": 400}
+    for ordering, expected in (("fcfs", "abc"), ("sjf", "bca"), ("gimbal", "bca")):
+        scheduler = build({"queue": {"ordering": ordering}}, seats=1)
+        counts = run(scheduler, [(0, real.request(n, size)) for n, size in sizes.items()])
+        assert "".join(first_steps(counts)) == expected
+
+
+def test_fcfs_schedules_exactly_as_vllm(build):
+    """Our queue under FCFS against vLLM's, with preemptions, token by token."""
+    ours = run(build({"queue": {"ordering": "fcfs"}}, blocks=180), mixed())
+    vllm = run(build(None, blocks=180), mixed())
+    assert ours == vllm
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("ordering", ["gimbal", "hrrn"])
+def test_nothing_is_lost_under_preemption_aborts_and_switching(build, policy, ordering):
+    scheduler = build({"queue": {"ordering": ordering}}, blocks=160, seats=16, policy=policy)
+    rng = random.Random(7)
+    added, ended, preempted, step = 0, set(), 0, 0
+    while added < 150 or scheduler.has_requests():
+        step += 1
+        assert step < 5000
+        for _ in range(min(rng.randrange(3), 150 - added)):
+            size = rng.choice((10, 60, 200, 900, 2000))
+            scheduler.add_request(
+                real.request(f"r{added}", size, rng.randrange(1, 40), rng.randrange(3), added)
+            )
+            added += 1
+        if rng.random() < 0.1 and scheduler.requests:
+            name = rng.choice(sorted(scheduler.requests))
+            scheduler.finish_requests(name, real_status("FINISHED_ABORTED"))
+            ended.add(name)
+        if rng.random() < 0.1:
+            name = rng.choice(["fcfs", "sjf", "hrrn", "gimbal"])
+            scheduler.gimbal_queue._use(name)
+        before = set(scheduler.requests)
+        output = scheduler.schedule()
+        preempted += len(output.preempted_req_ids or ())
+        real.finish_step(scheduler, output)
+        gone = before - set(scheduler.requests)
+        assert not gone & ended
+        ended |= gone
+        waiting = [r.request_id for r in scheduler.waiting]
+        assert len(waiting) == len(set(waiting)) == len(scheduler.waiting)
+        assert set(waiting) | {r.request_id for r in scheduler.running} == set(scheduler.requests)
+    assert ended == {f"r{i}" for i in range(150)}
+    assert preempted > 0
+    assert scheduler.gimbal_queue.guard.counts == {}
+    assert len(scheduler.waiting.heap) == 0
+
+
+def real_status(name):
+    from vllm.v1.request import RequestStatus
+
+    return RequestStatus[name]
+
+
+@pytest.mark.parametrize("broken", ["key", "peek", "take", "restore", "remove"])
+def test_a_broken_queue_hands_over_to_vllm_without_losing_a_request(build, broken):
+    scheduler = build({}, blocks=130, seats=16)
+    level = scheduler.gimbal_queue
+    target = level.queue.heap.ordering if broken == "key" else level.queue.heap
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("broken on purpose")
+        return original(*args, **kwargs)
+
+    original = getattr(target, broken)
+    setattr(target, broken, fail)
+    requests = mixed(80, seed=3, output=40)
+    names = {r.request_id for _, r in requests}
+    finished, due, step = set(), sorted(requests, key=lambda p: p[0]), 0
+    while due or scheduler.has_requests():
+        step += 1
+        assert step < 3000
+        while due and due[0][0] <= step:
+            scheduler.add_request(due.pop(0)[1])
+        if step == 20 and (waiting := [r.request_id for r in scheduler.waiting]):
+            for name in waiting[:6]:
+                scheduler.finish_requests(name, real_status("FINISHED_ABORTED"))
+                finished.add(name)
+        before = set(scheduler.requests)
+        real.finish_step(scheduler, scheduler.schedule())
+        finished |= before - set(scheduler.requests)
+    assert finished == names
+    assert level.queue.fallback is not None
+    assert level.guard.counts == {"ordering": 1}
+
+
+def test_a_failing_plan_leaves_the_step_to_vllm(build):
+    scheduler = build({})
+    scheduler.gimbal_queue.begin_step = lambda throttled: 1 / 0
+    assert run(scheduler, [(0, real.request("a", 700))])[0] == {"a": 512}
+    assert scheduler.gimbal_queue.guard.counts["plan"] > 0
+
+
+def test_small_requests_pass_a_head_without_blocks_then_it_is_reserved_for(build):
+    def first(pass_steps):
+        # 100 blocks: "run" holds most of them for 60 steps; "big" needs 90; small ones need 2.
+        scheduler = build({"queue": {"pass_steps": pass_steps, "pass_s": 1e9}}, blocks=100)
+        requests = [(0, real.request("run", 400, 60)), (1, real.request("big", 1400, 2))]
+        requests += [(2 + 2 * i, real.request(f"s{i}", 20, 2)) for i in range(25)]
+        # The short ones come first by key anyway; FCFS keys make "big" the head.
+        scheduler.gimbal_queue.queue.heap.ordering.key = lambda request, state: 0.0
+        for entry in requests:
+            entry[1].arrival_time = float(entry[0])
+        return first_steps(run(scheduler, requests)), scheduler
+
+    passed, scheduler = first(10)
+    assert 3 <= passed.index("big") - 1 <= 10
+    assert scheduler.gimbal_queue.queue.passes >= 3
+    assert first(0)[0].index("big") == 1
+
+
+def test_priorities_come_first(build):
+    scheduler = build({}, policy="priority", seats=1)
+    requests = [
+        (0, real.request("low", 20, priority=5)),
+        (0, real.request("high", 900, priority=1)),
+        (0, real.request("mid", 20, priority=2)),
+    ]
+    assert first_steps(run(scheduler, requests)) == ["high", "mid", "low"]
+
+
+def test_decode_protection_bounds_prefill_beside_decodes(build):
+    from gimbal.core.contracts import Field
+
+    options = {"protect_decodes": True, "tpot_factor": 3.0, "throughput_loss": 0.1}
+    scheduler = build({"queue": options})
+    learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
+    scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
+    requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 600))]
+    counts = run(scheduler, requests)
+    # (3 - 1) * 25 ms / 0.5 ms beside a decode; everything without one.
+    assert counts[0] == {"decodes": 50}
+    assert counts[2] == {"decodes": 1, "long": 100}
+    assert scheduler.max_num_scheduled_tokens == 512
+
+
+def test_counters_travel_with_the_snapshot(build):
+    from gimbal.core.contracts import Field
+
+    scheduler = build({}, seats=1)
+    run(scheduler, [(0, real.request("a", 900)), (0, real.request("b", 20))])
+    row = scheduler.gimbal_signals.row
+    assert row[Field.QUEUE_OVERTAKES] == 1
+    assert row[Field.QUEUE_FALLBACKS] == 0
+    scheduler.add_request(real.request("c", 900))
+    scheduler.add_request(real.request("d", 900))
+    scheduler.schedule()
+    scheduler.schedule()
+    assert row[Field.QUEUE_OLDEST_WAIT_US] > 0
+
+
+def test_control_message_switches_ordering_and_level(build):
+    scheduler = build({})
+    level, board = scheduler.gimbal_queue, scheduler.gimbal_queue.board
+    for control, expected in (
+        ({"queue_ordering": "sjf"}, "sjf"),
+        ({"queue_ordering": "nonsense"}, "sjf"),
+        ({"levels": ["dispatch"], "queue_ordering": "sjf"}, "fcfs"),
+        ({}, "gimbal"),
+    ):
+        board.write_control(control)
+        scheduler.schedule()
+        assert level.ordering == expected
+    assert level.in_batch
+
+
+def test_an_unknown_ordering_is_refused_at_start(build):
+    from gimbal.core.errors import InputError
+
+    with pytest.raises(InputError, match="did you mean 'hrrn'"):
+        build({"queue": {"ordering": "hrnn"}})
