@@ -7,7 +7,13 @@ from importlib import import_module
 
 logger = logging.getLogger("vllm.gimbal")
 
-HOOKS: tuple[str, ...] = ("cpu_backend.hook", "identity", "scheduler", "dispatch_hook")
+HOOKS: tuple[str, ...] = (
+    "cpu_backend.hook",
+    "identity",
+    "scheduler",
+    "dispatch_hook",
+    "placement.hook",
+)
 """Modules of this package with an idempotent ``install()``; each patches only seams it lists."""
 
 _installed: set[str] = set()

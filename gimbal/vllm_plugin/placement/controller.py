@@ -1,0 +1,349 @@
+"""What Gimbal does in one worker at a step, a rearrangement and a commit.
+
+vLLM calls in the same order on every rank; so does everything here that talks to other ranks
+(`gather` and the vote in `rebalance_experts`). With asynchronous EPLB `rebalance_experts` runs in
+vLLM's worker thread, everything else in the main thread; vLLM does not start the next gather
+before the thread is done with the last.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gimbal.core.config import PlacementConfig
+from gimbal.core.contracts import IntArray, Topology
+from gimbal.core.feedback.pressure import expert_pressure_us
+from gimbal.core.placement import verify
+from gimbal.core.placement.replica_split import near_split
+from gimbal.records.schema import RebalanceRecord
+from gimbal.vllm_plugin.guard import LevelGuard
+from gimbal.vllm_plugin.placement.agreement import Gather, Verdict, Vote, map_hash, outcome
+from gimbal.vllm_plugin.placement.ledger import Ledger
+from gimbal.vllm_plugin.placement.planner import Decision, Planner
+from gimbal.vllm_plugin.placement.replicas import write_tables
+from gimbal.vllm_plugin.placement.rows import (
+    SourceCounts,
+    Sources,
+    per_source,
+    row_length,
+    split_rows,
+)
+from gimbal.vllm_plugin.placement.watch import WorkerWatch
+from gimbal.vllm_plugin.placement.window import WindowNotes, carry_over, reduce_window
+
+logger = logging.getLogger("vllm.gimbal")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this worker stands: its expert-parallel rank among `ranks`, and the group's shape."""
+
+    rank: int
+    ranks: int
+    ranks_per_source: int
+    ranks_per_node: int
+
+    @property
+    def source(self) -> int:
+        return self.rank // self.ranks_per_source
+
+    def topology(self, slots: int) -> Topology:
+        return Topology(self.ranks, slots // self.ranks, self.ranks_per_source, self.ranks_per_node)
+
+
+@dataclass(slots=True)
+class ModelView:
+    """One model's last gathered counts and what was decided on them."""
+
+    state: Any  # vLLM's EplbModelState
+    planner: Planner
+    counts: SourceCounts | None = None
+    shares: np.ndarray | None = None  # [sources, layers, slots] of `near_split`, for `shares_of`
+    shares_of: IntArray | None = None
+    before: IntArray | None = None  # the map that the last committed one replaced
+    committed: bool = False
+
+
+@dataclass(slots=True)
+class Controller:
+    """One worker's placement level.
+
+    Args:
+        config: section ``placement``.
+        place: this worker's rank.
+        guard: counts fallbacks.
+        vote: publishes this rank's vote to all ranks, see `agreement`.
+        fallback: vLLM's own policy, used where the level is off.
+        window_size: slots of vLLM's load window.
+        clock_s: monotonic seconds.
+    """
+
+    config: PlacementConfig
+    place: Place
+    guard: LevelGuard
+    vote: Gather
+    fallback: Any
+    window_size: int
+    clock_s: Callable[[], float] = time.monotonic
+    naive: bool = False  # every rank routes all tokens, known from the layers
+    models: list[ModelView] = field(default_factory=list)
+    step: int = 0
+    batch: tuple[int, int] = (0, 0)  # (prefill, decode) tokens of the step being run
+    mode: str = "idle"  # "gather" while vLLM sums loads for a rearrangement of ours
+    stall_us: float = 0.0
+    pressure_us: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    notes: WindowNotes = field(init=False)
+    ledger: Ledger = field(init=False)
+    _gathered: Any = None  # [ranks, n] rows of all models, on vLLM's device
+    _next_model: int = 0
+    _own_turn: bool = False
+    _said: set[str] = field(default_factory=set)
+    _start_s: float = field(init=False)
+    _async_us: float = 0.0
+    _layers: int = 0  # committed so far: progress of an asynchronous rearrangement
+    _worker: WorkerWatch = field(default_factory=WorkerWatch)
+
+    def __post_init__(self) -> None:
+        self.notes = WindowNotes(self.window_size, max(self.config.half_life_steps, 1e-3))
+        writes = self.config.records and self.place.rank == 0
+        self.ledger = Ledger(Path(self.config.records) if writes else None)
+        self._start_s = self.clock_s()
+
+    # A step.
+
+    def recorded(self, slot: int) -> None:
+        """vLLM has written this step's counts to window slot `slot`."""
+        self.notes.written(slot, self.step, *self.batch)
+
+    def watch(self, state: Any) -> None:
+        """Looks after the asynchronous worker, and closes its rearrangement's account."""
+        if not state.is_async:
+            return
+        busy = any(view.state.rebalanced for view in self.models)
+        if not busy and self._async_us:
+            self.stalled(self._async_us)
+            self._async_us = 0.0
+        for trouble in self._worker.look(state.async_worker, busy, self._layers, self.clock_s()):
+            logger.error(
+                "Gimbal: the asynchronous EPLB worker of rank %d is %s: serving goes on, experts "
+                "no longer move",
+                self.place.rank,
+                trouble,
+            )
+            self.guard.fell_back(f"asynchronous worker {trouble}")
+
+    # A rearrangement: gather, plan, agree.
+
+    def begin(self, ours: bool) -> None:
+        """vLLM starts a rearrangement; `ours` is False for its profile run and elastic scaling."""
+        self.mode = "gather" if ours else "pass"
+        self._own_turn = ours
+        self._next_model = 0
+
+    def end(self) -> None:
+        self.mode = "idle"
+
+    def gather(self, raw: list[Any], all_gather: Callable[[Any], Any]) -> list[Any]:
+        """Gathers rows instead of summing them; returns the sums vLLM expects.
+
+        Args:
+            raw: per model [layers, experts] this rank's summed window.
+            all_gather: [n] vector -> [ranks, n]; called exactly once, whatever fails here.
+        """
+        import torch
+
+        rows = []
+        for view, plane in zip(self.models, raw, strict=True):
+            try:
+                row = reduce_window(view.state, plane, self.notes, self.step, self.stall_us)
+            except Exception as error:
+                self.guard.fell_back("window could not be reduced", error)
+                row = torch.zeros(row_length(*plane.shape), dtype=torch.float64)
+                row[: plane.numel()] = plane.reshape(-1).to(torch.float64)
+                row = row.to(plane.device)
+            rows.append(row)
+        self._gathered = all_gather(torch.cat(rows))
+        sums, offset = [], 0
+        for plane in raw:
+            part = self._gathered[:, offset : offset + plane.numel()].sum(dim=0)
+            sums.append(part.reshape(plane.shape).to(plane.dtype))
+            offset += row_length(*plane.shape)
+        return sums
+
+    def rebalance_experts(
+        self,
+        weight: Any,
+        num_replicas: int,
+        num_groups: int,
+        num_nodes: int,
+        num_ranks: int,
+        old_global_expert_indices: Any = None,
+    ) -> Any:
+        """vLLM's policy interface: physical_to_logical [layers, slots], the same on every rank."""
+        import torch
+
+        arguments = (
+            weight,
+            num_replicas,
+            num_groups,
+            num_nodes,
+            num_ranks,
+            old_global_expert_indices,
+        )
+        if not self._own_turn or old_global_expert_indices is None:
+            return self.fallback.rebalance_experts(*arguments)
+        old = old_global_expert_indices
+        current = np.ascontiguousarray(old.numpy(), dtype=np.int32)
+        index, self._next_model = self._next_model, self._next_model + 1
+        vote, decision = self._propose(index, tuple(weight.shape), current)
+        verdict = outcome(self.vote(vote))
+        if verdict in (Verdict.REFUSE, Verdict.DISAGREE):
+            self.guard.fell_back(f"map not committed: {verdict.name.lower()}")
+        self.models[index].committed = verdict is Verdict.COMMIT
+        if verdict is Verdict.VLLM:
+            return self.fallback.rebalance_experts(*arguments)
+        if decision is not None:
+            self._record(index, decision, verdict, current)
+        if verdict is not Verdict.COMMIT or decision is None:
+            return old.clone()
+        return torch.from_numpy(decision.placement.astype(np.int64)).to(old.dtype)
+
+    def _propose(
+        self, index: int, shape: tuple[int, ...], current: IntArray
+    ) -> tuple[Vote, Decision | None]:
+        """This rank's vote; whatever goes wrong becomes a vote for the old map."""
+        if self.guard.disabled:
+            return (Verdict.VLLM, 0), None
+        try:
+            view = self.models[index]
+            counts, stall_us = self._counts_of(index, shape)
+            self._realized(view, counts, current)
+            topology = self.place.topology(current.shape[1])
+            self._note_sources(counts.sources)
+            self.pressure_us = expert_pressure_us(
+                view.planner.problem(counts.routing, topology, current)
+            )
+            view.counts = counts
+            if not counts.routing.counts.any():
+                return (Verdict.KEEP, 0), None
+            decision = view.planner.decide(counts.routing, topology, current, stall_us)
+            wrong = verify.problems(decision.placement, topology, *shape)
+            if decision.commit and wrong is not None:
+                logger.error("Gimbal: refusing a placement: %s", wrong)
+                return (Verdict.REFUSE, 0), None
+            # vLLM commits the old map again where the new one is not taken: the tables are
+            # rewritten either way.
+            chosen = decision.placement if decision.commit else current
+            if self.config.replicas == "near" and self._may_prefer_near(counts.sources):
+                view.shares = near_split(counts.routing.counts, chosen, topology)
+                view.shares_of = chosen
+            else:
+                view.shares = None
+            self.guard.succeeded()
+            if not decision.commit:
+                return (Verdict.KEEP, 0), decision
+            return (Verdict.COMMIT, map_hash(verify.digest(chosen))), decision
+        except Exception as error:
+            self.guard.fell_back("no plan", error)
+            return (Verdict.KEEP, 0), None
+
+    def _counts_of(self, index: int, shape: tuple[int, ...]) -> tuple[SourceCounts, float]:
+        """Counts per source of model `index`, and the longest stall any rank measured."""
+        gathered = self._gathered.cpu().numpy()
+        offset = sum(row_length(*v.state.logical_replica_count.shape) for v in self.models[:index])
+        part = gathered[:, offset : offset + row_length(*shape)]
+        rows = split_rows(part, *shape)
+        return per_source(rows, self.place.ranks_per_source), float(rows.stall_us.max())
+
+    def _note_sources(self, sources: Sources) -> None:
+        if sources is Sources.UNKNOWN and sources.value not in self._said:
+            self._said.add(sources.value)
+            logger.warning("Gimbal placement: %s", sources.value)
+            self.guard.fell_back("source-awareness off")
+
+    def _may_prefer_near(self, sources: Sources) -> bool:
+        """Own tables need one rank to choose for a token; see `replicas`."""
+        return sources is Sources.PER_RANK and not self.naive and self.place.ranks > 1
+
+    def _realized(self, view: ModelView, counts: SourceCounts, current: IntArray) -> None:
+        """Prices the last commit on the counts that followed it."""
+        if view.before is None or not counts.routing.counts.any():
+            return
+        topology = self.place.topology(current.shape[1])
+        gain = view.planner.gain_us_per_step(counts.routing, topology, view.before, current)
+        view.before = None
+        self.ledger.amend(realized_gain_us_per_step=gain)
+        if self.place.rank == 0 and self.ledger.last is not None:
+            logger.info(
+                "Gimbal placement: last rearrangement predicted %.1f us per step, realized %.1f",
+                self.ledger.last.predicted_gain_us_per_step,
+                gain,
+            )
+
+    def _record(self, index: int, decision: Decision, verdict: Verdict, current: IntArray) -> None:
+        committed = verdict is Verdict.COMMIT
+        if committed:
+            self.models[index].before = current
+        self.ledger.add(
+            RebalanceRecord(
+                time_s=self.clock_s() - self._start_s,
+                committed=committed,
+                reason=decision.reason,
+                predicted_gain_us_per_step=decision.gain_us_per_step,
+                predicted_stall_us=decision.stall_us,
+                realized_gain_us_per_step=None,
+                stall_us=None,
+                moved_slots=decision.moved_slots,
+                received_experts=decision.received_experts,
+                balance_before=decision.balance_before,
+                balance_after=decision.balance_after,
+                local_share_before=decision.local_share_before,
+                local_share_after=decision.local_share_after,
+            )
+        )
+        if self.place.rank == 0:
+            logger.info(
+                "Gimbal placement: %s, %s; balance %.3f -> %.3f, local share %.3f -> %.3f, "
+                "%d experts received",
+                "committed" if committed else verdict.name.lower(),
+                decision.reason,
+                decision.balance_before,
+                decision.balance_after,
+                decision.local_share_before,
+                decision.local_share_after,
+                decision.received_experts,
+            )
+
+    # A commit.
+
+    def stalled(self, elapsed_us: float) -> None:
+        """A rearrangement took `elapsed_us` from serving (all of it, or one layer's share)."""
+        if any(view.committed for view in self.models):
+            self.stall_us = elapsed_us
+            self.ledger.amend(stall_us=elapsed_us)
+
+    def stalled_more(self, elapsed_us: float) -> None:
+        """Adds one step's share of an asynchronous rearrangement."""
+        self._async_us += elapsed_us
+
+    def committed(self, model_state: Any, old_map: Any, first_layer: int, layers: int) -> None:
+        """vLLM has put a new map of `layers` layers in force; `old_map` is what it replaced."""
+        self._layers += layers
+        part = slice(first_layer, first_layer + layers)
+        new_map = model_state.physical_to_logical_map[part]
+        if old_map.shape == new_map.shape:
+            experts = model_state.logical_replica_count.shape[1]
+            carry_over(model_state.expert_load_window[:, part], old_map, new_map, experts)
+        view = next((v for v in self.models if v.state is model_state), None)
+        if view is None or view.shares is None or view.shares_of is None:
+            return
+        in_force = new_map.cpu().numpy()
+        if np.array_equal(in_force, view.shares_of[part]):
+            write_tables(model_state, in_force, view.shares[self.place.source, part], first_layer)

@@ -1,0 +1,208 @@
+"""One decision: what core's placer proposes for these counts and whether its gate lets it pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from gimbal.core.config import PlacementConfig
+from gimbal.core.contracts import IntArray, Placer, RoutingCounts, Topology
+from gimbal.core.errors import InputError
+from gimbal.core.placement import gate, heuristic, objective
+from gimbal.core.placement.problem import (
+    BACKENDS,
+    GATHER_BACKEND,
+    ROUTED_BACKEND,
+    CostConstants,
+    PlacementProblem,
+)
+from gimbal.core.placement.replica_split import near_split
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model and its server fix for planning.
+
+    Attributes:
+        expert_bytes: weights of one expert of one layer.
+        top_k: experts per token.
+        hidden_bytes: one token's hidden state.
+        on_cpu: the workers compute on CPU.
+        all2all_backend: vLLM's ``--all2all-backend``.
+        step_interval: steps between rearrangements.
+    """
+
+    expert_bytes: float
+    top_k: int
+    hidden_bytes: float
+    on_cpu: bool
+    all2all_backend: str
+    step_interval: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One proposal and what it is predicted to do; times are microseconds.
+
+    Attributes:
+        placement: [layers, slots] the proposal.
+        commit: what the gate says.
+        reason: one clause for records and logs.
+    """
+
+    placement: IntArray
+    commit: bool
+    reason: str
+    gain_us_per_step: float
+    stall_us: float
+    moved_slots: int
+    received_experts: int
+    balance_before: float
+    balance_after: float
+    local_share_before: float
+    local_share_after: float
+
+
+def cost_constants(facts: ModelFacts) -> CostConstants:
+    """Constants for this model: core's H100 fit with weights and activations to this scale.
+
+    Reading an expert and multiplying by it are both proportional to its bytes. On CPU the rates
+    are rough ones of one core (10 GB/s, 20 GFLOP/s, bf16) and of gloo (1 GB/s).
+    """
+    base = CostConstants()
+    scale = facts.expert_bytes / base.expert_bytes
+    shaped = replace(
+        base,
+        us_per_active_expert=base.us_per_active_expert * scale,
+        us_per_pair=base.us_per_pair * scale,
+        expert_bytes=facts.expert_bytes,
+        bytes_per_pair=2.0 * facts.hidden_bytes,
+        top_k=facts.top_k,
+    )
+    if not facts.on_cpu:
+        return shaped
+    return replace(
+        shaped,
+        us_per_active_expert=facts.expert_bytes / 1e4,
+        us_per_pair=facts.expert_bytes / 2e4,
+        same_node_gbps=1.0,
+        migration_gbps=1.0,
+    )
+
+
+class Planner:
+    """Asks the configured placer, prices its proposal and applies the gain gate.
+
+    Deterministic: ranks that call it with the same arguments get the same decision.
+    """
+
+    def __init__(self, config: PlacementConfig, facts: ModelFacts) -> None:
+        self.config = config
+        self.horizon_steps = facts.step_interval
+        backend = config.backend
+        if backend == "auto":
+            gathers = facts.all2all_backend in (GATHER_BACKEND, "naive")
+            backend = GATHER_BACKEND if gathers else ROUTED_BACKEND
+        self._template = {
+            "constants": cost_constants(facts),
+            "alpha": config.alpha,
+            "beta": config.beta,
+            "gamma": config.gamma,
+            "horizon_steps": self.horizon_steps,
+            "backend": backend,
+        }
+
+    def problem(
+        self, routing: RoutingCounts, topology: Topology, current: IntArray
+    ) -> PlacementProblem:
+        """Raises InputError when counts and map do not fit together."""
+        return PlacementProblem(routing, topology, current, **self._template)  # type: ignore[arg-type]
+
+    def decide(
+        self,
+        routing: RoutingCounts,
+        topology: Topology,
+        current: IntArray,
+        measured_stall_us: float = 0.0,
+    ) -> Decision:
+        """Plans from `current`; `measured_stall_us` of the last migration replaces the model's."""
+        problem = self.problem(routing, topology, current)
+        plan = self._plan(problem)
+        verdict = gate.decide(
+            plan,
+            self.horizon_steps,
+            self.config.gamma,
+            self.config.gate,
+            measured_stall_us if measured_stall_us > 0 else None,
+        )
+        return Decision(
+            placement=plan.physical_to_logical,
+            commit=verdict.commit,
+            reason=verdict.reason,
+            gain_us_per_step=verdict.gain_us_per_step,
+            stall_us=verdict.stall_us,
+            moved_slots=plan.moved_slots,
+            received_experts=plan.received_experts,
+            balance_before=plan.balance_before,
+            balance_after=plan.balance_planned,
+            local_share_before=plan.local_share_before,
+            local_share_after=plan.local_share_planned,
+        )
+
+    def warm_up(self) -> None:
+        """Compiles what planning runs, on a toy problem: the first rearrangement must not wait."""
+        topology = Topology(2, 2)
+        current = np.array([[0, 1, 2, 0]], dtype=np.int32)
+        routing = RoutingCounts(np.arange(6, dtype=np.float64).reshape(2, 1, 3), steps=10)
+        self.decide(routing, topology, current)
+        near_split(routing.counts, current, topology)
+
+    def _plan(self, problem: PlacementProblem) -> heuristic.PlacementPlan:
+        if self.config.placer == "gimbal":
+            return heuristic.plan(problem)
+        from gimbal.core.placement import PLACERS
+
+        placer: Placer = PLACERS.build(self.config.placer)
+        proposed = placer.place(problem.routing, problem.topology, problem.current)
+        return priced(problem, proposed)
+
+    def gain_us_per_step(
+        self, routing: RoutingCounts, topology: Topology, before: IntArray, after: IntArray
+    ) -> float:
+        """What `after` saves against `before` on these counts, migration left out."""
+        problem = self.problem(routing, topology, before)
+        old, new = objective.evaluate(problem, before), objective.evaluate(problem, after)
+        return old.load + old.comm - new.load - new.comm
+
+
+def priced(problem: PlacementProblem, proposed: IntArray) -> heuristic.PlacementPlan:
+    """A baseline's proposal as a plan; it has no lower bound of its own."""
+    counts, t = problem.routing.counts, problem.topology
+    before, after = (objective.evaluate(problem, p) for p in (problem.current, proposed))
+    return heuristic.PlacementPlan(
+        physical_to_logical=proposed,
+        before=before,
+        after=after,
+        lower_bound_us=0.0,
+        layer_gain_us=np.zeros(problem.layers),
+        balance_before=objective.balance(problem.current, counts, t),
+        balance_planned=objective.balance(proposed, counts, t),
+        local_share_before=objective.local_share(problem.current, counts, t),
+        local_share_planned=objective.local_share(proposed, counts, t),
+        received_experts=int(objective.received(proposed, problem.current, t).sum()),
+        moved_slots=int((proposed != problem.current).sum()),
+        slots=int(proposed.size),
+    )
+
+
+def check_config(config: PlacementConfig) -> None:
+    """Raises InputError for a value no planner takes."""
+    if config.backend not in ("auto", *BACKENDS):
+        choices = ", ".join(("auto", *BACKENDS))
+        raise InputError(f"placement.backend: unknown {config.backend!r} (choose from {choices})")
+    if config.replicas not in ("near", "even"):
+        raise InputError(f"placement.replicas: unknown {config.replicas!r} (near or even)")
+    for name in ("gate", "half_life_steps"):
+        if not getattr(config, name) >= 0:
+            raise InputError(f"placement.{name}: must not be negative")

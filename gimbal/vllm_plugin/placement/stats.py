@@ -1,0 +1,72 @@
+"""A worker's routing statistics for ``gimbal stats``, over vLLM's ``collective_rpc``.
+
+Each worker answers with its own row (see `rows`): no collective, nothing waits. Whoever asked
+puts the rows of all ranks together with `combine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gimbal.vllm_plugin.placement.rows import SourceCounts, per_source, split_rows
+from gimbal.vllm_plugin.placement.window import reduce_window, to_logical
+
+
+def gimbal_routing(worker: Any) -> dict[str, Any]:
+    """One worker's answer: plain numbers, strings and bytes, empty where the level is off."""
+    controller = getattr(
+        getattr(worker.model_runner, "eplb_state", None), "_gimbal_controller", None
+    )
+    if controller is None:
+        return {}
+    models = []
+    for view in controller.models:
+        state = view.state
+        layers, experts = state.logical_replica_count.shape
+        slots = state.physical_to_logical_map
+        raw = to_logical(state.expert_load_window, slots.long(), experts).sum(dim=0)
+        row = reduce_window(state, raw, controller.notes, controller.step, controller.stall_us)
+        models.append(
+            {
+                "name": str(state.model_name),
+                "layers": int(layers),
+                "experts": int(experts),
+                "row": row.cpu().numpy().astype("<f8").tobytes(),
+                "physical_to_logical": slots.cpu().numpy().astype("<i4").tobytes(),
+            }
+        )
+    return {
+        "rank": controller.place.rank,
+        "ranks": controller.place.ranks,
+        "ranks_per_source": controller.place.ranks_per_source,
+        "step": controller.step,
+        "proposed": controller.ledger.proposed,
+        "committed": controller.ledger.committed,
+        "fallbacks": dict(controller.guard.counts),
+        "level_on": not controller.guard.disabled,
+        "pressure_us": [float(p) for p in controller.pressure_us],
+        "models": models,
+    }
+
+
+def combine(answers: Sequence[dict[str, Any]]) -> tuple[SourceCounts, np.ndarray, dict[str, Any]]:
+    """Counts per source, physical_to_logical [layers, slots] and metadata of the first model.
+
+    Raises ValueError when a rank is missing or the level is off.
+    """
+    ranks = sorted((a for a in answers if a), key=lambda a: a["rank"])
+    if not ranks:
+        raise ValueError("the level placement is off, or EPLB is (--enable-eplb)")
+    if [a["rank"] for a in ranks] != list(range(ranks[0]["ranks"])):
+        raise ValueError(f"{len(ranks)} of {ranks[0]['ranks']} ranks answered")
+    first = ranks[0]["models"][0]
+    shape = first["layers"], first["experts"]
+    rows = np.stack([np.frombuffer(a["models"][0]["row"], "<f8") for a in ranks])
+    counts = per_source(split_rows(rows, *shape), ranks[0]["ranks_per_source"])
+    placement = np.frombuffer(first["physical_to_logical"], "<i4").reshape(shape[0], -1)
+    facts = {k: v for k, v in ranks[0].items() if k not in ("models", "rank")}
+    facts["fallbacks"] = {str(a["rank"]): a["fallbacks"] for a in ranks if a["fallbacks"]}
+    return counts, placement, facts | {"model": first["name"], "sources": counts.sources.value}

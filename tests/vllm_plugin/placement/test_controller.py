@@ -1,0 +1,202 @@
+"""Gather, plan, agree, commit: over a group of faked workers."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+sys.path.insert(0, str(Path(__file__).parent))
+from fakes import EXPERTS, LAYERS, Group, skewed
+
+from gimbal.core.placement import verify
+from gimbal.core.placement.objective import local_share
+from gimbal.vllm_plugin.placement.agreement import Verdict
+
+
+def filled(*args, steps=8, **config):
+    group = Group(*args, **config)
+    for _ in range(steps):
+        group.run_step(skewed(len(group.workers)))
+    return group
+
+
+def test_sources_are_kept_apart_and_experts_move_to_who_asks():
+    group = filled(2)
+    maps = group.rearrange()
+    assert all((m == maps[0]).all() for m in maps)
+    counts = group.workers[0].models[0].counts
+    np.testing.assert_allclose(counts.routing.counts / counts.routing.steps, skewed(2), rtol=1e-9)
+    topology = group.workers[0].place.topology(EXPERTS)
+    start = np.tile(np.arange(EXPERTS, dtype=np.int32), (LAYERS, 1))
+    assert local_share(start, skewed(2), topology) < 0.1
+    assert local_share(maps[0].astype(np.int32), skewed(2), topology) > 0.9
+
+
+def test_without_drift_the_second_rearrangement_moves_nothing():
+    group = filled(2)
+    first = group.rearrange()
+    for _ in range(8):
+        group.run_step(skewed(2))
+    second = group.rearrange()
+    assert (first[0] == second[0]).all()
+    assert group.workers[0].ledger.committed == 1
+
+
+def test_a_gate_that_cannot_be_passed_keeps_the_map():
+    group = filled(2, gate=1e12)
+    before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
+    assert (group.rearrange()[0] == before).all()
+    assert not group.workers[0].ledger.last.committed
+    assert "does not exceed" in group.workers[0].ledger.last.reason
+
+
+@pytest.mark.parametrize(
+    ("vote", "reason"),
+    [
+        ((Verdict.COMMIT, 123), "map not committed: disagree"),
+        ((Verdict.KEEP, 0), "map not committed: disagree"),
+        ((Verdict.REFUSE, 0), "map not committed: refuse"),
+    ],
+)
+def test_one_rank_that_differs_keeps_the_old_map_everywhere(vote, reason):
+    group = filled(2)
+    group.votes[1] = vote
+    before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
+    assert all((m == before).all() for m in group.rearrange())
+    assert [w.guard.counts for w in group.workers] == [{reason: 1}] * 2
+
+
+def test_one_rank_switched_off_hands_all_of_them_to_vllm():
+    group = filled(2)
+    group.workers[0].guard.disabled = True
+    before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
+    for placement in group.rearrange():
+        np.testing.assert_array_equal(placement, np.roll(before, 1, axis=1))
+
+
+def test_an_invalid_map_is_refused(monkeypatch):
+    group = filled(2)
+    monkeypatch.setattr(verify, "problems", lambda *_: "placement[0]: expert 3 is missing")
+    before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
+    assert all((m == before).all() for m in group.rearrange())
+    assert group.workers[0].guard.counts == {"map not committed: refuse": 1}
+
+
+def test_a_placer_that_fails_is_counted_and_then_switched_off(monkeypatch):
+    group = filled(2)
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("no plan today")
+
+    for worker in group.workers:
+        monkeypatch.setattr(worker.models[0].planner, "decide", fail)
+    before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
+    assert (group.rearrange()[0] == before).all()
+    assert group.workers[0].guard.counts["no plan"] == 2  # the fake group plans twice
+    assert (group.rearrange()[0] == before).all()
+    assert group.workers[0].guard.disabled
+    assert (group.rearrange()[0] == np.roll(before, 1, axis=1)).all()
+
+
+def test_rows_that_cannot_be_reduced_still_take_part(monkeypatch):
+    """The collective must happen: other ranks wait in it."""
+    from gimbal.vllm_plugin.placement import controller
+
+    def fail(*_args):
+        raise RuntimeError("out of memory")
+
+    group = filled(2)
+    monkeypatch.setattr(controller, "reduce_window", fail)
+    before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
+    assert (group.rearrange()[0] == before).all()
+    assert group.workers[0].guard.counts["window could not be reduced"] == 2
+
+
+def test_vllm_plans_its_profile_run_and_elastic_scaling():
+    group = filled(2)
+    worker = group.workers[0]
+    worker.begin(False)
+    old = worker.models[0].state.physical_to_logical_map
+    result = worker.rebalance_experts(None, EXPERTS, 1, 1, 2, old)
+    np.testing.assert_array_equal(result.numpy(), np.roll(old.numpy(), 1, axis=1))
+
+
+def test_equal_rows_switch_source_awareness_off_once(caplog):
+    group = Group(2)
+    for _ in range(4):
+        group.run_step(np.repeat(skewed(2)[:1], 2, axis=0))
+    group.rearrange()
+    worker = group.workers[0]
+    assert worker.models[0].counts.routing.counts.shape[0] == 1
+    assert worker.guard.counts == {"source-awareness off": 1}
+    group.rearrange()
+    assert worker.guard.counts == {"source-awareness off": 1}
+
+
+def test_replica_tables_serve_more_of_the_demand_at_home():
+    group = filled(2, redundant=4)
+    maps = group.rearrange()
+    slots_per_rank = maps[0].shape[1] // 2
+    near = even = 0.0
+    for rank, worker in enumerate(group.workers):
+        state = worker.models[0].state
+        for layer in range(LAYERS):
+            for expert in range(EXPERTS):
+                held = np.flatnonzero(maps[0][layer] == expert)
+                count = int(state.logical_replica_count[layer, expert])
+                row = state.logical_to_physical_map[layer, expert].numpy()
+                entries = row[:count]
+                assert set(entries) <= set(held)
+                assert (row[count:] == -1).all()
+                assert count == (1 if len(held) == 1 else 32)
+                demand = skewed(2)[rank, layer, expert]
+                near += demand * (entries // slots_per_rank == rank).mean()
+                even += demand * (held // slots_per_rank == rank).mean()
+    assert near > even * 1.02
+
+
+@pytest.mark.parametrize("reason", ["even", "naive"])
+def test_replica_tables_are_left_alone(reason):
+    group = filled(2, redundant=4, replicas="even" if reason == "even" else "near")
+    for worker in group.workers:
+        worker.naive = reason == "naive"
+    group.rearrange()
+    for worker in group.workers:
+        state = worker.models[0].state
+        assert int(state.logical_replica_count.sum()) == LAYERS * (EXPERTS + 4)
+
+
+def test_records_hold_what_was_predicted_and_what_came_of_it(tmp_path):
+    group = filled(2, records=str(tmp_path))
+    group.rearrange()
+    path = tmp_path / "rebalances.jsonl"
+    (first,) = map(json.loads, path.read_text().splitlines())
+    assert first["committed"]
+    assert first["predicted_gain_us_per_step"] > 0
+    assert first["realized_gain_us_per_step"] is None
+    assert first["stall_us"] == 1000.0
+    for _ in range(8):
+        group.run_step(skewed(2))
+    group.rearrange()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 2
+    assert lines[0]["realized_gain_us_per_step"] == pytest.approx(
+        lines[0]["predicted_gain_us_per_step"], rel=1e-6
+    )
+    assert lines[0]["local_share_after"] > lines[0]["local_share_before"] + 0.5
+    assert not lines[1]["committed"]
+
+
+def test_pressure_belongs_to_the_engine_whose_experts_are_hot():
+    group = Group(2)
+    counts = np.ones((2, LAYERS, EXPERTS))
+    counts[:, :, 0] = [[500.0] * LAYERS, [400.0] * LAYERS]
+    for _ in range(4):
+        group.run_step(counts)
+    group.rearrange()
+    pressure = group.workers[0].pressure_us
+    assert pressure[0] > 0
+    assert pressure[1] == 0
