@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+
+from gimbal.core.config import DispatchConfig
+from gimbal.core.contracts import (
+    ACCEPTED_REQUESTS,
+    ACCEPTED_TOKENS,
+    ROW_WIDTH,
+    DispatchRequest,
+    Field,
+)
+from gimbal.core.dispatch.dispatcher import Dispatcher
+
+NOW_US = 5_000_000.0
+
+
+def board(engines=2, **columns):
+    """Fresh snapshots of idle engines; a column is a number or one per engine."""
+    rows = np.zeros((engines, ROW_WIDTH))
+    values = {
+        "SEQUENCE": 1,
+        "EPOCH": 1,
+        "TIMESTAMP_US": NOW_US - 1000,
+        "STEP_BASE_US": 1000,
+        "PREFILL_US_PER_TOKEN": 10,
+        "STEP_TOKEN_BUDGET": 512,
+        "MAX_RUNNING_REQUESTS": 64,
+        "KV_BLOCKS_TOTAL": 10_000,
+        "KV_BLOCK_TOKENS": 16,
+        **columns,
+    }
+    for name, value in values.items():
+        rows[:, Field[name]] = value
+    return rows
+
+
+def request(name="r", tokens=100, session=None, arrival_us=NOW_US):
+    return DispatchRequest(name, tokens, arrival_us, session)
+
+
+def test_burst_between_snapshots_spreads_by_tokens():
+    dispatcher = Dispatcher(2, DispatchConfig())
+    chosen = [
+        dispatcher.dispatch(request(str(n), tokens), None, board(), NOW_US).engine
+        for n, tokens in enumerate([1000, 300, 300, 300])
+    ]
+    assert chosen[0] != chosen[1]
+    assert chosen[1] == chosen[2] == chosen[3]
+
+
+def test_idle_engines_take_turns_and_front_ends_start_apart():
+    def first(front_end):
+        dispatcher = Dispatcher(4, DispatchConfig(), front_end=front_end, client_count=2)
+        return dispatcher.dispatch(request(), None, board(4), NOW_US).engine
+
+    assert (first(0), first(1)) == (0, 2)
+    dispatcher = Dispatcher(3, DispatchConfig())
+    chosen = [
+        dispatcher.dispatch(request(str(number)), None, board(3), NOW_US).engine
+        for number in range(3)
+    ]
+    assert chosen == [0, 1, 2]
+
+
+def test_prefix_is_found_again_and_given_up_under_load():
+    dispatcher = Dispatcher(2, DispatchConfig(expected_output_tokens=0))
+    tokens = list(range(640))
+    home = dispatcher.dispatch(request("a", 640), tokens, board(), NOW_US).engine
+    acked = board(SEQUENCE=2)
+    acked[home, ACCEPTED_REQUESTS], acked[home, ACCEPTED_TOKENS] = 1, 640
+    again = dispatcher.dispatch(request("b", 700), tokens + [1] * 60, acked, NOW_US)
+    assert (again.engine, again.cached_tokens) == (home, 640)
+    acked[home, Field.SEQUENCE] = 3
+    acked[home, ACCEPTED_REQUESTS], acked[home, ACCEPTED_TOKENS] = 2, 1340
+    acked[home, Field.WAITING_PREFILL_TOKENS] = 50_000
+    busy = dispatcher.dispatch(request("c", 700), tokens + [2] * 60, acked, NOW_US)
+    assert (busy.engine, busy.cached_tokens) == (1 - home, 0)
+
+
+def test_terms_explain_the_cost():
+    decision = Dispatcher(3, DispatchConfig()).dispatch(request(), None, board(3), NOW_US)
+    assert decision.terms.shape == (len(decision.term_names), 3)
+    assert decision.terms.sum(axis=0).tolist() == pytest.approx(decision.costs.tolist())
+    assert decision.reason == "policy"
+    baseline = Dispatcher(3, DispatchConfig(policy="vllm"))
+    assert baseline.dispatch(request(), None, board(3), NOW_US).terms is None
+
+
+@pytest.mark.parametrize(("queued", "stays"), [(0, True), (800, True), (2000, False)])
+def test_session_stays_while_a_longer_hit_could_pay_for_it(queued, stays):
+    dispatcher = Dispatcher(2, DispatchConfig(expected_output_tokens=0))
+    dispatcher.assigned(request("a", 64, session="s"), 0)
+    now = board(WAITING_PREFILL_TOKENS=[queued, 0], SEQUENCE=2)
+    now[0, ACCEPTED_REQUESTS], now[0, ACCEPTED_TOKENS] = 1, 64
+    decision = dispatcher.dispatch(request("b", 1000, session="s"), None, now, NOW_US)
+    assert (decision.engine == 0) is stays
+    patient = Dispatcher(2, DispatchConfig(expected_output_tokens=0, session_patience=10))
+    patient.assigned(request("a", 64, session="s"), 0)
+    assert patient.dispatch(request("b", 1000, session="s"), None, now, NOW_US).engine == 0
+
+
+def test_sessions_are_bounded():
+    dispatcher = Dispatcher(2, DispatchConfig(sessions=10))
+    for number in range(100):
+        dispatcher.dispatch(request(str(number), session=f"s{number}"), None, board(), NOW_US)
+    assert len(dispatcher.sessions) == 10
+
+
+def test_old_snapshot_of_a_busy_engine_falls_back_to_tokens_in_flight():
+    dispatcher = Dispatcher(2, DispatchConfig(max_signal_age_ms=500))
+    dispatcher.dispatch(request("a", 900), None, board(), NOW_US)
+    stuck = board(TIMESTAMP_US=[NOW_US - 10e6, NOW_US], RUNNING_REQUESTS=1)
+    decision = dispatcher.dispatch(request("b", 10), None, stuck, NOW_US)
+    assert (decision.engine, decision.reason) == (1, "stale")
+    assert decision.signal_age_us == pytest.approx(10e6)
+
+
+def test_idle_engine_may_be_silent_for_hours_until_it_is_sent_something():
+    dispatcher = Dispatcher(2, DispatchConfig(max_signal_age_ms=500))
+    hour = NOW_US + 3600e6
+    first = dispatcher.dispatch(request("a"), None, board(), hour)
+    assert (first.reason, first.signal_age_us) == ("policy", 0)
+    soon = dispatcher.dispatch(request("b"), None, board(), hour + 1000)
+    assert (soon.reason, soon.signal_age_us) == ("policy", 1000)
+    assert dispatcher.dispatch(request("c"), None, board(), hour + 1e6).reason == "stale"
+
+
+def test_pinned_idle_engine_is_not_stale_at_once():
+    dispatcher = Dispatcher(2, DispatchConfig(max_signal_age_ms=500))
+    hour = NOW_US + 3600e6
+    dispatcher.assigned(request("pinned", arrival_us=hour), 1)
+    assert dispatcher.dispatch(request("b"), None, board(), hour + 1000).reason == "policy"
+
+
+def test_assigned_and_finished_keep_the_accounts():
+    dispatcher = Dispatcher(2, DispatchConfig())
+    dispatcher.assigned(request("a", 70), 1)
+    assert dispatcher.ledger.unacked.tolist() == [[0, 1], [0, 70]]
+    dispatcher.finished("a")
+    dispatcher.finished("a")
+    dispatcher.finished("never seen")
+    assert dispatcher.ledger.inflight.sum() == 0
+    assert dispatcher.ledger.unacked.tolist() == [[0, 1], [0, 70]]
+
+
+def test_resize_up_and_down():
+    dispatcher = Dispatcher(2, DispatchConfig())
+    tokens = list(range(128))
+    dispatcher.dispatch(request("a", 128, session="s"), tokens, board(), NOW_US)
+    dispatcher.resize(4)
+    decision = dispatcher.dispatch(request("b", 128), tokens, board(4), NOW_US)
+    assert len(decision.costs) == 4
+    dispatcher.resize(1)
+    assert dispatcher.dispatch(request("c", 128), tokens, board(1), NOW_US).engine == 0
+    dispatcher.finished("a")
+    dispatcher.finished("b")
+    assert dispatcher.ledger.inflight.tolist() == [[1], [128]]
+
+
+def test_cleared_cache_is_no_longer_credited():
+    dispatcher = Dispatcher(1, DispatchConfig())
+    tokens = list(range(128))
+    dispatcher.dispatch(request("a", 128, session="s"), tokens, board(1), NOW_US)
+    dispatcher.cache_cleared(0)
+    assert dispatcher.dispatch(request("b", 128), tokens, board(1), NOW_US).cached_tokens == 0
+    assert len(dispatcher.sessions) == 0
