@@ -16,7 +16,8 @@ class Arm:
         fresh_signals: the policy reads the board at the moment it decides; False gives it the
             coordinator's request counts of up to 100 ms ago, as vLLM's own path does.
         ordering: waiting-queue ordering by name.
-        placer: placer by name, or ``static`` for vLLM's initial placement throughout.
+        placer: ``static`` for vLLM's initial placement throughout, ``gimbal`` for the planner
+            behind its gain gate, or another placer by name, which always commits.
         feedback: expert pressure enters dispatch.
     """
 
@@ -35,9 +36,9 @@ def _dispatch_only(policy: str) -> Arm:
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("vllm", placer="deepseek"),
+        Arm("vllm", placer="eplb"),
         Arm("vllm-no-eplb"),
-        Arm("vllm-legacy", dispatch="vllm-legacy", placer="deepseek"),
+        Arm("vllm-legacy", dispatch="vllm-legacy", placer="eplb"),
         Arm("vllm-legacy-no-eplb", dispatch="vllm-legacy"),
         *map(_dispatch_only, ("round-robin", "total-tokens", "lmetric", "dynamo", "llm-d")),
         Arm("gimbal-dispatch", "gimbal", True),

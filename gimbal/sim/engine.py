@@ -41,7 +41,7 @@ class SimRequest:
     first_token_us: float = 0.0
     last_token_us: float = 0.0
     preemptions: int = 0
-    entry: Entry | None = field(default=None, repr=False)
+    entry: Entry[SimRequest] | None = field(default=None, repr=False)
 
 
 @dataclass(slots=True)

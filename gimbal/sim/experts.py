@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +25,9 @@ from gimbal.sim.routing import (
     noise_pool,
 )
 
+if TYPE_CHECKING:
+    from gimbal.core.placement.gate import GateDecision
+
 
 class Experts:
     """Placement, its per-step cost and its rearrangement every `eplb_step_interval` steps."""
@@ -37,6 +42,7 @@ class Experts:
         self.placement = linear_placement(model.layers, model.experts, self.topology)
         self.rebalances: list[RebalanceRecord] = []
         self.pressure_us: FloatArray = np.zeros(cluster.dp)
+        self._rebalances = arm.placer != "static"
         self._placer = _placer(arm)
         self._window = np.zeros((cluster.dp, len(population.names)))
         self._steps_in_window = 0
@@ -85,15 +91,15 @@ class Experts:
 
     def before_step(self, step: int, engines: Sequence[Engine]) -> float:
         """Rearranges when it is due; returns the stall in microseconds (0 when asynchronous)."""
-        if self._placer is None:
+        if not self._rebalances:
             return 0.0
         interval = self.cluster.eplb_step_interval
         # vLLM starts its counter at three quarters of the interval.
         if (step + interval * 3 // 4) % interval or self._steps_in_window == 0:
             return 0.0
         counts = self._recorded_counts()
-        planned = self._placer.place(counts, self.topology, self.placement)
-        stall = self._commit(planned, step)
+        planned, gate = self._propose(counts)
+        stall = self._record(step, planned, gate)
         self._window[:] = 0
         self._steps_in_window = 0
         return 0.0 if self.cluster.eplb_async else stall
@@ -103,21 +109,50 @@ class Experts:
         drawn = self._rng.poisson(expected).astype(float)
         return RoutingCounts(drawn, steps=self._steps_in_window)
 
-    def _commit(self, planned: IntArray, step: int) -> float:
+    def _propose(self, counts: RoutingCounts) -> tuple[IntArray, GateDecision | None]:
+        """The next placement, and what the gain gate said (None for placers without one)."""
+        if self._placer is not None:
+            return self._placer.place(counts, self.topology, self.placement), None
+        from gimbal.core.placement.from_profile import constants_from_profile
+        from gimbal.core.placement.gate import decide
+        from gimbal.core.placement.heuristic import plan
+        from gimbal.core.placement.problem import PlacementProblem
+
+        horizon = self.cluster.eplb_step_interval
+        constants = constants_from_profile(self.profile)
+        if self.cluster.eplb_async:  # moved beside the steps: only the bytes cost
+            constants = replace(constants, migration_fixed_us=0.0)
+        proposed = plan(
+            PlacementProblem(
+                counts,
+                self.topology,
+                self.placement,
+                constants,
+                horizon_steps=horizon,
+                backend=self.profile.backend,
+            )
+        )
+        gate = decide(proposed, horizon)
+        return (proposed.physical_to_logical if gate.commit else self.placement), gate
+
+    def _record(self, step: int, planned: IntArray, gate: GateDecision | None) -> float:
+        """Puts `planned` in force; returns the stall of a synchronous rearrangement."""
         moved = planned != self.placement
         received = self._received(planned)
         mix = self._window.sum(axis=0)
         before = self._tables
-        self._tables = RoutingTables(self.population, planned, self.topology, mix)
+        if moved.any():
+            self._tables = RoutingTables(self.population, planned, self.topology, mix)
         self.placement = planned
-        stall = migration_us(self.profile, received, self.profile.model.layers)
+        layers = int(moved.any(axis=1).sum())
+        stall = migration_us(self.profile, received, layers)
         self.rebalances.append(
             RebalanceRecord(
                 time_s=0.0,
                 committed=bool(moved.any()),
-                reason=f"step {step}",
-                predicted_gain_us_per_step=0.0,
-                predicted_stall_us=stall,
+                reason=f"step {step}" + (f": {gate.reason}" if gate is not None else ""),
+                predicted_gain_us_per_step=gate.gain_us_per_step if gate is not None else 0.0,
+                predicted_stall_us=gate.stall_us if gate is not None else stall,
                 realized_gain_us_per_step=None,
                 stall_us=0.0 if self.cluster.eplb_async else stall,
                 moved_slots=int(moved.sum()),
@@ -128,7 +163,7 @@ class Experts:
                 local_share_after=self._tables.local_share(self._window, self.topology),
             )
         )
-        return stall if moved.any() else 0.0
+        return stall
 
     def _received(self, planned: IntArray) -> float:
         """Experts that the busiest rank must receive from others, over all layers."""
@@ -145,7 +180,8 @@ class Experts:
 
 
 def _placer(arm: Arm) -> Placer | None:
-    if arm.placer == "static":
+    """The arm's placer; None when it is static, or Gimbal's, which plans behind its gate."""
+    if arm.placer in {"static", "gimbal"}:
         return None
     from gimbal.core.placement import PLACERS
 

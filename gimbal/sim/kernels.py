@@ -33,7 +33,7 @@ def _compiled_device_us() -> Callable[[FloatArray, float, FloatArray], float]:
 device_us = _compiled_device_us()
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def experts_us(  # pragma: no cover - compiled
     tokens: FloatArray,
     pairs: FloatArray,
@@ -69,7 +69,7 @@ def experts_us(  # pragma: no cover - compiled
     if group <= 0.0:
         return layers * constants[0], float(layers)
     position = math.log(max(group, 1.0))
-    upper = min(max(np.searchsorted(grid_log, position), 1), len(grid_log) - 1)
+    upper = min(max(int(np.searchsorted(grid_log, position)), 1), len(grid_log) - 1)
     lower = upper - 1
     weight = (position - grid_log[lower]) / (grid_log[upper] - grid_log[lower])
     weight = min(max(weight, 0.0), 1.0)
