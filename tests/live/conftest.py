@@ -100,9 +100,21 @@ class ServerPool:
         assert self.server is not None
         return self.server
 
+    @staticmethod
+    def free_port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    def forget(self) -> None:
+        """For a test that ended the server itself."""
+        if self.process is not None:
+            self.process.wait(STOP_TIMEOUT_S)
+        self.process = self.key = self.server = None
+
     def start(self, key: Key) -> None:
         flags, levels, environment = key
-        port = free_port()
+        port = self.free_port()
         log = self.folder / f"server-{port}.log"
         command = [sys.executable, "-m", "gimbal.cli", "serve", "--demo", "--port", str(port)]
         command += ["--levels", levels] if levels is not None else []
@@ -144,12 +156,6 @@ class ServerPool:
         assert code == 0, f"exit code {code} after SIGTERM"
         assert not left, f"processes left behind: {left}"
         assert not files, f"shared memory left behind: {files}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

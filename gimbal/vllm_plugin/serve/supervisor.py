@@ -33,7 +33,7 @@ PHASES: tuple[tuple[str, str], ...] = (
     (r"GPU KV cache size|KV cache size|for KV cache", "reserving KV cache"),
     (r"Starting vLLM server|Started server process", "opening the port"),
 )
-_HIDDEN_UNTIL_READY = re.compile(r"\b(INFO|DEBUG)\b")
+_HIDDEN_UNTIL_READY = re.compile(r"\b(INFO|DEBUG|WARNING)\b|^$|^\[W|^Loading|Warning:|^  |Triton")
 STOP_GRACE_S = 20.0
 
 
@@ -86,7 +86,8 @@ class Supervisor:
             reader.join(timeout=5.0)
         if code:
             self._explain(code)
-            return 1
+            # vLLM's own parser ends with 2 for a flag it refuses, and so does Gimbal.
+            return 2 if code == 2 and not self.ready else 1
         self._say("stopped; no process and no shared memory left")
         return 0
 
@@ -108,8 +109,16 @@ class Supervisor:
         for line in stream:
             self.tail.append(line)
             self._advance(line)
-            if self.ready or not self.quiet_start or not _HIDDEN_UNTIL_READY.search(line[:120]):
+            if self._is_shown(line):
                 self.console.out(line, end="", highlight=False)
+
+    def _is_shown(self, line: str) -> bool:
+        """On a terminal, only what asks for attention while starting, and nothing of the stop."""
+        if not self.quiet_start:
+            return True
+        if self._stop.is_set():
+            return False
+        return self.ready or not _HIDDEN_UNTIL_READY.search(line[:120])
 
     def _advance(self, line: str) -> None:
         for number in range(len(PHASES) - 1, self.phase, -1):

@@ -1,0 +1,114 @@
+"""A server stopped at any time leaves nothing, and the plugin works under plain vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.live
+SERVE = [sys.executable, "-m", "gimbal.cli", "serve", "--demo"]
+
+
+def wait_for(text: str, log: Path, process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while text not in log.read_text(errors="replace"):
+        assert process.poll() is None, log.read_text(errors="replace")[-4000:]
+        assert time.monotonic() < deadline_s, f"{text!r} did not come"
+        time.sleep(0.1)
+
+
+def gone(pids: list[int], timeout_s: float) -> bool:
+    """True once none of `pids` runs; zombies of this container's init count as gone."""
+    deadline_s = time.monotonic() + timeout_s
+    while any(is_running(pid) for pid in pids):
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("phase", ["importing vLLM", "starting the engines", "loading the model"])
+def test_a_stop_while_starting_leaves_nothing(server_pool: Any, tmp_path: Path, phase: str) -> None:
+    from gimbal.vllm_plugin.serve.processes import descendants_of, shared_memory_of
+
+    server_pool.stop()
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen([*SERVE, "--port", str(server_pool.free_port())], stdout=out)
+    wait_for(phase, log, process, 120)
+    time.sleep(0.5)
+    family = descendants_of(process.pid)
+    shared = shared_memory_of(family)
+    assert family
+    process.send_signal(signal.SIGINT)
+    assert process.wait(40) == 0
+    assert gone(family, 0)
+    assert not [path for path in shared if path.exists()]
+
+
+def test_a_killed_supervisor_takes_its_server_along(server: Any, server_pool: Any) -> None:
+    from gimbal.vllm_plugin.serve.processes import descendants_of
+
+    family = descendants_of(server.pid)
+    assert len(family) >= 6
+    os.kill(server.pid, signal.SIGKILL)
+    assert gone(family, 40)
+    server_pool.forget()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_plain_vllm_runs_the_plugin_only_when_it_is_enabled(
+    server_pool: Any, tmp_path: Path, enabled: bool
+) -> None:
+    from gimbal.vllm_plugin.serve.plan import demo_model
+
+    server_pool.stop()
+    port = server_pool.free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", str(demo_model())]
+    command += ["--port", str(port), "--enforce-eager", "--max-model-len", "2048"]
+    command += ["--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "demo"]
+    if enabled:
+        command += ["--enable-expert-parallel", "--data-parallel-size", "2"]
+        command += ["--additional-config", '{"gimbal": {}}']
+    log = tmp_path / "log"
+    bind = "0|1" if enabled else "0"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_NO_USAGE_STATS": "1"},
+        )
+    try:
+        wait_for("Application startup complete", log, process, 200)
+        body = {"model": "demo", "prompt": "hello", "max_tokens": 4, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        reply = json.load(urllib.request.urlopen(request, timeout=60))
+        assert reply["usage"]["completion_tokens"] == 4
+        metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+        assert ("gimbal_" in metrics) is enabled
+        if not enabled:
+            assert "gimbal" not in log.read_text(errors="replace").replace("/gimbal/demo-", "")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
