@@ -19,9 +19,11 @@ from gimbal.bench.metrics import Slo, balance, summarize
 from gimbal.records.schema import RequestRecord, RunInfo
 from gimbal.records.store import RunWriter
 from gimbal.workloads import Trace, WorkloadOptions, build_workload
+from gimbal.workloads.load import DEFAULT_RATE_RPS
 from gimbal.workloads.prompts import Vocabulary
 
 WARM_UP_RPS = 4.0
+CAPACITY_REQUESTS = 500
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class BenchOptions:
         repeats: turns of every arm.
         seed: of workloads, prompts and bootstrap.
         salt: makes prompts differ from those of any earlier benchmark on the same server.
+        duration_s: span of arrivals of one turn when the workload does not say how many requests.
         load: fraction of the measured capacity, or None for the workload's own rate.
         capacity_rps: known capacity; measured when None and `load` is set.
         warm_up: requests before every turn, not counted.
@@ -47,6 +50,7 @@ class BenchOptions:
     repeats: int = 1
     seed: int = 0
     salt: int = 0
+    duration_s: float = 60.0
     load: float | None = None
     capacity_rps: float | None = None
     warm_up: int = 16
@@ -138,7 +142,6 @@ class BenchSession:
         self._on_progress = on_progress
         self._say = say
         self._runs: list[dict[str, Any]] = []
-        self._settings: dict[str, dict[str, Any]] = {}  # by URL: what it is switched to
 
     def settle_rate(self, spec: ServerSpec, arm: Arm) -> None:
         """Turns a load into a rate, measuring the capacity of `arm` if it is not known."""
@@ -147,7 +150,8 @@ class BenchSession:
             return
         if self.capacity_rps is None:
             endpoint = self._prepare(Turn(0, arm, spec))
-            job = self._job(endpoint, self._workload(0, endpoint), "capacity", (0xCA,))
+            workload = self._workload(0, endpoint, CAPACITY_REQUESTS)
+            job = self._job(endpoint, workload, "capacity", (0xCA,))
             self._say(f"measuring the capacity of arm {arm.name}")
             self.capacity_rps = measure_capacity(job, lambda j: run_replay(j, self._on_progress))
             endpoint.wait_idle(options.timeout_s)
@@ -184,21 +188,33 @@ class BenchSession:
         self._write_info(None)
 
     def _prepare(self, turn: Turn) -> Endpoint:
+        """The turn's server, switched to its arm, with empty prefix caches if it can be."""
         endpoint = self._server_of(turn.spec)
-        settings = turn.arm.switches()
-        if self._switch and self._settings.get(endpoint.url) != settings:
-            endpoint.switch(settings)
-            self._settings[endpoint.url] = settings
+        if self._switch:
+            endpoint.switch(turn.arm.switches() | {"reset": True})
         return endpoint
 
-    def _workload(self, repeat: int, endpoint: Endpoint) -> Trace:
+    def _workload(self, repeat: int, endpoint: Endpoint, count: int | None = None) -> Trace:
         """The requests of one repeat: the same in every arm, others in every repeat."""
-        options = replace(self.options.workload, rate_rps=self.rate_rps)
+        options = self.sized_workload()
+        if count is not None:
+            options = replace(options, requests=min(count, len(self.options.trace)))
         context = endpoint.model().max_model_len
         if context is not None:
             options = replace(options, max_total=min(context, options.max_total or context))
         domains = self._vocabulary_of(endpoint).names
         return build_workload(self.options.trace, options, self.options.seed + repeat, domains)
+
+    def sized_workload(self) -> WorkloadOptions:
+        """The workload's options with the settled rate and a number of requests."""
+        options, trace = self.options.workload, self.options.trace
+        count = options.requests
+        if count is None:
+            rate = self.rate_rps or trace.rate_rps or DEFAULT_RATE_RPS
+            count = max(2, round(rate * self.options.duration_s / options.scale_time))
+            if trace.has_arrivals:
+                count = min(count, len(trace))
+        return replace(options, rate_rps=self.rate_rps, requests=count)
 
     def _job(
         self, endpoint: Endpoint, trace: Trace, prefix: str, salt: tuple[int, ...]

@@ -26,6 +26,12 @@ from gimbal.commands.workload_options import read_workload_options, workload_opt
 @click.option("--arms", "arm_names", help="comma-separated arms (default: vllm,gimbal)")
 @click.option("--levels", help="levels of the arm `gimbal` (default: all)")
 @click.option("--arms-file", type=click.Path(path_type=Path), help="YAML file with more arms")
+@click.option(
+    "--duration",
+    default=60.0,
+    show_default=True,
+    help="seconds of arrivals per turn when --requests is not given",
+)
 @click.option("--load", type=float, help="rate as a fraction of the capacity measured first")
 @click.option("--capacity", type=float, help="requests per second that --load is a fraction of")
 @click.option("--warm-up", default=16, show_default=True, help="requests before each turn")
@@ -170,7 +176,7 @@ class _Bench:
             raise InputError(
                 "give one of --demo, --url URL, or a model: gimbal bench [..] -- MODEL"
             )
-        for name in ("load", "capacity", "timeout"):
+        for name in ("load", "capacity", "timeout", "duration"):
             if v[name] is not None and not v[name] > 0:
                 raise InputError(f"--{name} {v[name]:g}: expected a number > 0")
         for name in ("repeat", "resident"):
@@ -195,6 +201,7 @@ class _Bench:
             repeats=v["repeat"],
             seed=v["seed"],
             salt=int(time.time()) if v["salt"] is None else v["salt"],
+            duration_s=v["duration"],
             load=v["load"],
             capacity_rps=v["capacity"],
             warm_up=v["warm_up"],
@@ -254,8 +261,7 @@ class _Bench:
     def _estimate_s(self, options: Any, session: Any, plan: list[Any], starts: int) -> float:
         from gimbal.workloads import build_workload
 
-        workload = replace(options.workload, rate_rps=session.rate_rps)
-        span: float = build_workload(options.trace, workload, options.seed).span_s
+        span = build_workload(options.trace, session.sized_workload(), options.seed).span_s
         turn_s = span * 1.2 + options.warm_up / 4 + 8.0
         return starts * 80.0 + len(plan) * float(turn_s)
 
