@@ -102,6 +102,7 @@ class GimbalConfig:
     levels: tuple[str, ...] = option(LEVELS, "levels that are switched on")
     seed: int = option(0, "seed of every random choice")
     admin: bool = option(False, "POST /gimbal/control may switch policies on the running server")
+    step_records: str = option("", "directory for one record per engine step; empty: none")
     dispatch: DispatchConfig = DispatchConfig()
     queue: QueueConfig = QueueConfig()
     placement: PlacementConfig = PlacementConfig()

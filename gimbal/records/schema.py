@@ -61,6 +61,8 @@ class StepRecord:
     waiting_requests: int
     waiting_prefill_tokens: int
     kv_usage: float
+    context_tokens: int = 0  # held by running requests after the step
+    prefill_pairs: float = 0.0  # sum over prefill chunks of n * (p + n/2), p computed before
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,15 +110,18 @@ class RunReader:
 
     def _read(self, kind: type[Record]) -> Iterator[Record]:
         path = self.directory / FILES[kind]
-        if not path.exists():
-            return
-        with path.open(encoding="utf-8") as file:
-            for line, text in enumerate(file, start=1):
-                try:
-                    values = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}:{line}: not JSON: {error.msg}") from None
-                yield _build(kind, values, path, line)
+        return read_records(path, kind) if path.exists() else iter(())
+
+
+def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
+    """The records of one JSON-lines file; raises InputError naming file and line."""
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, start=1):
+            try:
+                values = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}:{line}: not JSON: {error.msg}") from None
+            yield _build(kind, values, path, line)
 
 
 Built = TypeVar("Built")

@@ -13,6 +13,7 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +29,9 @@ from gimbal.core.contracts import (
 from gimbal.core.cost.online import OnlineStepCost
 from gimbal.vllm_plugin.board import Board
 from gimbal.vllm_plugin.board_slots import BoardReader, SlotWriter
+from gimbal.vllm_plugin.bridge import gimbal_config
 from gimbal.vllm_plugin.identity import close_at_exit, server_board_path
+from gimbal.vllm_plugin.step_log import StepLog
 
 logger = logging.getLogger("vllm.gimbal")
 
@@ -54,6 +57,7 @@ class _Step:
     output: Any
     scheduled_us: float
     prefill_tokens: int
+    prefill_pairs: float
     decodes: int
 
 
@@ -74,6 +78,7 @@ class SchedulerSignals:
     Attributes:
         needs_recount: set when an event was missed; the next snapshot starts from a full count.
         row: [ROW_WIDTH] the snapshot under construction.
+        log: takes one record per step, or None.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class SchedulerSignals:
         self.group = group
         self.cost = OnlineStepCost(scheduler.scheduler_config.max_num_batched_tokens)
         self.needs_recount = False
+        self.log: StepLog | None = None
         self.row: FloatArray = np.zeros(ROW_WIDTH)
         self._waiting: dict[str, tuple[int, int]] = {}  # uncached, cached tokens
         self._waiting_tokens = 0
@@ -175,11 +181,12 @@ class SchedulerSignals:
         self._idle_since_us = None
         counts = output.num_scheduled_tokens
         if counts:
-            admitted, prefill_admitted = self._admit(output, counts)
-            advanced, prefill_advanced = self._advance()
+            admitted, new_tokens, new_pairs = self._admit(output, counts)
+            advanced, more_tokens, more_pairs = self._advance()
             self._running_tokens += output.total_num_scheduled_tokens
             decodes = len(counts) - admitted - advanced
-            self._steps.append(_Step(output, now, prefill_admitted + prefill_advanced, decodes))
+            tokens, pairs = new_tokens + more_tokens, new_pairs + more_pairs
+            self._steps.append(_Step(output, now, tokens, pairs, decodes))
         self.row[Field.STEP_PREFILL_TOKENS] = self._steps[0].prefill_tokens if self._steps else 0.0
         self.publish(now)
 
@@ -197,6 +204,8 @@ class SchedulerSignals:
         """There is nothing to schedule; said at once, then every `IDLE_INTERVAL_US`."""
         now = now_us()
         if self._idle_since_us is None or now - self._idle_since_us >= IDLE_INTERVAL_US:
+            if self.log is not None and self._idle_since_us is None:
+                self.log.flush()
             self._idle_since_us = now
             self.row[Field.STEP_PREFILL_TOKENS] = 0.0
             self.publish(now)
@@ -259,9 +268,12 @@ class SchedulerSignals:
             self._running_tokens -= request.num_computed_tokens
             self._prefill_left -= self._prefilling.pop(request.request_id, 0)
 
-    def _admit(self, output: Any, counts: dict[str, int]) -> tuple[int, int]:
-        """Moves requests that were scheduled out of waiting; returns how many, and their tokens."""
-        tokens = 0
+    def _admit(self, output: Any, counts: dict[str, int]) -> tuple[int, int, float]:
+        """Moves requests that were scheduled out of waiting.
+
+        Returns how many, their tokens, and their attention pairs (`StepRecord.prefill_pairs`).
+        """
+        tokens, pairs = 0, 0.0
         resumed = output.scheduled_cached_reqs.resumed_req_ids
         admitted = [*(new.req_id for new in output.scheduled_new_reqs), *resumed]
         for request_id in admitted:
@@ -269,17 +281,20 @@ class SchedulerSignals:
             request = self.scheduler.requests[request_id]
             self._running.add(request_id)
             # vLLM has already added this step's tokens to num_computed_tokens.
-            self._running_tokens += request.num_computed_tokens - counts[request_id]
-            tokens += counts[request_id]
+            chunk = counts[request_id]
+            self._running_tokens += request.num_computed_tokens - chunk
+            tokens += chunk
+            pairs += chunk * (request.num_computed_tokens - chunk / 2)
             if request.is_prefill_chunk:
                 left = request.num_tokens - request.num_computed_tokens
                 self._prefilling[request_id] = left
                 self._prefill_left += left
-        return len(admitted), tokens
+        return len(admitted), tokens, pairs
 
-    def _advance(self) -> tuple[int, int]:
-        """Follows running prefills; returns how many got tokens in this step, and how many."""
+    def _advance(self) -> tuple[int, int, float]:
+        """Follows running prefills; returns how many got tokens in this step, which, and pairs."""
         moved = tokens = 0
+        pairs = 0.0
         for request_id, left in list(self._prefilling.items()):
             request = self.scheduler.requests[request_id]
             still = max(request.num_tokens - request.num_computed_tokens, 0)
@@ -287,13 +302,14 @@ class SchedulerSignals:
                 continue
             moved += 1
             tokens += left - still
+            pairs += (left - still) * (request.num_computed_tokens - (left - still) / 2)
             self._prefill_left -= left
             if still and request.is_prefill_chunk:
                 self._prefilling[request_id] = still
                 self._prefill_left += still
             else:
                 del self._prefilling[request_id]
-        return moved, tokens
+        return moved, tokens, pairs
 
     def _learn(self, step: _Step, now: float) -> None:
         step_us = now - max(self._last_done_us, step.scheduled_us)
@@ -312,6 +328,10 @@ class SchedulerSignals:
         self.cost.observe(step.prefill_tokens, step.decodes, step_us, fullest)
         self.row[Field.PREFILL_US_PER_TOKEN] = self.cost.prefill_us_per_token
         self.row[Field.DECODE_US_PER_REQUEST] = self.cost.decode_us_per_request
+        if self.log is not None:
+            self.log.write(
+                self.row, now, step_us, step.prefill_tokens, step.prefill_pairs, step.decodes
+            )
 
     def _recount(self) -> None:
         """Sets every total from the scheduler itself."""
@@ -352,4 +372,8 @@ def open_signals(scheduler: Any) -> SchedulerSignals:
     # Engines of a dense model run on their own: vLLM has set their data-parallel size to 1.
     lock_step = parallel.data_parallel_size > 1
     group = BoardReader(board, parallel.data_parallel_size) if lock_step else None
-    return SchedulerSignals(scheduler, BoardSlot(board, rank), group)
+    signals = SchedulerSignals(scheduler, BoardSlot(board, rank), group)
+    config = gimbal_config(vllm_config)
+    if config is not None and config.step_records:
+        signals.log = StepLog(Path(config.step_records), rank)
+    return signals
