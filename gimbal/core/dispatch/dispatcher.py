@@ -211,8 +211,8 @@ class Dispatcher:
         An idle engine takes no steps and publishes nothing: its last word stays true until it is
         sent something, and from then on it owes an answer.
         """
-        ages = now_us - board[:, _TIMESTAMP]
-        if ages.max() <= self._max_age_us:
+        ages: FloatArray = now_us - board[:, _TIMESTAMP]
+        if ages[ages.argmax()] <= self._max_age_us:
             return ages
         busy = board[:, Field.WAITING_REQUESTS] + board[:, Field.RUNNING_REQUESTS] > 0
         owes = self.ledger.unacked[0] > 0
@@ -223,15 +223,15 @@ class Dispatcher:
         terms: FloatArray | None = None
         names: tuple[str, ...] = ()
         reason = "policy"
-        age_us = float(loads.age_us.max())
+        age_us = float(loads.age_us[loads.age_us.argmax()])
         if age_us > self._max_age_us:
             costs, reason = loads.inflight_tokens - loads.cached_tokens, "stale"
         elif self._timed is not None:
             terms, names = self._timed.terms(request, loads), self._timed.term_names
-            costs = terms.sum(axis=0)
+            costs = np.add.reduce(terms)
         else:
             costs = self.policy.costs(request, loads)
-        engine = argmin_rotating(costs.tolist(), self._rotation)
+        engine = argmin_rotating(costs, self._rotation)
         if request.session is not None and terms is not None:
             engine, reason = self._keep_session(request, loads, costs, engine)
         cached = float(loads.cached_tokens[engine])

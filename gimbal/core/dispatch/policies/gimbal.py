@@ -60,6 +60,8 @@ waiting requests for all requests.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from gimbal.core.contracts import DispatchRequest, EngineLoads, Field, FloatArray
@@ -104,6 +106,14 @@ _LINEAR = (
     (_RUNNING, Field.RUNNING_REQUESTS, 1.0),
     (_CONTEXT, Field.RUNNING_TOKENS, 1.0),
 )
+# Plain integers: an IntEnum member as an index costs as much as the arithmetic on the column.
+_KV_USED, _KV_TOTAL, _KV_BLOCK = (
+    int(f) for f in (Field.KV_BLOCKS_USED, Field.KV_BLOCKS_TOTAL, Field.KV_BLOCK_TOKENS)
+)
+_BUDGET, _PRESSURE = int(Field.STEP_TOKEN_BUDGET), int(Field.EXPERT_PRESSURE_US)
+_STEP_BASE, _TOKEN, _DECODE_SLOPE = (
+    int(f) for f in (Field.STEP_BASE_US, Field.PREFILL_US_PER_TOKEN, Field.DECODE_US_PER_REQUEST)
+)
 _UNKNOWN_BUDGET = 2048.0  # vLLM's default, until an engine has published its own
 
 
@@ -139,8 +149,6 @@ class GimbalPolicy:
         columns = loads.board.T
         prices = self._prices(quantities, _speeds(columns), loads.prefix_reuse)
         terms: FloatArray = prices.dot(quantities)
-        # "Beyond" is the envelope with the request; what lies beyond the longest queue counts.
-        terms[_INTERFERENCE] -= terms[_INTERFERENCE].min()
         if _lacks(quantities, request.prompt_tokens):
             slice_us = prices[_QUEUE, _BACKLOG]
             terms[_ADMISSION] = _admission(request, columns, quantities, slice_us)
@@ -184,51 +192,52 @@ class GimbalPolicy:
         return prices
 
 
-def _linear_map() -> FloatArray:
+@lru_cache(maxsize=8)
+def _linear_map(block_tokens: float) -> FloatArray:
+    """[linear quantities, snapshot columns]; KV blocks of one server all have one size."""
     matrix = np.zeros((_LINEAR_ROWS, _LAST - _FIRST + 1))
     for row, column, factor in _LINEAR:
         matrix[row, column - _FIRST] = factor
+    matrix[_KV_EXCESS, _KV_USED - _FIRST] = block_tokens
+    matrix[_KV_EXCESS, _KV_TOTAL - _FIRST] = -block_tokens
     return matrix
-
-
-_LINEAR_MAP = _linear_map()
 
 
 def _quantities(request: DispatchRequest, loads: EngineLoads) -> FloatArray:
     """[quantities, engines]: what the terms are priced on."""
     columns = loads.board.T
     out = np.empty((_ROWS, columns.shape[1]))
-    np.dot(_LINEAR_MAP, columns[_FIRST : _LAST + 1], out=out[:_LINEAR_ROWS])
-    block_tokens = float(columns[Field.KV_BLOCK_TOKENS, 0])
-    free = columns[Field.KV_BLOCKS_TOTAL] - columns[Field.KV_BLOCKS_USED]
-    free *= block_tokens
-    out[_KV_EXCESS] -= free
-    out[_KV_EXCESS : _BACKLOG + 1] += loads.unacked_tokens
-    out[_BACKLOG] -= loads.unacked_cached_tokens
-    out[_WAITING : _SLOT_EXCESS + 1] += loads.unacked_requests
+    linear_map = _linear_map(float(columns[_KV_BLOCK, 0]))
+    np.dot(linear_map, columns[_FIRST : _LAST + 1], out=out[:_LINEAR_ROWS])
+    # Row views and `out=`: `rows[i] += x` would copy the row back onto itself.
+    tokens, requests = out[_KV_EXCESS : _BACKLOG + 1], out[_WAITING : _SLOT_EXCESS + 1]
+    np.add(tokens, loads.unacked_tokens, out=tokens)
+    np.add(requests, loads.unacked_requests, out=requests)
+    backlog, room = out[_BACKLOG], out[_ROOM]
+    np.subtract(backlog, loads.unacked_cached_tokens, out=backlog)
+    uncached, steps, bounded, beyond, followed, pressed = out[_LINEAR_ROWS:]
 
-    room, backlog, steps = out[_ROOM], out[_BACKLOG], out[_STEPS]
     if room[room.argmin()] <= 0.0:
         np.maximum(room, 1.0, out=room)
-        room[columns[Field.STEP_TOKEN_BUDGET] == 0] = _UNKNOWN_BUDGET
-    uncached = np.subtract(request.prompt_tokens, loads.cached_tokens, out=out[_UNCACHED])
+        room[columns[_BUDGET] == 0] = _UNKNOWN_BUDGET
+    np.subtract(request.prompt_tokens, loads.cached_tokens, out=uncached)
     work = backlog + uncached
     np.ceil(np.divide(work, room, out=steps), out=steps)
-    beyond = np.maximum(work, backlog[backlog.argmax()], out=out[_BEYOND])
-    bounded = np.multiply(steps, room, out=out[_BOUNDED])
-    np.minimum(bounded, beyond, out=bounded)
-    np.multiply(uncached, out[_WAITING], out=out[_FOLLOWED])
-    np.multiply(columns[Field.EXPERT_PRESSURE_US], steps, out=out[_PRESSED])
+    longest = backlog[backlog.argmax()]
+    np.maximum(work, longest, out=beyond)
+    np.minimum(np.multiply(steps, room, out=bounded), beyond, out=bounded)
+    np.subtract(beyond, longest, out=beyond)
+    np.multiply(uncached, out[_WAITING], out=followed)
+    np.multiply(columns[_PRESSURE], steps, out=pressed)
     return out
 
 
 def _speeds(columns: FloatArray) -> tuple[float, float, float]:
     """Step base, prefill token and decode request in us: the slowest engine sets the pace."""
-    base, token = columns[Field.STEP_BASE_US], columns[Field.PREFILL_US_PER_TOKEN]
+    base, token, decode = columns[_STEP_BASE], columns[_TOKEN], columns[_DECODE_SLOPE]
     token_us = float(token[token.argmax()])
     if token_us <= 0.0:
         return 0.0, 1.0, 1.0
-    decode = columns[Field.DECODE_US_PER_REQUEST]
     # A decoding request is at least one token of the step.
     return float(base[base.argmax()]), token_us, max(float(decode[decode.argmax()]), token_us)
 
