@@ -1,0 +1,162 @@
+"""``gimbal calibrate``: measure this machine and write a cost-model profile."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--demo", is_flag=True, help="start `gimbal serve --demo` and drive it")
+@click.option(
+    "--from-steps",
+    type=click.Path(path_type=Path),
+    help="fit the step records of a server that ran with the configuration key step_records",
+)
+@click.option("--model-dir", type=click.Path(path_type=Path), help="model (config.json) served")
+@click.option("--name", default="cpu-demo", show_default=True, help="name of the profile")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="profile to write (default: NAME.yaml)"
+)
+@click.option("--dp", default=2, show_default=True, help="data-parallel size of the server")
+@click.option("--tp", default=1, show_default=True, help="tensor-parallel size of the server")
+@click.option("--kv-tokens", default=0, help="KV cache of one engine in tokens, if known")
+@click.option("--plot", type=click.Path(path_type=Path), help="predicted against measured steps")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+@click.argument("server_arguments", nargs=-1, type=click.UNPROCESSED)
+def command(**values: Any) -> None:
+    """Fit a profile to what steps of known composition took, and say how well it fits.
+
+    Either drive a server (--demo, or a model and vLLM flags after `--`), or fit records that a
+    server has written already (--from-steps DIR --model-dir MODEL).
+    """
+    from gimbal.core.cost.calibrate import fit_steps, profile_from_fit
+    from gimbal.core.cost.profile import Layout, dump_profile
+    from gimbal.core.errors import InputError
+
+    console = Console(stderr=True)
+    sources = (values["from_steps"] is not None, values["demo"], bool(values["server_arguments"]))
+    if sum(sources) != 1:
+        raise InputError("give one of --from-steps DIR, --demo, or a model after `--`")
+    with tempfile.TemporaryDirectory(prefix="gimbal-steps-") as scratch:
+        directory, model_dir = values["from_steps"], values["model_dir"]
+        if directory is None:
+            directory = Path(scratch)
+            model_dir = _drive(values, directory, console)
+        if model_dir is None:
+            raise InputError("--from-steps: give the served model's folder by --model-dir")
+        samples = _samples(directory)
+        try:
+            fit = fit_steps(samples)
+        except ValueError as error:
+            raise InputError(f"{directory}: {error}") from None
+    layout = Layout(values["dp"], values["tp"])
+    profile = profile_from_fit(
+        fit,
+        values["name"],
+        platform.processor() or platform.machine(),
+        _shape(model_dir),
+        layout,
+        values["kv_tokens"],
+    )
+    out = values["out"] or Path(f"{values['name']}.yaml")
+    out.write_text(dump_profile(profile), encoding="utf-8")
+    if values["plot"] is not None:
+        from gimbal.bench.plots import plot_fit
+
+        measured = [s.duration_us / 1e3 for s in samples]
+        plot_fit(measured, (fit.predict_us(samples) / 1e3).tolist(), values["plot"])
+    _tell(fit, out, values["as_json"])
+
+
+def _tell(fit: Any, out: Path, as_json: bool) -> None:
+    if as_json:
+        report = {
+            "profile": str(out),
+            "coefficients_us": fit.coefficients_us,
+            "steps": fit.steps,
+            "held_out": fit.held_out,
+            "error": fit.error,
+            "bias": fit.bias,
+            "p90_error": fit.p90_error,
+        }
+        click.echo(json.dumps(report))
+        return
+    for name, value in fit.coefficients_us.items():
+        click.echo(f"{name:16s} {value:12.4g} us")
+    click.echo(
+        f"{fit.steps} steps fitted; on {fit.held_out} held-out steps: mean relative error "
+        f"{fit.error:.1%}, P90 {fit.p90_error:.1%}, bias {fit.bias:+.1%}"
+    )
+    click.echo(f"wrote {out}")
+
+
+def _samples(directory: Path) -> list[Any]:
+    from gimbal.core.errors import InputError
+    from gimbal.records.schema import StepRecord
+    from gimbal.records.steps import join_steps
+    from gimbal.records.store import read_records
+
+    files = sorted(directory.glob("steps-*.jsonl"))
+    if not files:
+        raise InputError(f"{directory}: no steps-N.jsonl in it")
+    return join_steps([list(read_records(file, StepRecord)) for file in files])
+
+
+def _shape(model_dir: Path) -> Any:
+    from gimbal.core.cost.profile import ModelShape
+    from gimbal.core.errors import InputError
+
+    path = model_dir / "config.json"
+    try:
+        c = json.loads(path.read_text(encoding="utf-8"))
+        return ModelShape(
+            layers=c["num_hidden_layers"],
+            experts=c["num_experts"],
+            top_k=c["num_experts_per_tok"],
+            hidden=c["hidden_size"],
+            expert_bytes=3 * c["hidden_size"] * c["moe_intermediate_size"] * 2,
+            kv_bytes_per_token=c["num_hidden_layers"]
+            * 2
+            * c["num_key_value_heads"]
+            * c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
+            * 2,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not the configuration of a MoE model: {error!r}") from None
+
+
+def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
+    """Serves, sends phases of different step compositions, stops; returns the model's folder."""
+    from gimbal.bench.arms import ServerSpec
+    from gimbal.bench.calibration_load import phases
+    from gimbal.bench.client_process import ReplayJob, run_replay
+    from gimbal.bench.servers import ServerPool
+    from gimbal.workloads.prompts import read_vocabulary
+
+    arguments = (*(("--demo",) if values["demo"] else ()), *values["server_arguments"])
+    # FCFS and vLLM's own placement: a step's cost must not depend on Gimbal's choices.
+    config = {"levels": ["dispatch"], "step_records": str(directory)}
+    spec = ServerSpec((), json.dumps(config))
+    pool = ServerPool(arguments, directory, 1, lambda text: console.print(text, highlight=False))
+    try:
+        endpoint = pool.get(spec).endpoint
+        model = endpoint.model()
+        vocabulary = read_vocabulary(Path(values["model_dir"] or model.root))
+        context = model.max_model_len or 4096
+        for number, (title, trace) in enumerate(phases(context)):
+            console.print(f"calibrating: {title}", highlight=False)
+            job = ReplayJob(
+                endpoint.url, model.name, trace, vocabulary, (0xCA1, number), f"cal{number}"
+            )
+            run_replay(job)
+            endpoint.wait_idle()
+    finally:
+        pool.close()
+    return Path(values["model_dir"] or model.root)
