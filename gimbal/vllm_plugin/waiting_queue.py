@@ -165,7 +165,7 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         """Before each scheduling pass: dynamic orderings sort anew."""
         self._step += 1
         self._offered = None
-        if self.fallback is None:
+        if self.fallback is None and self.heap.is_dynamic:
             try:
                 self.heap.refresh(self.state())
             except Exception as error:

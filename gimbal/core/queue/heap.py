@@ -150,6 +150,11 @@ class WaitingHeap(Generic[T]):
                     heapq.heappush(frontier, (heap[child], child))
         return found
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether `refresh` has anything to do."""
+        return self._dynamic is not None
+
     def refresh(self, state: QueueState) -> None:
         """Recomputes a dynamic ordering's keys; call before a scheduling pass."""
         if self._dynamic is None or not self._entries:

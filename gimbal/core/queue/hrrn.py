@@ -18,6 +18,9 @@ FCFS_ABOVE = 128
 class HrrnOrdering:
     """Highest served-work-to-own-work ratio first; dynamic."""
 
+    def __init__(self) -> None:
+        self._arrival_order = False  # every key is 0 already
+
     def key(self, request: QueuedRequest, state: QueueState) -> float:
         served = state.served_tokens - request.served_before_tokens
         return -served / max(1, request.uncached_tokens)
@@ -25,5 +28,8 @@ class HrrnOrdering:
     def keys(self, requests: Sequence[QueuedRequest], state: QueueState) -> list[float] | None:
         """Ratios of all waiting requests; zeros (arrival order) when there are too many."""
         if len(requests) > FCFS_ABOVE:
-            return [0.0] * len(requests)
+            # A request that is queued now gets key 0 by itself: nothing to sort again.
+            already, self._arrival_order = self._arrival_order, True
+            return None if already else [0.0] * len(requests)
+        self._arrival_order = False
         return [self.key(request, state) for request in requests]
