@@ -107,6 +107,7 @@ class Controller:
     _said: set[str] = field(default_factory=set)
     _start_s: float = field(init=False)
     _async_us: float = 0.0
+    _modelled_us: float = 0.0  # the model's stall of the last commit, the same on every rank
     _layers: int = 0  # committed so far: progress of an asynchronous rearrangement
     _worker: WorkerWatch = field(default_factory=WorkerWatch)
 
@@ -233,7 +234,8 @@ class Controller:
             view.counts = counts
             if not counts.routing.counts.any():
                 return (Verdict.KEEP, 0), None
-            decision = view.planner.decide(counts.routing, topology, current, stall_us)
+            scale = stall_us / self._modelled_us if stall_us and self._modelled_us else 1.0
+            decision = view.planner.decide(counts.routing, topology, current, scale)
             wrong = verify.problems(decision.placement, topology, *shape)
             if decision.commit and wrong is not None:
                 logger.error("Gimbal: refusing a placement: %s", wrong)
@@ -291,6 +293,7 @@ class Controller:
         committed = verdict is Verdict.COMMIT
         if committed:
             self.models[index].before = current
+            self._modelled_us = decision.modelled_stall_us
         self.ledger.add(
             RebalanceRecord(
                 time_s=self.clock_s() - self._start_s,

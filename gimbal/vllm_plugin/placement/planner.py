@@ -56,6 +56,7 @@ class Decision:
     reason: str
     gain_us_per_step: float
     stall_us: float
+    modelled_stall_us: float  # before correction
     moved_slots: int
     received_experts: int
     balance_before: float
@@ -124,24 +125,25 @@ class Planner:
         routing: RoutingCounts,
         topology: Topology,
         current: IntArray,
-        measured_stall_us: float = 0.0,
+        stall_scale: float = 1.0,
     ) -> Decision:
-        """Plans from `current`; `measured_stall_us` of the last migration replaces the model's."""
+        """Plans from `current`.
+
+        `stall_scale` is what the last migration took over what the model had predicted for it:
+        the next prediction is corrected by it.
+        """
         problem = self.problem(routing, topology, current)
         plan = self._plan(problem)
-        verdict = gate.decide(
-            plan,
-            self.horizon_steps,
-            self.config.gamma,
-            self.config.gate,
-            measured_stall_us if measured_stall_us > 0 else None,
-        )
+        options = self.horizon_steps, self.config.gamma, self.config.gate
+        modelled_us = gate.decide(plan, *options).stall_us
+        verdict = gate.decide(plan, *options, stall_us=modelled_us * stall_scale)
         return Decision(
             placement=plan.physical_to_logical,
             commit=verdict.commit,
             reason=verdict.reason,
             gain_us_per_step=verdict.gain_us_per_step,
             stall_us=verdict.stall_us,
+            modelled_stall_us=modelled_us,
             moved_slots=plan.moved_slots,
             received_experts=plan.received_experts,
             balance_before=plan.balance_before,

@@ -1,0 +1,95 @@
+"""Expert placement on a running server: domains pinned to engines, experts follow who asks.
+
+vLLM's hash of all tokens knows no sources; here engine 0 serves two domains and engine 1 two
+others, and the gain gate is set to react within seconds. What must not change is the text.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gimbal.demo.manifest import DemoManifest, load_manifest
+
+RECORDS = Path(tempfile.gettempdir()) / "gimbal-live-placement"
+CONFIG = {
+    "placement": {
+        "backend": "all2all",
+        "beta": 20.0,
+        "gamma": 0.05,
+        "half_life_steps": 200,
+        "records": str(RECORDS),
+    }
+}
+EPLB = {"window_size": 60, "step_interval": 80, "num_redundant_experts": 4}
+FLAGS = (
+    "--enable-eplb",
+    "--eplb-config",
+    json.dumps(EPLB | {"use_async": False}),
+    "--additional-config",
+    json.dumps({"gimbal": CONFIG}),
+)
+DOMAIN_OF_ENGINE = (("ember", "harbor"), ("meadow", "quartz"))
+
+
+def complete(server: Any, prompt: list[int], engine: int, tokens: int) -> dict[str, Any]:
+    body = {
+        "model": server.model,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 1,
+    }
+    request = urllib.request.Request(
+        f"{server.url}/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "X-data-parallel-rank": str(engine)},
+    )
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        choice: dict[str, Any] = json.loads(reply.read())["choices"][0]
+    return choice
+
+
+def load(server: Any, manifest: DemoManifest, rng: np.random.Generator) -> None:
+    """Thirty-two requests, each engine only its own domains."""
+    jobs = [
+        (manifest.prompt(DOMAIN_OF_ENGINE[i % 2][i // 2 % 2], 150, rng), i % 2) for i in range(32)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda job: complete(server, *job, 24), jobs))
+
+
+@pytest.mark.live
+@pytest.mark.server(*FLAGS, levels="placement")
+def test_experts_move_to_who_asks_and_texts_stay(server: Any) -> None:
+    models = json.loads(urllib.request.urlopen(f"{server.url}/models", timeout=10).read())
+    manifest = load_manifest(Path(models["data"][0]["root"]))
+    rng = np.random.default_rng(0)
+    fixed = [manifest.prompt(d, 60, rng) for d in manifest.domains]
+    before = [complete(server, prompt, i % 2, 16) for i, prompt in enumerate(fixed)]
+    RECORDS.joinpath("rebalances.jsonl").unlink(missing_ok=True)
+    for _ in range(6):
+        load(server, manifest, rng)
+    after = [complete(server, prompt, i % 2, 16) for i, prompt in enumerate(fixed)]
+
+    lines = RECORDS.joinpath("rebalances.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    committed = [r for r in records if r["committed"]]
+    assert committed, [r["reason"] for r in records]
+    assert sum(r["received_experts"] for r in committed) > 0
+    gained = committed[0]["local_share_before"], records[-1]["local_share_after"]
+    assert gained[1] > gained[0] + 0.05, gained
+    for old, new in zip(before, after, strict=True):
+        assert old["text"] == new["text"]
+        np.testing.assert_allclose(
+            old["logprobs"]["token_logprobs"], new["logprobs"]["token_logprobs"], atol=0.05
+        )
+    assert "not committed" not in server.log.read_text(errors="replace")
