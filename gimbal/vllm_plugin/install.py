@@ -12,6 +12,7 @@ HOOKS: tuple[str, ...] = (
     "identity",
     "scheduler",
     "dispatch_hook",
+    "queue_metrics",
     "placement.hook",
 )
 """Modules of this package with an idempotent ``install()``; each patches only seams it lists."""

@@ -87,7 +87,7 @@ class QueueLevel:
         self.protect = ours and config.protect_decodes
 
     def _follow(self) -> None:
-        """Takes up a new control message of the board: ``levels`` and ``queue_ordering``."""
+        """Takes up a new control message of the board: ``levels`` and ``ordering``."""
         board = self.board
         if board is None:
             return
@@ -97,7 +97,7 @@ class QueueLevel:
         self._control = version
         control = board.read_control()
         self.active = "queue" in control.get("levels", self.levels)
-        name = control.get("queue_ordering", self.config.ordering) if self.active else OFF
+        name = control.get("ordering", self.config.ordering) if self.active else OFF
         if name == self.ordering:
             return
         try:

@@ -241,9 +241,9 @@ def test_control_message_switches_ordering_and_level(build):
     scheduler = build({})
     level, board = scheduler.gimbal_queue, scheduler.gimbal_queue.board
     for control, expected in (
-        ({"queue_ordering": "sjf"}, "sjf"),
-        ({"queue_ordering": "nonsense"}, "sjf"),
-        ({"levels": ["dispatch"], "queue_ordering": "sjf"}, "fcfs"),
+        ({"ordering": "sjf"}, "sjf"),
+        ({"ordering": "nonsense"}, "sjf"),
+        ({"levels": ["dispatch"], "ordering": "sjf"}, "fcfs"),
         ({}, "gimbal"),
     ):
         board.write_control(control)
