@@ -93,7 +93,10 @@ BUILTIN_ARMS = {
     "dynamo": Arm("dynamo", ("dispatch",), "dynamo"),
     "llm-d": Arm("llm-d", ("dispatch",), "llm-d"),
     "gimbal-dispatch": Arm("gimbal-dispatch", ("dispatch",)),
+    "sjf": Arm("sjf", ("queue",), queue_ordering="sjf"),
+    "hrrn": Arm("hrrn", ("queue",), queue_ordering="hrrn"),
     "gimbal-queue": Arm("gimbal-queue", ("queue",)),
+    "gimbal-dispatch-queue": Arm("gimbal-dispatch-queue", ("dispatch", "queue")),
     "gimbal": Arm("gimbal", LEVELS),
 }
 
