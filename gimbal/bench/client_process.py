@@ -144,8 +144,9 @@ def take_precedence() -> bool:
     system does not permit it; every report then shows how long the client had no core.
     """
     try:
-        policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK
-        os.sched_setscheduler(0, policy, os.sched_param(1))
+        # Threads inherit it: an ordinary one that is kept off a core while it holds the
+        # interpreter lock would stop the others.
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     except (AttributeError, OSError):
         return False
     return True
