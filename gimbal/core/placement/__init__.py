@@ -14,3 +14,8 @@ PLACERS: Registry[Placer] = Registry("placer")
 _HERE = "gimbal.core.placement"
 PLACERS.register("gimbal", f"{_HERE}.heuristic:GimbalPlacer")
 PLACERS.register("eplb", f"{_HERE}.eplb:EplbPlacer")
+PLACERS.register("eplb-gated", f"{_HERE}.eplb_gated:GatedEplbPlacer")
+PLACERS.register("swift", f"{_HERE}.swift:SwiftPlacer")
+PLACERS.register("moe-tuner", f"{_HERE}.affinity:MoeTunerPlacer")
+PLACERS.register("sem-moe", f"{_HERE}.affinity:SemMoePlacer")
+PLACERS.register("static", f"{_HERE}.static:StaticPlacer")

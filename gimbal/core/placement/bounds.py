@@ -38,6 +38,8 @@ def load_floor_us(problem: PlacementProblem, priced: Prices) -> FloatArray:
 def send_costs(problem: PlacementProblem, priced: Prices) -> FloatArray:
     """[layers, experts, ranks] communication cost of all pairs of an expert sent to one rank."""
     t, counts = problem.topology, problem.routing.counts
+    if problem.forecast is not None:
+        counts = counts * problem.forecast.factor
     layers, experts = problem.layers, problem.experts
     cost = np.zeros((layers, experts, t.ranks))
     if not priced.communicates:

@@ -9,18 +9,25 @@ rank keep their slot. A layer is changed only if its exact cost falls, migration
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
-from gimbal.core.placement import objective
+from gimbal.core.placement import forecast, objective
 from gimbal.core.placement.bounds import load_floor_us
 from gimbal.core.placement.objective import CostTerms, Prices
 from gimbal.core.placement.problem import PlacementProblem
 
 VISITS_PER_SLOT = 8
 """Bound of the search: rank visits per slot and sharpness stage (far above what is needed)."""
+
+FIRST_STAGE = 200.0
+"""First sharpness times the mean rank's time: below it one stage is enough."""
+
+PATIENCE = 16
+"""A stage ends when so many ranks in a row, hottest first, cannot improve."""
 
 REPLICA_MARGIN = 1.02
 """A spare slot changes experts when the hot replica would still be this much hotter."""
@@ -124,7 +131,7 @@ def _start(problem: PlacementProblem) -> IntArray:
     if respected.all():
         return current
     packed = eplb_placement(
-        problem.routing.counts.sum(axis=0), problem.topology, problem.expert_groups, problem.nodes
+        problem.expected, problem.topology, problem.expert_groups, problem.nodes
     )
     return np.where(respected[:, None], current, packed).astype(np.int32)
 
@@ -189,11 +196,14 @@ def _solve(
         alpha=float(problem.alpha),
         sharpness=objective.MAX_SHARPNESS,
         replica_margin=REPLICA_MARGIN,
+        first_stage=FIRST_STAGE,
         visits=VISITS_PER_SLOT * t.slots,
+        patience=PATIENCE,
     )
     load = kernel.Load(
         priced.pairs,
         objective.round32(log_idle),
+        np.ones_like(priced.pairs) if problem.forecast is None else problem.forecast.factor,
         priced.variance,
         priced.us_per_pair,
         priced.us_per_active,
@@ -235,15 +245,25 @@ def _report(
 
 
 class GimbalPlacer:
-    """`contracts.Placer` around `plan`, with the problem's other inputs fixed.
+    """`contracts.Placer` around `plan` that plans for the next window, not for the last.
+
+    Remembers what past windows say about the next one (`forecast`), so one object serves one
+    server, and every rank must show it the same windows.
 
     Args:
         template: keyword arguments of `PlacementProblem` besides routing, topology and current.
     """
 
-    def __init__(self, **template: object) -> None:
+    def __init__(self, **template: Any) -> None:
         self._template = template
+        self._state: forecast.ForecastState | None = None
 
     def place(self, routing: RoutingCounts, topology: Topology, current: IntArray) -> IntArray:
-        problem = PlacementProblem(routing, topology, current, **self._template)  # type: ignore[arg-type]
-        return plan(problem).physical_to_logical
+        problem = PlacementProblem(routing, topology, current, **self._template)
+        return self.plan(problem).physical_to_logical
+
+    def plan(self, problem: PlacementProblem, threads: int = 1) -> PlacementPlan:
+        """Plans `problem` with this placer's own forecast, learning from its window first."""
+        self._state = forecast.observe(self._state, problem.measured)
+        expected = forecast.predict(self._state, problem.measured)
+        return plan(problem.with_forecast(expected), threads)

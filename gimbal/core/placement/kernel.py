@@ -16,7 +16,7 @@ improving a rank that is merely warm is worth little. ``log(1 + x) <= x`` makes 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, prange
@@ -46,7 +46,9 @@ class Setup(NamedTuple):
     alpha: float
     sharpness: float  # theta times the longest replica, where the forecast is certain
     replica_margin: float  # a spare slot changes hands when the hot replica is so much hotter
+    first_stage: float  # first theta times the mean rank
     visits: int  # bound of rank visits per stage
+    patience: int  # ranks in a row that cannot improve before a stage ends
 
 
 class Load(NamedTuple):
@@ -54,6 +56,7 @@ class Load(NamedTuple):
 
     pairs: FloatArray  # [layers, experts] per step
     log_idle: FloatArray  # [layers, experts] log probability that no token of a step comes
+    factor: FloatArray  # [layers, experts] forecast over counts
     variance: FloatArray  # [layers, experts] of pairs per step
     us_per_pair: FloatArray  # [layers]
     us_per_active: FloatArray  # [layers]
@@ -161,7 +164,7 @@ def _replicate(slots, copies, holds, home, pairs, sd, setup):
 
 
 @njit(cache=True, nogil=True)
-def _send_costs(counts, layer, copies, setup, cost):
+def _send_costs(counts, layer, factor, copies, setup, cost):
     """cost[r, e]: microseconds per step of sending one replica's share of pairs to rank r."""
     experts = copies.shape[0]
     per_node = setup.ranks_per_node
@@ -170,7 +173,7 @@ def _send_costs(counts, layer, copies, setup, cost):
         for e in range(experts):
             far[e] += counts[s, layer, e]
     for e in range(experts):
-        unit = setup.pairs_scale / copies[e]
+        unit = setup.pairs_scale * factor[e] / copies[e]
         far[e] *= setup.other_node_us * unit
         to_node[e] = (setup.other_node_us - setup.same_node_us) * unit
         to_own[e] = (setup.same_node_us - setup.same_rank_us) * unit
@@ -187,98 +190,144 @@ def _send_costs(counts, layer, copies, setup, cost):
             cost[r, e] = far[e] - to_node[e] * near[e] - to_own[e] * own[e]
 
 
-@njit(cache=True, nogil=True)
-def _best_swap(h, slots, copies, holds, value, grow, shrink, heat, price, setup, tolerance):
-    """Best exchange of a slot of rank h for one elsewhere: (slot of h, other slot), or (-1, -1).
+class Search(NamedTuple):
+    """One layer's state during the descent. Rows of `work` repeat what swaps would look up."""
 
-    `value[r, e]` is what a replica of e costs on rank r besides load; `grow[e]` multiplies a
-    rank's heat when e comes, `shrink[e]` when it goes.
-    """
+    slots: Any  # [slots] expert
+    copies: Any  # [experts]
+    holds: Any  # [ranks, experts] 1 where the rank has a replica
+    home: Any  # [ranks, experts] 1 where it had one in the placement in force
+    value: Any  # [ranks, experts] cost of a replica there, load aside
+    value_of: Any  # [experts, ranks] the same, transposed
+    factor: Any  # [2, experts] on a rank's heat when the expert comes, and when it goes
+    heat: Any  # [ranks] exp(theta * time + ...), relative to the first hottest
+    work: Any  # [9, slots] factor when it comes and goes, value, heat; five rows of scratch
+    row: Any  # [experts] scratch
+
+
+@njit(cache=True, nogil=True)
+def _refresh(slots, factor, value, heat, work, rank, per_rank):
+    """Recomputes what `work` keeps per slot of one rank."""
+    for j in range(rank * per_rank, (rank + 1) * per_rank):
+        f = slots[j]
+        work[0, j] = factor[0, f]
+        work[1, j] = factor[1, f]
+        work[2, j] = value[rank, f]
+        work[3, j] = heat[rank]
+
+
+@njit(cache=True, nogil=True)
+def _targets(slots, row, work, price, heat_h):
+    """What taking the expert of slot j to rank h changes, apart from what goes there instead."""
+    for j in range(slots.shape[0]):
+        heat = price * work[3, j]
+        work[4, j] = row[slots[j]] - work[2, j] - heat - heat_h
+        work[5, j] = heat * work[1, j]
+        work[6, j] = heat_h * work[0, j]
+        work[7, j] = np.inf
+
+
+@njit(cache=True, nogil=True)
+def _source(away, stay, column, per_rank):
+    """column[j]: what moving one expert from its rank to slot j's rank changes."""
+    j = 0
+    for c in range(away.shape[0]):
+        move = away[c] - stay
+        for _ in range(per_rank):
+            column[j] = move
+            j += 1
+
+
+@njit(cache=True, nogil=True)
+def _lower(least, base, cool, warm, column, grow, shrink):
+    """least = min(least, cost change of swapping one expert with each slot)."""
+    # No index is tracked here so that the loop vectorizes.
+    for j in range(least.shape[0]):
+        delta = base[j] + column[j] + shrink * warm[j] + grow * cool[j]
+        least[j] = delta if delta < least[j] else least[j]
+
+
+@njit(cache=True, nogil=True)
+def _best_swap(h, st, price, setup, tolerance):
+    """Best exchange of a slot of rank h for one elsewhere: (slot of h, other slot), or (-1, -1)."""
     per_rank = setup.per_rank
-    slots_n = slots.shape[0]
-    base, cool, warm = np.empty(slots_n), np.empty(slots_n), np.empty(slots_n)
-    best_of, column = np.full(slots_n, np.inf), np.empty(slots_n)
-    heat_h = price * heat[h]
-    for c in range(setup.ranks):
-        heat_c = price * heat[c]
-        closed = c == h or (
-            setup.node_locked and c // setup.ranks_per_node != h // setup.ranks_per_node
-        )
-        for j in range(c * per_rank, (c + 1) * per_rank):
-            f = slots[j]
-            blocked = closed or (copies[f] > 1 and holds[h, f] != 0)
-            base[j] = np.inf if blocked else value[h, f] - value[c, f] - heat_c - heat_h
-            cool[j] = heat_c * shrink[f]
-            warm[j] = heat_h * grow[f]
+    slots, copies, value, value_of = st.slots, st.copies, st.value, st.value_of
+    factor, work, row = st.factor, st.work, st.row
+    base, cool, warm, least, column = work[4], work[5], work[6], work[7], work[8]
+    row[:] = value[h]
+    for i in range(h * per_rank, (h + 1) * per_rank):
+        row[slots[i]] = np.inf
+    _targets(slots, row, work, price, price * st.heat[h])
+    if setup.node_locked:
+        first = h - h % setup.ranks_per_node
+        base[: first * per_rank] = np.inf
+        base[(first + setup.ranks_per_node) * per_rank :] = np.inf
     for i in range(h * per_rank, (h + 1) * per_rank):
         e = slots[i]
-        grow_e, shrink_e, stay = grow[e], shrink[e], value[h, e]
-        for c in range(setup.ranks):
-            move = value[c, e] - stay
-            if copies[e] > 1 and holds[c, e]:
-                move = np.inf
-            for b in range(per_rank):
-                column[c * per_rank + b] = move
-        # No index is tracked here so that the loop vectorizes.
-        for j in range(slots_n):
-            delta = base[j] + column[j] + shrink_e * warm[j] + grow_e * cool[j]
-            best_of[j] = delta if delta < best_of[j] else best_of[j]
+        _source(value_of[e], value[h, e], column, per_rank)
+        if copies[e] > 1:
+            for j in range(slots.shape[0]):
+                if slots[j] == e:
+                    c = j // per_rank
+                    column[c * per_rank : (c + 1) * per_rank] = np.inf
+        _lower(least, base, cool, warm, column, factor[0, e], factor[1, e])
     best_j, best = -1, -tolerance
-    for j in range(slots_n):
-        if best_of[j] < best:
-            best_j, best = j, best_of[j]
+    for j in range(slots.shape[0]):
+        if least[j] < best:
+            best_j, best = j, least[j]
     if best_j < 0:
         return -1, -1
     c = best_j // per_rank
-    best_i, least = -1, np.inf
+    best_i, best = -1, np.inf
     for i in range(h * per_rank, (h + 1) * per_rank):
         e = slots[i]
-        if copies[e] > 1 and holds[c, e]:
+        if copies[e] > 1 and st.holds[c, e]:
             continue
-        delta = value[c, e] - value[h, e] + shrink[e] * warm[best_j] + grow[e] * cool[best_j]
-        if delta < least:
-            best_i, least = i, delta
+        delta = value[c, e] - value[h, e]
+        delta += factor[1, e] * warm[best_j] + factor[0, e] * cool[best_j]
+        if delta < best:
+            best_i, best = i, delta
     return best_i, best_j
 
 
 @njit(cache=True, nogil=True)
-def _descend(slots, copies, holds, home, value, time, var, unit, unit_var, theta, setup):
+def _descend(st, time, var, unit, unit_var, theta, setup):
     """Best-improvement swaps from the hottest rank down until no rank visited can improve."""
-    experts, ranks, per_rank = unit.shape[0], setup.ranks, setup.per_rank
-    grow, shrink = np.empty(experts), np.empty(experts)
-    for e in range(experts):
-        grow[e] = exp_exact(theta * unit[e] + 0.5 * theta * theta * unit_var[e])
-        shrink[e] = 1.0 / grow[e]
+    ranks, per_rank = setup.ranks, setup.per_rank
+    slots, holds, home, heat = st.slots, st.holds, st.home, st.heat
+    factor, value, work = st.factor, st.value, st.work
+    for e in range(unit.shape[0]):
+        factor[0, e] = exp_exact(theta * unit[e] + 0.5 * theta * theta * unit_var[e])
+        factor[1, e] = 1.0 / factor[0, e]
     top = time.max()
     tolerance = 1e-6 * setup.alpha * time.sum() / ranks
-    heat = np.empty(ranks)
+    spent = 0
     for r in range(ranks):
         heat[r] = exp_exact(theta * (time[r] - top) + 0.5 * theta * theta * var[r])
+        _refresh(slots, factor, value, heat, work, r, per_rank)
+        for i in range(r * per_rank, (r + 1) * per_rank):
+            spent += 1 - home[r, slots[i]]
     total = heat.sum()
-    spent = 0
-    for s in range(slots.shape[0]):
-        spent += 0 if home[s // per_rank, slots[s]] else 1
     stuck = np.zeros(ranks, dtype=np.uint8)
+    failures = 0
     for _ in range(setup.visits):
         h = -1
         for r in range(ranks):
             if not stuck[r] and (h < 0 or heat[r] > heat[h]):
                 h = r
-        if h < 0:
+        if h < 0 or failures >= setup.patience:
             return
-        price = setup.alpha / (theta * total)
-        i, j = _best_swap(
-            h, slots, copies, holds, value, grow, shrink, heat, price, setup, tolerance
-        )
-        if i < 0:
+        i, j = _best_swap(h, st, setup.alpha / (theta * total), setup, tolerance)
+        more = 0
+        if i >= 0:
+            c, e, f = j // per_rank, slots[i], slots[j]
+            more = home[h, e] + home[c, f] - home[c, e] - home[h, f]
+        if i < 0 or (more > 0 and 0 <= setup.budget < spent + more):
             stuck[h] = 1
-            continue
-        c, e, f = j // per_rank, slots[i], slots[j]
-        more = home[h, e] + home[c, f] - home[c, e] - home[h, f]
-        if more > 0 and 0 <= setup.budget < spent + more:
-            stuck[h] = 1
+            failures += 1
             continue
         spent += more
+        failures = 0
         slots[i], slots[j] = f, e
         holds[h, e], holds[c, f], holds[h, f], holds[c, e] = 0, 0, 1, 1
         total -= heat[h] + heat[c]
@@ -287,6 +336,7 @@ def _descend(slots, copies, holds, home, value, time, var, unit, unit_var, theta
             var[r] += sign * (unit_var[f] - unit_var[e])
             heat[r] = exp_exact(theta * (time[r] - top) + 0.5 * theta * theta * var[r])
             stuck[r] = 0
+            _refresh(slots, factor, value, heat, work, r, per_rank)
         total += heat[h] + heat[c]
 
 
@@ -349,7 +399,7 @@ def solve_layer(counts, layer, current, start, load, setup, out, comm):
         _replicate(slots, copies, holds, home, load.pairs[layer], sd, setup)
     value = np.zeros((ranks, experts))
     if max(setup.same_rank_us, setup.same_node_us, setup.other_node_us) > 0.0:
-        _send_costs(counts, layer, copies, setup, value)
+        _send_costs(counts, layer, load.factor[layer], copies, setup, value)
         least = value[0].copy()
         for r in range(1, ranks):
             for e in range(experts):
@@ -359,9 +409,12 @@ def solve_layer(counts, layer, current, start, load, setup, out, comm):
     for s in range(slots_n):
         e = current[s]
         comm[0] += value[s // per_rank, e] * copies[e] / old_copies[e]
-    for r in range(ranks):
-        for e in range(experts):
-            value[r, e] += setup.receive_us * (1 - home[r, e])
+    value_of = np.empty((experts, ranks))
+    for first in range(0, experts, 16):  # in blocks that stay in the cache
+        for r in range(ranks):
+            for e in range(first, min(first + 16, experts)):
+                value[r, e] += setup.receive_us * (1 - home[r, e])
+                value_of[e, r] = value[r, e]
     unit, unit_var = np.empty(experts), np.empty(experts)
     _replica_times(load, layer, copies, unit, unit_var)
     time, var = np.zeros(ranks), np.zeros(ranks)
@@ -373,9 +426,13 @@ def solve_layer(counts, layer, current, start, load, setup, out, comm):
         last = load.theta[layer]
         if last <= 0.0:
             last = setup.sharpness / max(unit.max(), 1e-9)
-        theta = min(last, 24.0 / mean)
+        theta = min(last, setup.first_stage / mean)
+        st = Search(
+            slots, copies, holds, home, value, value_of, np.empty((2, experts)), np.empty(ranks),
+            np.empty((9, slots_n)), np.empty(experts),
+        )  # fmt: skip
         while True:
-            _descend(slots, copies, holds, home, value, time, var, unit, unit_var, theta, setup)
+            _descend(st, time, var, unit, unit_var, theta, setup)
             if theta >= last:
                 break
             theta = min(last, theta * 5.0)

@@ -111,12 +111,10 @@ def active_probability(problem: PlacementProblem, pairs: FloatArray) -> FloatArr
     return np.asarray(1.0 - np.prod(1.0 - recorded, axis=0))
 
 
-def prices(problem: PlacementProblem, total: FloatArray | None = None) -> Prices:
-    """Turns counts into per-step prices; `total` is counts summed over sources, if at hand."""
+def prices(problem: PlacementProblem) -> Prices:
+    """Turns counts into per-step prices."""
     p, c, ranks = problem, problem.constants, problem.topology.ranks
-    if total is None:
-        total = p.routing.counts.sum(axis=0)
-    pairs = total / p.routing.steps
+    pairs = p.expected / p.routing.steps
     active = active_probability(p, pairs)
     q = c.overlap_exponent
     reads = np.maximum(c.us_per_active_expert * active.sum(axis=1) / ranks, 1e-12)
@@ -265,7 +263,10 @@ def communication_us(problem: PlacementProblem, priced: Prices, placement: IntAr
     """[layers] communication term, beta included."""
     comm = np.zeros(problem.layers)
     if priced.communicates:
-        tiers = crossing_pairs(placement, problem.routing.counts, problem.topology)
+        counts = problem.routing.counts
+        if problem.forecast is not None:
+            counts = counts * problem.forecast.factor
+        tiers = crossing_pairs(placement, counts, problem.topology)
         steps = problem.routing.steps
         for tier_pairs, price in zip(tiers, priced.send_us, strict=True):
             comm += tier_pairs / steps * price

@@ -6,12 +6,14 @@ so every cost below is microseconds per step.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
 from gimbal.core.errors import InputError
+from gimbal.core.placement.forecast import Forecast
 
 ROUTED_BACKEND = "all2all"
 """Tokens travel only to the ranks that hold their experts (DeepEP, NIXL-EP, pplx)."""
@@ -82,8 +84,8 @@ class PlacementProblem:
         alpha, beta, gamma: multipliers of load, communication and migration.
         horizon_steps: steps over which migration is amortized.
         backend: one of `BACKENDS`.
-        spread: [layers, experts] standard deviation of the window's pairs, or None when the
-            counts are taken as certain; see `gimbal.core.placement.forecast`.
+        forecast: how the window to plan for differs from the counts and how uncertain it is;
+            None takes the counts as they are.
         max_received: experts that may change rank, all layers together; None is no limit.
         expert_groups: groups of consecutive experts that must share a node (group-limited
             routing); 1 is no constraint.
@@ -98,12 +100,14 @@ class PlacementProblem:
     gamma: float = 1.0
     horizon_steps: int = 3000
     backend: str = ROUTED_BACKEND
-    spread: FloatArray | None = None
+    forecast: Forecast | None = None
     max_received: int | None = None
     expert_groups: int = 1
+    measured: FloatArray = field(init=False, repr=False)
+    """[layers, experts] counts over all sources, as measured."""
 
     def __post_init__(self) -> None:
-        validate_counts(self.routing.counts, "counts")
+        object.__setattr__(self, "measured", validate_counts(self.routing.counts, "counts"))
         validate_topology(self.topology, self.routing.counts.shape)
         validate_placement(self.current, self.topology, self.layers, self.experts, "current")
         _validate_options(self)
@@ -115,6 +119,23 @@ class PlacementProblem:
     @property
     def experts(self) -> int:
         return int(self.routing.counts.shape[2])
+
+    def with_forecast(self, forecast: Forecast) -> PlacementProblem:
+        """The same problem for the window `forecast` expects; counts are not checked again."""
+        problem = copy.copy(self)
+        _validate_forecast(problem, forecast)
+        object.__setattr__(problem, "forecast", forecast)
+        return problem
+
+    @property
+    def expected(self) -> FloatArray:
+        """[layers, experts] counts over all sources in the window to plan for."""
+        return self.measured if self.forecast is None else self.measured * self.forecast.factor
+
+    @property
+    def spread(self) -> FloatArray | None:
+        """[layers, experts] standard deviation of `expected`, None when taken as certain."""
+        return None if self.forecast is None else self.forecast.spread
 
     @property
     def nodes(self) -> int:
@@ -130,21 +151,26 @@ def _first(bad: np.ndarray) -> str:
     return "[" + ", ".join(str(int(i)) for i in np.argwhere(bad)[0]) + "]"
 
 
-def validate_counts(counts: FloatArray, name: str) -> None:
-    """Raises InputError unless `counts` is [sources, layers, experts], finite, not negative."""
+def validate_counts(counts: FloatArray, name: str) -> FloatArray:
+    """Raises InputError unless `counts` is [sources, layers, experts], finite, not negative.
+
+    Returns the sum over sources, [layers, experts].
+    """
     if counts.ndim != 3:
         raise InputError(
             f"{name}: expected [source, layer, expert], got {counts.ndim} dimension(s)"
         )
     if 0 in counts.shape:
         raise InputError(f"{name}: empty array of shape {counts.shape}")
-    # One pass over what may be megabytes: a sum is NaN or infinite when an element is.
-    if not np.isfinite(counts.sum()) and not (finite := np.isfinite(counts)).all():
+    total = counts.sum(axis=0, dtype=np.float64)
+    # Counts may be tens of megabytes: a sum is NaN or infinite when an element is.
+    if not np.isfinite(total).all() and not (finite := np.isfinite(counts)).all():
         where = _first(~finite)
         raise InputError(f"{name}{where}: not finite ({counts[~finite][0]})")
     if counts.min() < 0:
         where = _first(counts < 0)
         raise InputError(f"{name}{where}: negative ({counts[counts < 0][0]:g})")
+    return np.asarray(total)
 
 
 def validate_topology(topology: Topology, shape: tuple[int, ...]) -> None:
@@ -234,9 +260,16 @@ def _validate_options(problem: PlacementProblem) -> None:
         outside = ~((active >= 0) & (active <= 1))
         if outside.any():
             raise InputError(f"active{_first(outside)}: not a probability ({active[outside][0]})")
-    if p.spread is not None:
-        if p.spread.shape != (p.layers, p.experts):
-            raise InputError(f"spread: shape {p.spread.shape}, expected {(p.layers, p.experts)}")
-        bad = ~(np.isfinite(p.spread) & (p.spread >= 0))
+    if p.forecast is not None:
+        _validate_forecast(p, p.forecast)
+
+
+def _validate_forecast(p: PlacementProblem, forecast: Forecast) -> None:
+    for name, array in (("factor", forecast.factor), ("spread", forecast.spread)):
+        if array is None:
+            continue
+        if array.shape != (p.layers, p.experts):
+            raise InputError(f"forecast {name}: shape {array.shape}, expected one per expert")
+        bad = ~(np.isfinite(array) & (array >= 0))
         if bad.any():
-            raise InputError(f"spread{_first(bad)}: must be finite and not negative")
+            raise InputError(f"forecast {name}{_first(bad)}: must be finite and not negative")

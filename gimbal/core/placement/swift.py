@@ -1,0 +1,62 @@
+"""Baseline: few swaps between hot and cool ranks, in the manner of vllm-ascend's SwiftBalancer.
+
+Per layer, as its second policy describes: the hottest rank exchanges one expert with the coolest
+rank that it has not yet exchanged with, whichever pair evens the two out most, until the hottest
+rank is within `threshold` of the mean, `max_swaps` are done or no swap helps. Replica counts stay
+as they are. It looks at total load only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
+from gimbal.core.placement.objective import replica_counts
+
+
+def _swap_layer(
+    slots: IntArray, unit: FloatArray, topology: Topology, threshold: float, max_swaps: int
+) -> None:
+    """Swaps experts of one layer in place; `slots` [ranks, per_rank], `unit` [experts] pairs."""
+    load = unit[slots].sum(axis=1)
+    used = np.eye(topology.ranks, dtype=bool)
+    for _ in range(max_swaps):
+        hot = int(np.argmax(load))
+        if load[hot] <= threshold * load.mean():
+            return
+        best: tuple[float, int, int, int] | None = None
+        for cool in np.argsort(load, kind="stable"):
+            if used[hot, cool]:
+                continue
+            change = unit[slots[hot]][:, None] - unit[slots[cool]][None, :]
+            worst = np.maximum(load[hot] - change, load[cool] + change)
+            twice = np.isin(slots[hot], slots[cool])[:, None] | np.isin(slots[cool], slots[hot])
+            worst[twice] = np.inf
+            i, j = np.unravel_index(int(np.argmin(worst)), worst.shape)
+            if worst[i, j] < load[hot]:
+                best = (float(worst[i, j]), int(cool), int(i), int(j))
+                break
+        if best is None:
+            return
+        _, cool, i, j = best
+        moved = unit[slots[hot, i]] - unit[slots[cool, j]]
+        slots[hot, i], slots[cool, j] = slots[cool, j], slots[hot, i]
+        load[hot] -= moved
+        load[cool] += moved
+        used[hot, cool] = used[cool, hot] = True
+
+
+class SwiftPlacer:
+    """Bounded swaps from the placement in force."""
+
+    def __init__(self, threshold: float = 1.01, max_swaps: int = 100) -> None:
+        self._threshold, self._max_swaps = threshold, max_swaps
+
+    def place(self, routing: RoutingCounts, topology: Topology, current: IntArray) -> IntArray:
+        result = np.ascontiguousarray(current).copy()
+        total = routing.counts.sum(axis=0)
+        unit = total / replica_counts(current, total.shape[1])
+        for layer in range(len(result)):
+            view = result[layer].reshape(topology.ranks, topology.slots_per_rank)
+            _swap_layer(view, unit[layer], topology, self._threshold, self._max_swaps)
+        return result
