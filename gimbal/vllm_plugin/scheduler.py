@@ -166,3 +166,35 @@ def install() -> None:
         return partial(build_scheduler, get_scheduler_cls(self))
 
     SchedulerConfig.get_scheduler_cls = scheduler_cls
+    _count_refusals()
+
+
+REFUSALS = (
+    "_handle_request_preproc_error",
+    "_handle_mm_cache_miss",
+    "_handle_request_validation_error",  # since 0.33
+)
+"""Methods of ``EngineCoreProc`` that answer a request before the scheduler sees it."""
+
+
+def _count_refusals() -> None:
+    """A front end must not wait for the acknowledgement of a request its engine refused."""
+    from vllm.utils import length_from_prompt_token_ids_or_embeds
+    from vllm.v1.engine.core import EngineCoreProc
+
+    def counting(refuse: Any) -> Any:
+        @wraps(refuse)
+        def refuse_and_count(self: Any, request: Any, *args: Any) -> None:
+            refuse(self, request, *args)
+            signals = getattr(self.scheduler, "gimbal_signals", None)
+            if signals is not None:
+                tokens = length_from_prompt_token_ids_or_embeds(
+                    request.prompt_token_ids, request.prompt_embeds
+                )
+                signals.refused(request.client_index, tokens)
+
+        return refuse_and_count
+
+    for name in REFUSALS:
+        if hasattr(EngineCoreProc, name):
+            setattr(EngineCoreProc, name, counting(getattr(EngineCoreProc, name)))

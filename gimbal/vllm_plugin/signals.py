@@ -104,6 +104,7 @@ class SchedulerSignals:
         self._prefill_left = 0
         self._preemptions = 0
         self._steps: deque[_Step] = deque()
+        self._refused: deque[tuple[int, int]] = deque()  # client index, prompt tokens
         self._step_us = 0.0
         self._prefill_rate = 0.0
         self._last_done_us = 0.0
@@ -126,15 +127,14 @@ class SchedulerSignals:
         """The engine took a message of a front end: what was sent is now the engine's."""
         if request.request_id in self.scheduler.requests:
             return  # the next chunk of a streaming session; front ends count sessions once
-        front_end = min(request.client_index, MAX_FRONT_ENDS - 1)
-        self.row[ACCEPTED_REQUESTS + front_end] += 1
-        self.row[ACCEPTED_TOKENS + front_end] += request.num_prompt_tokens
+        self._acknowledge(request.client_index, request.num_prompt_tokens)
 
     def refused(self, client_index: int, prompt_tokens: int) -> None:
-        """The engine answered a message with an error before its scheduler saw it."""
-        front_end = min(client_index, MAX_FRONT_ENDS - 1)
-        self.row[ACCEPTED_REQUESTS + front_end] += 1
-        self.row[ACCEPTED_TOKENS + front_end] += prompt_tokens
+        """The engine answered a message with an error before its scheduler saw it.
+
+        Called by the thread that reads the sockets; taken up by the next snapshot.
+        """
+        self._refused.append((client_index, prompt_tokens))
 
     def enqueued(self, request: Any) -> None:
         """`request` enters the waiting queue; looks its prompt up in the prefix cache once."""
@@ -218,6 +218,8 @@ class SchedulerSignals:
         running, waiting = scheduler.get_request_counts()
         decodes = running - len(self._prefilling)
         pool = scheduler.kv_cache_manager.block_pool
+        while self._refused:
+            self._acknowledge(*self._refused.popleft())
         self._published += 1
         row[Field.SEQUENCE : Field.TIMESTAMP_US + 1] = self._published, now
         row[Field.WAITING_REQUESTS : Field.KV_BLOCKS_USED + 1] = (
@@ -245,6 +247,11 @@ class SchedulerSignals:
             close()
 
     # Bookkeeping.
+
+    def _acknowledge(self, client_index: int, prompt_tokens: int) -> None:
+        front_end = min(client_index, MAX_FRONT_ENDS - 1)
+        self.row[ACCEPTED_REQUESTS + front_end] += 1
+        self.row[ACCEPTED_TOKENS + front_end] += prompt_tokens
 
     def _cached_tokens(self, request: Any) -> int:
         """Prompt tokens the prefix cache holds now, without touching its statistics."""
