@@ -162,7 +162,8 @@ def compare(
         rng: source of the draws.
         draws: bootstrap samples.
 
-    A ratio is NaN where an arm has no value.
+    A ratio is NaN where an arm has no value; so are the ends of an interval that needs more than
+    one repeat: the rate of completions depends on how long a run took, not on which request.
     """
     repeats = min(len(runs) for runs in arms.values())
     sizes = [
@@ -183,6 +184,9 @@ def compare(
         for name, columns in drawn.items():
             for metric, column in columns.items():
                 column.append(_ratio(values[name][metric], values[base][metric]))
+    if repeats == 1:
+        for columns in drawn.values():
+            columns["throughput_rps"] = columns["output_tokens_per_s"] = []
     return {
         name: {
             metric: _interval(_ratio(point[name][metric], point[base][metric]), column)
@@ -207,7 +211,7 @@ def _ratio(value: float, base: float) -> float:
 
 
 def _interval(ratio: float, draws: Sequence[float]) -> Interval:
-    finite = np.array(draws)[np.isfinite(draws)]
+    finite = np.array([d for d in draws if np.isfinite(d)])
     if not len(finite):
         return Interval(ratio, float("nan"), float("nan"))
     low, high = np.percentile(finite, [2.5, 97.5])

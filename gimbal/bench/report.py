@@ -114,8 +114,10 @@ def _arms(arms: dict[str, Any], names: Sequence[str]) -> str:
 
 def _ratio(values: dict[str, float | None], lower_is_better: bool) -> str:
     ratio, low, high = values["ratio"], values["low"], values["high"]
-    if ratio is None or low is None or high is None:
+    if ratio is None:
         return "–"
+    if low is None or high is None:
+        return f"{ratio:.2f}"
     style = ""
     if high < 1 or low > 1:
         style = "good" if (high < 1) == lower_is_better else "bad"

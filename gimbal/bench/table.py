@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -16,8 +17,10 @@ RATES = {
     "goodput_rps": "goodput/s",
 }
 COUNTS = ("requests", "completed", "rejected", "failed", "aborted")
-RATIO_CELL = 20
-"""Columns that one ratio with its interval takes."""
+LABEL, ARM_CELL, RATIO_CELL = 28, 10, 20
+"""Characters of a row's label, of one figure, and of one ratio with its interval."""
+MAX_SEND_LAG_MS = 50.0
+MAX_CPU_WAIT_SHARE = 0.02
 
 
 def _number(value: float | None) -> str:
@@ -26,8 +29,7 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _arms_table(report: dict[str, Any]) -> Table:
-    arms = report["arms"]
+def _arms_table(arms: dict[str, Any]) -> Table:
     table = Table(title="Arms (latencies in ms)", title_justify="left")
     table.add_column("", no_wrap=True)
     for name in arms:
@@ -45,7 +47,7 @@ def _arms_table(report: dict[str, Any]) -> Table:
     for key, title in (("balance", "tokens"), ("requests_by_engine", "requests")):
         spread = [arm[key]["max_over_mean"] for arm in arms.values()]
         cells = ["-" if s is None else f"{s:.2f}" for s in spread]
-        table.add_row(f"{title}: busiest/mean engine", *cells)
+        table.add_row(f"{title}, max/mean engine", *cells)
     hits = [arm["prefix_hit_rate"] for arm in arms.values()]
     table.add_row("prefix cache hits", *("-" if h is None else f"{h:.1%}" for h in hits))
     return table
@@ -53,8 +55,10 @@ def _arms_table(report: dict[str, Any]) -> Table:
 
 def _ratio_cell(values: dict[str, float | None], lower_is_better: bool) -> Text:
     ratio, low, high = values["ratio"], values["low"], values["high"]
-    if ratio is None or low is None or high is None:
+    if ratio is None:
         return Text("-")
+    if low is None or high is None:
+        return Text(f"{ratio:.2f}")
     style = ""
     if high < 1 or low > 1:
         style = "green" if (high < 1) == lower_is_better else "red"
@@ -100,13 +104,47 @@ def _client_line(client: dict[str, Any]) -> str:
     )
 
 
+def warnings(report: dict[str, Any]) -> list[str]:
+    """What a reader must know before believing the figures."""
+    found = []
+    client = report.get("client")
+    if client and client["send_lag_p99_ms"] > MAX_SEND_LAG_MS:
+        lag = client["send_lag_p99_ms"]
+        found.append(f"requests left up to {lag:.0f} ms late (P99): arrivals were not the trace's")
+    if client and client["cpu_wait_share"] > MAX_CPU_WAIT_SHARE:
+        share = client["cpu_wait_share"]
+        found.append(
+            f"the client had no core {share:.0%} of the time: latencies are partly its own"
+        )
+    for name, arm in report["arms"].items():
+        lost = arm["rejected"] + arm["failed"] + arm["aborted"]
+        if lost:
+            found.append(f"{name}: {lost} of {arm['requests']} requests are not in its latencies")
+    return found
+
+
+def _parts(columns: dict[str, Any], width: int, cell: int) -> Iterator[dict[str, Any]]:
+    """`columns` in groups that fit into `width` when each takes `cell`, or its name's length."""
+    part: dict[str, Any] = {}
+    taken = 0
+    for name, column in columns.items():
+        needed = max(cell, len(name) + 3)
+        if part and taken + needed > width:
+            yield part
+            part, taken = {}, 0
+        part[name] = column
+        taken += needed
+    if part:
+        yield part
+
+
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """Prints the whole report; ratio tables are split where the console is too narrow."""
-    console.print(_arms_table(report))
-    names = list(report["ratios"])
-    fit = max(1, (console.width - RATIO_CELL) // RATIO_CELL)
-    for start in range(0, len(names), fit):
-        part = {name: report["ratios"][name] for name in names[start : start + fit]}
+    """Prints the whole report; tables are split where the console is too narrow."""
+    for part in _parts(report["arms"], console.width - LABEL, ARM_CELL):
+        console.print(_arms_table(part))
+    for part in _parts(report["ratios"], console.width - LABEL, RATIO_CELL):
         console.print(_ratios_table(part))
     for line in _footer(report):
         console.print(line, highlight=False, soft_wrap=True)
+    for line in warnings(report):
+        console.print(f"warning: {line}", style="yellow", highlight=False, soft_wrap=True)

@@ -116,3 +116,11 @@ def test_an_arm_without_a_completed_request_gives_null() -> None:
     arms["B"] = [[RequestRecord("x", "B", 0, 0, 0, 1, 0, 2, None, None, status="failed")]]
     shaped = nested(compare(arms, "A", Slo(), np.random.default_rng(0), 20)["B"])
     assert shaped["ttft_ms"]["mean"]["ratio"] is None
+
+
+def test_one_repeat_gives_rates_without_interval() -> None:
+    arms = runs(np.random.default_rng(8), 1, 30, 0.8)
+    shaped = nested(compare(arms, "A", Slo(ttft_ms=900), np.random.default_rng(0), 50)["B"])
+    assert shaped["throughput_rps"]["ratio"] is not None
+    assert shaped["throughput_rps"]["low"] is None
+    assert shaped["goodput_rps"]["low"] is not None
