@@ -29,6 +29,7 @@ from gimbal.vllm_plugin.board import Board
 from gimbal.vllm_plugin.board_slots import BoardReader
 from gimbal.vllm_plugin.dispatch_hook import FrontEnd, front_end_of
 from gimbal.vllm_plugin.identity import server_board_path
+from gimbal.vllm_plugin.placement.route import routing_route
 
 SWITCHABLE = ("dispatch", "queue", "feedback")
 """Levels that can be switched while the server runs, if it was started with them."""
@@ -46,6 +47,7 @@ class GimbalEndpoints:
         router = APIRouter(prefix="/gimbal")
         router.add_api_route("/status", _status, methods=["GET"])
         router.add_api_route("/control", _control, methods=["POST"])
+        router.add_api_route("/routing", routing_route, methods=["GET"])
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:

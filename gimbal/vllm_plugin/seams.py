@@ -541,6 +541,14 @@ SEAMS: tuple[Seam, ...] = (
         "reads how many tokens of the step prefill and decode",
     ),
     Seam(
+        "v1.engine.core_client",
+        "AsyncMPClient.call_utility_all_async",
+        ("self", "method", "*args"),
+        "placement",
+        "asks the workers of every engine for their routing statistics",
+        patched=False,
+    ),
+    Seam(
         "v1.worker.worker_base",
         "WorkerBase",
         (),

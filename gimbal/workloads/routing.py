@@ -18,7 +18,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -56,15 +56,20 @@ _OPTIONAL = ("active", "decode", "physical_to_logical")
 
 def save_routing(path: Path, routing: RoutingFile) -> None:
     """Writes the format that `read_routing` and ``gimbal place --routing`` read."""
-    arrays = {n: getattr(routing, n) for n in _OPTIONAL if getattr(routing, n) is not None}
     with path.open("wb") as file:
-        np.savez_compressed(
-            file,
-            counts=routing.counts,
-            steps=np.asarray(routing.steps),
-            metadata=np.asarray(json.dumps(routing.metadata)),
-            **arrays,
-        )
+        write_routing(file, routing)
+
+
+def write_routing(file: IO[bytes], routing: RoutingFile) -> None:
+    """`save_routing` into an open file."""
+    arrays = {n: getattr(routing, n) for n in _OPTIONAL if getattr(routing, n) is not None}
+    np.savez_compressed(
+        file,
+        counts=routing.counts,
+        steps=np.asarray(routing.steps),
+        metadata=np.asarray(json.dumps(routing.metadata)),
+        **arrays,
+    )
 
 
 def read_routing(paths: Path | Sequence[Path], experts: int | None = None) -> RoutingFile:

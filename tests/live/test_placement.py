@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gimbal.commands.stats import fetch, summarize
 from gimbal.demo.manifest import DemoManifest, load_manifest
 
 RECORDS = Path(tempfile.gettempdir()) / "gimbal-live-placement"
@@ -92,4 +93,13 @@ def test_experts_move_to_who_asks_and_texts_stay(server: Any) -> None:
         np.testing.assert_allclose(
             old["logprobs"]["token_logprobs"], new["logprobs"]["token_logprobs"], atol=0.05
         )
+    live = fetch(server.root, 60.0)
+    assert live.counts.shape == (2, 4, 32)
+    assert live.metadata["committed"] == len(committed)
+    assert live.metadata["fallbacks"] == {}
+    assert live.metadata["sources"] == "each rank counts tokens of its own"
+    summary = summarize(live)
+    assert summary["divergence_bits"] > 0.02
+    assert 0.0 < summary["decode_share"] < 1.0
+    assert summary["local_share"] > gained[0]
     assert "not committed" not in server.log.read_text(errors="replace")

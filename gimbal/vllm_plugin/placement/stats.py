@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.placement.rows import SourceCounts, per_source, split_rows
 from gimbal.vllm_plugin.placement.window import reduce_window, to_logical
+from gimbal.workloads.routing import RoutingFile
 
 
 def gimbal_routing(worker: Any) -> dict[str, Any]:
@@ -55,13 +57,13 @@ def gimbal_routing(worker: Any) -> dict[str, Any]:
 def combine(answers: Sequence[dict[str, Any]]) -> tuple[SourceCounts, np.ndarray, dict[str, Any]]:
     """Counts per source, physical_to_logical [layers, slots] and metadata of the first model.
 
-    Raises ValueError when a rank is missing or the level is off.
+    Raises InputError when a rank is missing or the level is off.
     """
     ranks = sorted((a for a in answers if a), key=lambda a: a["rank"])
     if not ranks:
-        raise ValueError("the level placement is off, or EPLB is (--enable-eplb)")
+        raise InputError("the level placement is off, or EPLB is (--enable-eplb)")
     if [a["rank"] for a in ranks] != list(range(ranks[0]["ranks"])):
-        raise ValueError(f"{len(ranks)} of {ranks[0]['ranks']} ranks answered")
+        raise InputError(f"{len(ranks)} of {ranks[0]['ranks']} ranks answered")
     first = ranks[0]["models"][0]
     shape = first["layers"], first["experts"]
     rows = np.stack([np.frombuffer(a["models"][0]["row"], "<f8") for a in ranks])
@@ -70,3 +72,16 @@ def combine(answers: Sequence[dict[str, Any]]) -> tuple[SourceCounts, np.ndarray
     facts = {k: v for k, v in ranks[0].items() if k not in ("models", "rank")}
     facts["fallbacks"] = {str(a["rank"]): a["fallbacks"] for a in ranks if a["fallbacks"]}
     return counts, placement, facts | {"model": first["name"], "sources": counts.sources.value}
+
+
+def to_file(answers: Sequence[dict[str, Any]]) -> RoutingFile:
+    """The answers of all workers as one recording; raises InputError as `combine` does."""
+    counts, placement, facts = combine(answers)
+    return RoutingFile(
+        counts.routing.counts,
+        counts.routing.active,
+        counts.decode,
+        placement,
+        counts.routing.steps,
+        facts,
+    )
