@@ -1,0 +1,180 @@
+"""Dispatch on a running server: visible, switchable, and never at the price of a request."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.live
+ADMIN = ("--additional-config", '{"gimbal": {"admin": true}}')
+OUTPUT_TOKENS = 12
+
+
+def call(url: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        return json.load(reply)
+
+
+def complete(server: Any, index: int, words: int | None = None) -> int:
+    """Output tokens of one request; every fourth prompt is long."""
+    words = (120 if index % 4 == 0 else 6) if words is None else words
+    body = {
+        "model": server.model,
+        "prompt": f"{index} " + "word " * words,
+        "max_tokens": OUTPUT_TOKENS,
+        "ignore_eos": True,
+    }
+    return int(call(f"{server.url}/completions", body)["usage"]["completion_tokens"])
+
+
+def burst(server: Any, requests: int, rate: float | None = None, meanwhile: Any = None) -> None:
+    """Sends `requests`, at `rate` per second or at once; every one must come back whole."""
+    with ThreadPoolExecutor(32) as pool:
+        answers = []
+        other = pool.submit(meanwhile) if meanwhile is not None else None
+        for index in range(requests):
+            answers.append(pool.submit(complete, server, index))
+            if rate is not None:
+                time.sleep(1 / rate)
+        assert [answer.result() for answer in answers] == [OUTPUT_TOKENS] * requests
+        if other is not None:
+            other.result()
+
+
+def total(server: Any, name: str, **labels: str) -> float:
+    """Sum of the samples of `name` that carry `labels`."""
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(
+        value
+        for sample, value in server.metrics().items()
+        if sample.partition("{")[0] == name and all(label in sample for label in wanted)
+    )
+
+
+def engine_process(server: Any, rank: int) -> int:
+    from gimbal.vllm_plugin.serve.processes import descendants_of
+
+    for pid in descendants_of(server.pid):
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+        if f"EngineCore_DP{rank}".encode() in title:
+            return pid
+    raise AssertionError(f"no process of engine {rank}")
+
+
+def status(server: Any) -> dict[str, Any]:
+    found: dict[str, Any] = call(f"{server.root}/gimbal/status")
+    return found
+
+
+def settle(server: Any) -> dict[str, Any]:
+    """The status once nothing is outstanding and the gauges have caught up."""
+    deadline = time.monotonic() + 10
+    while True:
+        time.sleep(0.6)
+        found = status(server)
+        left = [e["inflight_requests"] + e["unacknowledged_tokens"] for e in found["engines"]]
+        if not any(left) or time.monotonic() > deadline:
+            assert not any(left), f"outstanding for ever: {left}"
+            return found
+
+
+@pytest.mark.server(*ADMIN)
+def test_decisions_and_signals_are_in_the_metrics(server: Any) -> None:
+    before = total(server, "gimbal_dispatch_decisions_total", policy="gimbal")
+    burst(server, 24)
+    settle(server)
+    assert total(server, "gimbal_dispatch_decisions_total", policy="gimbal") - before == 24
+    assert total(server, "gimbal_dispatch_decision_seconds_count") >= 24
+    assert total(server, "gimbal_signal_age_seconds_count") >= 24
+    for engine in ("0", "1"):
+        assert total(server, "gimbal_engine_sequence", engine=engine) > 10
+        assert total(server, "gimbal_engine_kv_blocks_total", engine=engine) > 0
+        assert total(server, "gimbal_engine_step_time_seconds", engine=engine) > 0
+        assert total(server, "gimbal_engine_prefill_seconds_per_token", engine=engine) > 0
+    assert total(server, "gimbal_fallback_total") == 0
+    terms = [s for s in server.metrics() if s.startswith("gimbal_dispatch_cost_seconds{")]
+    assert any('term="queue"' in sample for sample in terms)
+
+
+@pytest.mark.server(*ADMIN)
+def test_an_operator_compares_policies_on_one_server(server: Any) -> None:
+    for policy in ("round-robin", "vllm", "gimbal"):
+        call(f"{server.root}/gimbal/control", {"policy": policy, "reset": True})
+        before = total(server, "gimbal_dispatch_decisions_total", policy=policy)
+        burst(server, 8)
+        assert total(server, "gimbal_dispatch_decisions_total", policy=policy) - before == 8
+    with pytest.raises(urllib.error.HTTPError) as error:
+        call(f"{server.root}/gimbal/control", {"policy": "gimball"})
+    assert error.value.code == 400
+    assert "did you mean 'gimbal'" in error.value.read().decode()
+
+
+@pytest.mark.server(*ADMIN)
+def test_a_stopped_engine_loses_no_request(server: Any) -> None:
+    before = total(server, "gimbal_fallback_total", level="dispatch", reason="stale")
+    pid = engine_process(server, 1)
+
+    def stop_for_5_s() -> None:
+        time.sleep(1.0)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(5.0)
+        os.kill(pid, signal.SIGCONT)
+
+    burst(server, 80, rate=10, meanwhile=stop_for_5_s)
+    after = total(server, "gimbal_fallback_total", level="dispatch", reason="stale")
+    assert after > before, "five seconds without a snapshot went unnoticed"
+    settle(server)
+    burst(server, 8)
+    assert total(server, "gimbal_fallback_total", level="dispatch", reason="stale") == after
+    assert not status(server)["dispatch"]["switched_itself_off"]
+
+
+@pytest.mark.server(*ADMIN)
+def test_a_deleted_board_loses_no_request(server: Any) -> None:
+    path = Path(status(server)["board"]["path"])
+
+    def delete() -> None:
+        time.sleep(1.0)
+        path.unlink()
+
+    burst(server, 60, rate=15, meanwhile=delete)
+    burst(server, 8)
+    found = settle(server)
+    assert found["board"]["recoveries"] >= 1
+    assert path.exists()
+    assert all(engine["age_us"] is not None for engine in found["engines"])
+
+
+@pytest.mark.server(*ADMIN, "--api-server-count", "2")
+def test_two_api_servers_share_one_board(server: Any) -> None:
+    burst(server, 40)
+    time.sleep(1.2)
+    assert total(server, "gimbal_dispatch_decisions_total", policy="gimbal") == 40
+    assert total(server, "gimbal_unacknowledged_tokens") == 0
+    assert total(server, "gimbal_inflight_tokens") == 0
+    assert total(server, "gimbal_engine_sequence", engine="1") > 10
+    call(f"{server.root}/gimbal/control", {"policy": "round-robin"})
+    burst(server, 20)
+    assert total(server, "gimbal_dispatch_decisions_total", policy="round-robin") == 20
+
+
+@pytest.mark.server(levels="queue")
+def test_without_admin_nobody_switches_anything(server: Any) -> None:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        call(f"{server.root}/gimbal/control", {"policy": "vllm"})
+    assert error.value.code == 403
+    burst(server, 4)
+    found = status(server)
+    assert found["dispatch"] is None
+    assert sum(engine["sequence"] for engine in found["engines"]) > 0
