@@ -153,7 +153,9 @@ class StepPlanner:
     def _running(self, request: Any, now_s: float) -> PrefillCandidate:
         left = request.num_tokens - request.num_computed_tokens
         entry: Entry[Any] | None = getattr(request, PLACE, None)
-        if entry is None or self._waited_too_long(entry, now_s):
+        # A key of an ordering that is no longer in force says nothing: that prefill never yields.
+        stale = entry is None or entry.epoch != self.queue.heap.epoch
+        if entry is None or stale or self._waited_too_long(entry, now_s):
             return PrefillCandidate(-_CLASS_TOKENS * _CLASS_TOKENS, left)
         return PrefillCandidate(
             self._key(entry, max(0, entry.request.uncached_tokens - left)), left

@@ -257,3 +257,57 @@ def test_an_unknown_ordering_is_refused_at_start(build):
 
     with pytest.raises(InputError, match="did you mean 'hrrn'"):
         build({"queue": {"ordering": "hrnn"}})
+
+
+def test_yielding_pauses_when_vllm_admits_nobody_for_it(build):
+    scheduler = build({})
+    planner = scheduler.gimbal_queue.planner
+    scheduler.add_request(real.request("long", 4000))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.add_request(real.request("short", 100))
+    assert planner.caps(512) == {"long": 412}
+    planner.yielded(scheduled_tokens=412, budget_tokens=512)
+    held = [planner.caps(512) for _ in range(8)]
+    assert held[:7] == [{}] * 7
+    assert held[7] == {"long": 412}
+
+
+def test_a_prefill_from_before_a_switch_does_not_yield(build):
+    scheduler = build({"queue": {"ordering": "fcfs"}})
+    scheduler.add_request(real.request("long", 4000))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.gimbal_queue._use("gimbal")
+    scheduler.add_request(real.request("short", 100))
+    assert scheduler.schedule().num_scheduled_tokens == {"long": 512}
+
+
+def test_a_paused_scheduler_keeps_its_queue(build):
+    from vllm.v1.core.sched.interface import PauseState
+
+    scheduler = build({})
+    scheduler.add_request(real.request("running", 1200))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.add_request(real.request("queued", 30))
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    for _ in range(3):
+        output = scheduler.schedule()
+        assert "queued" not in output.num_scheduled_tokens
+        real.finish_step(scheduler, output)
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert "queued" in scheduler.schedule().num_scheduled_tokens
+
+
+def test_a_request_that_cannot_start_yet_is_passed_and_keeps_its_place(build):
+    """As one that waits for its grammar: vLLM skips it every step until it is ready."""
+    scheduler = build({}, seats=1)
+    for name, tokens in (("a", 20), ("b", 40), ("c", 60)):
+        scheduler.add_request(real.request(name, tokens, 2))
+    ready = scheduler._handle_blocked_waiting_request
+    scheduler._handle_blocked_waiting_request = lambda r: r.request_id != "a" and ready(r)
+    counts = run(scheduler, [], steps=5)
+    assert first_steps(counts) == ["b", "c"]
+    scheduler._handle_blocked_waiting_request = ready
+    assert [r.request_id for r in scheduler.waiting] == ["a"]
+    assert first_steps(run(scheduler, [])) == ["a"]
+    # Passing a request that could not start is nobody's overtaking.
+    assert scheduler.gimbal_queue.queue.heap.overtakes == 0

@@ -36,6 +36,8 @@ class Entry(Generic[T]):
     bound_s: float = float("inf")  # what the ordering allows it to wait, for the record
     lane: int = ORDERED
     promoted: bool = False  # offered ahead of its key because it waited past the limit
+    overtook: bool = False  # taken while an earlier one waited
+    epoch: int = 0  # `WaitingHeap.epoch` under which the key was computed
     in_age_heap: bool = False
     rank: tuple | None = field(default=None, repr=False)  # its live tuple; None when not waiting
 
@@ -66,6 +68,7 @@ class WaitingHeap(Generic[T]):
         self.waiting_tokens = 0
         self.promotions = 0
         self.overtakes = 0
+        self.epoch = 0
         self._dynamic = ordering if isinstance(ordering, DynamicOrdering) else None
         self._heap: list[tuple] = []
         self._by_age: dict[int, list[tuple[float, int, Entry[T]]]] = {}  # per priority class
@@ -90,16 +93,26 @@ class WaitingHeap(Generic[T]):
             raise KeyError(f"request {request.request_id!r} is already waiting")
         key = self._key(request, state)
         self._sequence += 1
-        entry = Entry(request, item, key, state.now_s, self._sequence)
+        entry = Entry(request, item, key, state.now_s, self._sequence, epoch=self.epoch)
         self._insert(entry)
         return entry
 
     def restore(self, entry: Entry[T], *, front: bool = False) -> None:
-        """Puts a popped or removed entry back at its old place, or at the front of its class."""
+        """Puts a popped or removed entry back at its old place, or at the front of its class.
+
+        What it overtook when it was popped no longer counts. After a change of the ordering its
+        key means nothing: it was ahead of everyone when it was popped, and is so again.
+        """
         if entry.request.request_id in self._entries:
             raise KeyError(f"request {entry.request.request_id!r} is already waiting")
         if front:
             entry.lane = FRONT
+        else:
+            self.overtakes -= entry.overtook
+            self.promotions -= entry.promoted
+        entry.overtook = entry.promoted = False
+        if entry.epoch != self.epoch:
+            entry.key, entry.epoch = float("-inf"), self.epoch
         self._insert(entry)
 
     def peek(self, now_s: float) -> Entry[T]:
@@ -120,16 +133,16 @@ class WaitingHeap(Generic[T]):
     def take(self, entry: Entry[T]) -> Entry[T]:
         """Takes a waiting entry for service: a pop that may come from behind the head."""
         oldest = self._oldest_of(self._level(entry.request))
-        if oldest is not None and oldest.sequence < entry.sequence:
-            self.overtakes += 1
-        if entry.promoted:
-            self.promotions += 1
-            entry.promoted = False
+        entry.overtook = oldest is not None and oldest.sequence < entry.sequence
+        self.overtakes += entry.overtook
+        self.promotions += entry.promoted
         return self._detach(entry)
 
     def remove(self, request_id: str) -> Entry[T]:
         """Takes a request out by id (an abort); raises KeyError when it is not waiting."""
-        return self._detach(self._entries[request_id])
+        entry = self._entries[request_id]
+        entry.promoted = False
+        return self._detach(entry)
 
     def oldest(self) -> Entry[T] | None:
         """The entry that has waited longest, over all classes."""
@@ -174,6 +187,7 @@ class WaitingHeap(Generic[T]):
         """
         self.ordering = ordering
         self.max_wait_s = max_wait_s
+        self.epoch += 1
         self._dynamic = ordering if isinstance(ordering, DynamicOrdering) else None
         entries = sorted(self._entries.values(), key=lambda e: (e.queued_s, e.sequence))
         keys = []
@@ -193,7 +207,7 @@ class WaitingHeap(Generic[T]):
 
     def _rekey(self, entries: list[Entry[T]], keys: list[float]) -> None:
         for entry, key in zip(entries, keys, strict=True):
-            entry.key = key + entry.request.priority * self.priority_tokens
+            entry.key, entry.epoch = key + entry.request.priority * self.priority_tokens, self.epoch
             entry.rank = self._rank(entry)
         self._heap = [entry.rank for entry in entries if entry.rank is not None]
         heapq.heapify(self._heap)

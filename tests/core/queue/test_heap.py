@@ -150,3 +150,23 @@ def test_memory_stays_proportional_to_what_waits():
     assert len(heap) == 10
     assert len(heap._heap) < 100
     assert sum(map(len, heap._by_age.values())) < 150
+
+
+def test_what_is_put_back_has_overtaken_nobody():
+    heap = filled(4, SjfOrdering(), max_wait_s=100.0)
+    entry = heap.pop(4.0)
+    assert (entry.item, heap.overtakes) == (2, 1)
+    heap.restore(entry)
+    assert heap.overtakes == 0
+    promoted = heap.pop(150.0)
+    assert (promoted.item, heap.promotions) == (0, 1)
+    heap.restore(promoted)
+    assert heap.promotions == 0
+
+
+def test_a_place_from_before_a_change_of_ordering_is_the_first():
+    heap = filled(4, SjfOrdering())
+    running = heap.pop(4.0)
+    heap.reorder(FcfsOrdering(), QueueState(5.0, 1.0, 3, 0))
+    heap.restore(running)
+    assert heap.pop(5.0) is running
