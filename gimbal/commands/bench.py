@@ -66,7 +66,10 @@ def command(**values: Any) -> None:
         _plot(values, workload, console)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    report, interrupted = _Bench(values, workload, console).run()
+    try:
+        report, interrupted = _Bench(values, workload, console).run()
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
     if values["as_json"]:
         click.echo(json.dumps(report))
     else:
