@@ -80,7 +80,8 @@ def test_plain_vllm_runs_the_plugin_only_when_it_is_enabled(
 
     server_pool.stop()
     port = server_pool.free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", str(demo_model())]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(demo_model())]
     command += ["--port", str(port), "--enforce-eager", "--max-model-len", "2048"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "demo"]
     if enabled:

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 _SHARED_MEMORY = Path("/dev/shm")
-_MAPPED = re.compile(r"(/dev/shm/\S+)$", re.MULTILINE)
+# A line of /proc/PID/maps: addresses, permissions, offset, device, inode, path.
+_MAPPED = re.compile(r"(\d+)\s+/dev/shm/.*$", re.MULTILINE)
 
 
 def adopt_orphans() -> None:
@@ -47,19 +48,27 @@ def descendants_of(pid: int) -> list[int]:
 
 
 def shared_memory_of(pids: list[int]) -> set[Path]:
-    """Files below /dev/shm that `pids` map or hold open."""
-    found: set[Path] = set()
+    """Files below /dev/shm that `pids` map or hold open.
+
+    Compared by inode: a POSIX semaphore is mapped under the name it had before it got its own.
+    """
+    inodes: set[int] = set()
     for pid in pids:
         process = Path("/proc") / str(pid)
         with contextlib.suppress(OSError):
-            found |= {Path(name) for name in _MAPPED.findall((process / "maps").read_text())}
+            inodes |= {int(found) for found in _MAPPED.findall((process / "maps").read_text())}
         with contextlib.suppress(OSError):
             for descriptor in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
-                    target = os.readlink(descriptor)
-                    if target.startswith("/dev/shm/"):
-                        found.add(Path(target))
-    return {path for path in found if path.exists()}
+                    if os.readlink(descriptor).startswith("/dev/shm/"):
+                        inodes.add(descriptor.stat().st_ino)
+    found = set()
+    with contextlib.suppress(OSError):
+        for path in _SHARED_MEMORY.iterdir():
+            with contextlib.suppress(OSError):
+                if path.stat().st_ino in inodes:
+                    found.add(path)
+    return found
 
 
 def resident_bytes(pids: list[int]) -> int:
@@ -91,6 +100,8 @@ def end_all(first: int, grace_s: float) -> None:
             deadline_s = min(deadline_s, time.monotonic() + 3.0)
         time.sleep(0.1)
     while alive := descendants():
+        for pid in alive:
+            _signal(pid, signal.SIGSTOP)  # so that none makes another file behind our back
         leftovers |= shared_memory_of(alive)
         for pid in alive:
             _signal(pid, signal.SIGKILL)

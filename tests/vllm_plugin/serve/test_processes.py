@@ -44,6 +44,26 @@ def test_orphans_that_ignore_sigterm_are_ended_too() -> None:
     assert out == "2 []"
 
 
+def test_semaphores_of_a_killed_process_are_removed() -> None:
+    holder = (
+        "import multiprocessing as m, time; from multiprocessing import resource_tracker as r;"
+        "lock = m.get_context('spawn').Lock(); name = lock._semlock.name;"
+        "r.unregister(name, 'semaphore');"
+        "print(name[1:], flush=True); time.sleep(60)"
+    )
+    out = run(f"""
+        processes.adopt_orphans()
+        command = [sys.executable, "-c", {holder!r}]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        path = "/dev/shm/sem." + child.stdout.readline().strip()
+        there = os.path.exists(path)
+        os.kill(child.pid, signal.SIGSTOP)
+        processes.end_all(child.pid, 0.3)
+        print(there, os.path.exists(path))
+    """)
+    assert out == "True False"
+
+
 def test_shared_memory_of_a_killed_process_is_removed() -> None:
     holder = (
         "from multiprocessing import resource_tracker, shared_memory as s; import time;"
