@@ -98,6 +98,10 @@ class GimbalSchedulerMixin:
             scheduler_output, *args, **kwargs
         )
         self._gimbal_report("completed", scheduler_output)
+        # Set by the placement level's worker after a rearrangement, absent otherwise.
+        pressure_us = getattr(args[0] if args else None, "gimbal_expert_pressure_us", None)
+        if pressure_us is not None and "feedback" in self.gimbal_config.levels:
+            self._gimbal_report("set_expert_pressure_us", pressure_us)
         return outputs
 
     def has_requests(self) -> bool:

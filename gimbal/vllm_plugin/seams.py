@@ -541,6 +541,13 @@ SEAMS: tuple[Seam, ...] = (
         "reads how many tokens of the step prefill and decode",
     ),
     Seam(
+        "v1.worker.gpu_model_runner",
+        "GPUModelRunner.sample_tokens",
+        ("self", "grammar_output"),
+        "placement",
+        "sends the engine's expert pressure with the step's output",
+    ),
+    Seam(
         "v1.engine.core_client",
         "AsyncMPClient.call_utility_all_async",
         ("self", "method", "*args"),

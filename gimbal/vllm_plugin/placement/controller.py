@@ -99,6 +99,7 @@ class Controller:
     mode: str = "idle"  # "gather" while vLLM sums loads for a rearrangement of ours
     stall_us: float = 0.0
     pressure_us: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    pressure_news: bool = False  # not yet sent to the scheduler
     notes: WindowNotes = field(init=False)
     ledger: Ledger = field(init=False)
     _gathered: Any = None  # [ranks, n] rows of all models, on vLLM's device
@@ -231,6 +232,7 @@ class Controller:
             self.pressure_us = expert_pressure_us(
                 view.planner.problem(counts.routing, topology, current)
             )
+            self.pressure_news = True
             view.counts = counts
             if not counts.routing.counts.any():
                 return (Verdict.KEEP, 0), None

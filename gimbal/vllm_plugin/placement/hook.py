@@ -20,6 +20,8 @@ from gimbal.vllm_plugin.placement.planner import ModelFacts, Planner, check_conf
 logger = logging.getLogger("vllm.gimbal")
 
 LEVEL = "placement"
+PRESSURE = "gimbal_expert_pressure_us"
+"""Attribute of a step's output that carries the engine's expert pressure to its scheduler."""
 
 
 def install() -> None:
@@ -252,6 +254,33 @@ def patch_model_runner() -> None:
 
     execute_model.gimbal_placement = True  # type: ignore[attr-defined]
     GPUModelRunner.execute_model = execute_model
+    GPUModelRunner.sample_tokens = _sample_tokens(GPUModelRunner.sample_tokens)
+
+
+def _sample_tokens(original: Any) -> Any:
+    @functools.wraps(original)
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        output = original(self, grammar_output)
+        controller = controller_of(self.eplb_state)
+        if controller is not None and controller.pressure_news:
+            attach_pressure(controller, output)
+        return output
+
+    return sample_tokens
+
+
+def attach_pressure(controller: Controller, output: Any) -> None:
+    """Sends this engine's expert pressure to its scheduler with a step's output.
+
+    The output object travels to the engine process whole, so a value on it needs no channel of
+    its own. Outputs without requests are shared constants and stay as they are.
+    """
+    inner = getattr(output, "_model_runner_output", output)
+    if getattr(inner, "req_ids", None):
+        pressure = controller.pressure_us
+        own = controller.place.source if len(pressure) > 1 else 0
+        setattr(inner, PRESSURE, float(pressure[own]))
+        controller.pressure_news = False
 
 
 def batch_tokens(scheduler_output: Any) -> tuple[int, int]:

@@ -1,0 +1,54 @@
+"""What the hook reads from vLLM's objects, and what it attaches to them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from gimbal.vllm_plugin.placement.hook import (
+    PRESSURE,
+    attach_pressure,
+    batch_tokens,
+    routes_all_tokens,
+)
+
+
+@pytest.mark.parametrize(
+    ("scheduled", "proposed", "expected"),
+    [
+        ({}, {}, (0, 0)),
+        ({"a": 100, "b": 1}, {}, (100, 1)),
+        ({"a": 1, "b": 1}, {}, (0, 2)),
+        ({"a": 4, "b": 4}, {"a": [7, 8, 9]}, (4, 4)),
+    ],
+)
+def test_tokens_of_a_step_by_kind(scheduled, proposed, expected):
+    output = SimpleNamespace(num_scheduled_tokens=scheduled, scheduled_spec_decode_tokens=proposed)
+    assert batch_tokens(output) == expected
+
+
+def test_layers_that_gather_logits_are_found():
+    assert not routes_all_tokens(SimpleNamespace())
+    assert routes_all_tokens(SimpleNamespace(is_monolithic=True))
+    runner = SimpleNamespace(do_naive_dispatch_combine=True, is_monolithic=False)
+    assert routes_all_tokens(SimpleNamespace(runner=runner))
+
+
+def controller(pressure, source):
+    return SimpleNamespace(
+        pressure_us=np.array(pressure), place=SimpleNamespace(source=source), pressure_news=True
+    )
+
+
+def test_pressure_travels_with_a_real_output_once():
+    empty = SimpleNamespace(req_ids=[])
+    sender = controller([1.0, 2.0], source=1)
+    attach_pressure(sender, empty)
+    assert not hasattr(empty, PRESSURE)
+    assert sender.pressure_news
+    output = SimpleNamespace(req_ids=["a"])
+    attach_pressure(sender, SimpleNamespace(_model_runner_output=output))
+    assert getattr(output, PRESSURE) == 2.0
+    assert not sender.pressure_news
