@@ -8,7 +8,7 @@ STAMP := $(VENV)/.gimbal-installed
 # One thread per process: tests run side by side and torch would take every core in each.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: help install serve test check lint bench-core lock clean
+.PHONY: bench-sim validate help install serve test check lint bench-core lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ lint: $(STAMP) ## ruff, mypy (strict on core), import contracts
 
 bench-core: $(STAMP) ## benchmarks that need no server
 	$(TEST_ENV) $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m "not live" $(ARGS)
+
+bench-sim: $(STAMP) ## speed and memory of the simulator
+	$(TEST_ENV) $(BIN)/python benchmarks/bench_sim.py $(ARGS)
+
+validate: $(STAMP) ## the simulator against real runs
+	$(BIN)/python benchmarks/validate_simulator.py $(ARGS)
 
 lock: ## resolve the dependencies again and rewrite requirements/lock-cpu.txt
 	@$(BIN)/python scripts/bootstrap.py --lock
