@@ -8,7 +8,7 @@ STAMP := $(VENV)/.gimbal-installed
 # One thread per process: tests run side by side and torch would take every core in each.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: bench-sim validate help install serve test check lint bench-core lock clean
+.PHONY: bench-sim validate help install serve test check lint bench-core bench-start correctness soak lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,15 @@ bench-sim: $(STAMP) ## speed and memory of the simulator
 
 validate: $(STAMP) ## the simulator against real runs
 	$(BIN)/python benchmarks/validate_simulator.py $(ARGS)
+
+correctness: $(STAMP) ## expert-parallel answers against one engine's, before and after migrations
+	$(BIN)/python -m gimbal.bench.check.correctness $(ARGS)
+
+soak: $(STAMP) ## 2,000 requests, one in ten aborted, while experts migrate
+	$(BIN)/python -m gimbal.bench.check.soak $(ARGS)
+
+bench-start: $(STAMP) ## start the demo server five times: seconds to ready by phase, memory
+	$(BIN)/python benchmarks/startup.py $(ARGS)
 
 lock: ## resolve the dependencies again and rewrite requirements/lock-cpu.txt
 	@$(BIN)/python scripts/bootstrap.py --lock
