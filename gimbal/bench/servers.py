@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from gimbal.bench.endpoint import Endpoint
 
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 60.0
+SERVE = (sys.executable, "-m", "gimbal.cli", "serve")
 
 
 def free_port() -> int:
@@ -63,11 +65,11 @@ class Server:
         """SIGTERM, then SIGKILL to what is left of its process group."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
         self.log_file.close()
 
 
@@ -80,13 +82,15 @@ class ServerPool:
         directory: where logs go.
         resident: servers alive at once. Only one is measured at a time, but an idle lock-step
             server still takes memory and a little CPU, so the default is 1.
-        say: gets one line per start and stop.
+        say: gets one line per start.
+        command: what starts a server; it gets `arguments`, a port, flags and configuration.
     """
 
     arguments: tuple[str, ...]
     directory: Path
     resident: int = 1
     say: Callable[[str], None] = lambda _: None
+    command: tuple[str, ...] = SERVE
     _servers: list[Server] = field(default_factory=list)
     _count: int = 0
 
@@ -97,7 +101,9 @@ class ServerPool:
                 self._servers.remove(server)
                 self._servers.append(server)
                 return server
-        self._servers = [s for s in self._servers if s.process.poll() is None]
+        for dead in [s for s in self._servers if s.process.poll() is not None]:
+            self._servers.remove(dead)
+            dead.stop()
         while len(self._servers) >= self.resident:
             self._servers.pop(0).stop()
         server = self._start(spec)
@@ -108,7 +114,7 @@ class ServerPool:
 
     def _start(self, spec: ServerSpec) -> Server:
         port = free_port()
-        command = [sys.executable, "-m", "gimbal.cli", "serve", *self.arguments]
+        command = [*self.command, *self.arguments]
         command += ["--port", str(port), *spec.flags]
         command += ["--additional-config", f'{{"gimbal": {spec.config_json}}}']
         self._count += 1
