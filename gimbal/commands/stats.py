@@ -145,8 +145,10 @@ def _print(summary: dict[str, Any]) -> None:
         elif isinstance(value, float):
             value = f"{value:.4g}"
         table.add_row(name.replace("_", " "), str(value))
-    for name in ("step", "proposed", "committed", "fallbacks", "sources"):
+    for name in ("served_locally", "step", "proposed", "committed", "fallbacks", "sources"):
         if metadata.get(name):
             shown = "rows" if name == "sources" else name
-            table.add_row(shown, str(metadata[name]))
+            value = metadata[name]
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            table.add_row(shown.replace("_", " "), text)
     Console().print(table)

@@ -99,6 +99,7 @@ class Controller:
     mode: str = "idle"  # "gather" while vLLM sums loads for a rearrangement of ours
     stall_us: float = 0.0
     pressure_us: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    changed_step: int = -1  # engine step of the last commit that moved an expert
     pressure_news: bool = False  # not yet sent to the scheduler
     notes: WindowNotes = field(init=False)
     ledger: Ledger = field(init=False)
@@ -343,7 +344,8 @@ class Controller:
         self._layers += layers
         part = slice(first_layer, first_layer + layers)
         new_map = model_state.physical_to_logical_map[part]
-        if old_map.shape == new_map.shape:
+        if old_map.shape == new_map.shape and not bool((old_map == new_map).all()):
+            self.changed_step = self.step
             experts = model_state.logical_replica_count.shape[1]
             carry_over(model_state.expert_load_window[:, part], old_map, new_map, experts)
         view = next((v for v in self.models if v.state is model_state), None)

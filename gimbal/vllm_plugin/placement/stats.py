@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gimbal.core.errors import InputError
-from gimbal.vllm_plugin.placement.rows import SourceCounts, per_source, split_rows
+from gimbal.vllm_plugin.placement.rows import SourceCounts, Sources, per_source, split_rows
 from gimbal.vllm_plugin.placement.window import reduce_window, to_logical
 from gimbal.workloads.routing import RoutingFile
 
@@ -31,8 +31,11 @@ def gimbal_routing(worker: Any) -> dict[str, Any]:
         slots = state.physical_to_logical_map
         raw = to_logical(state.expert_load_window, slots.long(), experts).sum(dim=0)
         row = reduce_window(state, raw, controller.notes, controller.step, controller.stall_us)
+        local, all_pairs = served_locally(controller, state)
         models.append(
             {
+                "local_pairs": local,
+                "pairs": all_pairs,
                 "name": str(state.model_name),
                 "layers": int(layers),
                 "experts": int(experts),
@@ -54,6 +57,22 @@ def gimbal_routing(worker: Any) -> dict[str, Any]:
     }
 
 
+def served_locally(controller: Any, model_state: Any) -> tuple[int, int]:
+    """(pairs this rank sent to its own engine's ranks, all its pairs) since experts last moved.
+
+    Measured, replica choice included; the placement's local share assumes an even choice.
+    """
+    import torch
+
+    fresh = torch.from_numpy(controller.notes.newer_than(controller.changed_step))
+    window = model_state.expert_load_window
+    sent = window[fresh.to(window.device)].sum(dim=(0, 1)).cpu()
+    place = controller.place
+    per_source = len(sent) // place.ranks * place.ranks_per_source
+    own = sent[place.source * per_source : (place.source + 1) * per_source]
+    return int(own.sum()), int(sent.sum())
+
+
 def combine(answers: Sequence[dict[str, Any]]) -> tuple[SourceCounts, np.ndarray, dict[str, Any]]:
     """Counts per source, physical_to_logical [layers, slots] and metadata of the first model.
 
@@ -71,6 +90,10 @@ def combine(answers: Sequence[dict[str, Any]]) -> tuple[SourceCounts, np.ndarray
     placement = np.frombuffer(first["physical_to_logical"], "<i4").reshape(shape[0], -1)
     facts = {k: v for k, v in ranks[0].items() if k not in ("models", "rank")}
     facts["fallbacks"] = {str(a["rank"]): a["fallbacks"] for a in ranks if a["fallbacks"]}
+    served = [(a["models"][0]["local_pairs"], a["models"][0]["pairs"]) for a in ranks]
+    pairs = sum(p for _, p in served)
+    if pairs and counts.sources is not Sources.UNKNOWN:
+        facts["served_locally"] = sum(own for own, _ in served) / pairs
     return counts, placement, facts | {"model": first["name"], "sources": counts.sources.value}
 
 

@@ -44,6 +44,10 @@ class WindowNotes:
         weight = np.where(self._step >= 0, 0.5 ** (age / self.half_life_steps), 0.0)
         return weight, weight * self._decode_share
 
+    def newer_than(self, step: int) -> np.ndarray:
+        """[slots] whether a slot holds a step after `step`."""
+        return self._step > step
+
     @property
     def recorded(self) -> int:
         return int((self._step >= 0).sum())
