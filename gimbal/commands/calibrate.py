@@ -19,6 +19,7 @@ from rich.console import Console
     type=click.Path(path_type=Path),
     help="fit the step records of a server that ran with the configuration key step_records",
 )
+@click.option("--estimate", help="no measurement: derive from the model and this GPU's data sheet")
 @click.option("--model-dir", type=click.Path(path_type=Path), help="model (config.json) served")
 @click.option("--name", default="cpu-demo", show_default=True, help="name of the profile")
 @click.option(
@@ -34,12 +35,17 @@ def command(**values: Any) -> None:
     """Fit a profile to what steps of known composition took, and say how well it fits.
 
     Either drive a server (--demo, or a model and vLLM flags after `--`), or fit records that a
-    server has written already (--from-steps DIR --model-dir MODEL).
+    server has written already (--from-steps DIR --model-dir MODEL), or estimate without any
+    machine (--estimate GPU --model-dir MODEL).
     """
     from gimbal.core.cost.calibrate import fit_steps, profile_from_fit
+    from gimbal.core.cost.derive import model_shape
     from gimbal.core.cost.profile import Layout, dump_profile
     from gimbal.core.errors import InputError
 
+    if values["estimate"] is not None:
+        _estimate(values)
+        return
     console = Console(stderr=True)
     sources = (values["from_steps"] is not None, values["demo"], bool(values["server_arguments"]))
     if sum(sources) != 1:
@@ -61,7 +67,7 @@ def command(**values: Any) -> None:
         fit,
         values["name"],
         platform.processor() or platform.machine(),
-        _shape(model_dir),
+        model_shape(_read_config(model_dir), str(model_dir / "config.json")),
         layout,
         values["kv_tokens"],
     )
@@ -109,27 +115,31 @@ def _samples(directory: Path) -> list[Any]:
     return join_steps([list(read_records(file, StepRecord)) for file in files])
 
 
-def _shape(model_dir: Path) -> Any:
-    from gimbal.core.cost.profile import ModelShape
+def _read_config(model_dir: Path) -> dict[str, Any]:
     from gimbal.core.errors import InputError
 
     path = model_dir / "config.json"
     try:
-        c = json.loads(path.read_text(encoding="utf-8"))
-        return ModelShape(
-            layers=c["num_hidden_layers"],
-            experts=c["num_experts"],
-            top_k=c["num_experts_per_tok"],
-            hidden=c["hidden_size"],
-            expert_bytes=3 * c["hidden_size"] * c["moe_intermediate_size"] * 2,
-            kv_bytes_per_token=c["num_hidden_layers"]
-            * 2
-            * c["num_key_value_heads"]
-            * c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
-            * 2,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not the configuration of a MoE model: {error!r}") from None
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a model's configuration: {error}") from None
+    return config
+
+
+def _estimate(values: dict[str, Any]) -> None:
+    from gimbal.core.cost.derive import derive_profile
+    from gimbal.core.cost.profile import Layout, dump_profile
+    from gimbal.core.errors import InputError
+
+    if values["model_dir"] is None:
+        raise InputError("--estimate: give the model's folder (its config.json) by --model-dir")
+    where = str(values["model_dir"] / "config.json")
+    layout = Layout(values["dp"], values["tp"])
+    config = _read_config(values["model_dir"])
+    profile = derive_profile(values["name"], config, values["estimate"], layout, where)
+    out = values["out"] or Path(f"{values['name']}.yaml")
+    out.write_text(dump_profile(profile), encoding="utf-8")
+    click.echo(f"wrote {out}: an estimate from data sheets, not a measurement")
 
 
 def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
