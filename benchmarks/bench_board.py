@@ -54,7 +54,8 @@ def waiting_scheduler(waiting: int) -> Any:
 @pytest.mark.parametrize("waiting", [0, 10_000])
 def test_snapshot(benchmark: Any, board: Board, waiting: int) -> None:
     """One `SchedulerSignals.publish` into shared memory."""
-    from gimbal.vllm_plugin.signals import SchedulerSignals, now_us
+    from gimbal.vllm_plugin.clock import now_us
+    from gimbal.vllm_plugin.signals import SchedulerSignals
 
     signals = SchedulerSignals(waiting_scheduler(waiting), SlotWriter(board, 0))
     for index in range(waiting):

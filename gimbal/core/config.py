@@ -101,6 +101,9 @@ class GimbalConfig:
     enabled: bool = option(True, "false leaves vLLM exactly as it is")
     levels: tuple[str, ...] = option(LEVELS, "levels that are switched on")
     seed: int = option(0, "seed of every random choice")
+    board_port: int = option(
+        0, "TCP port for snapshots of engines on other hosts; 0: vLLM's data-parallel RPC port + 1"
+    )
     admin: bool = option(False, "POST /gimbal/control may switch policies on the running server")
     step_records: str = option("", "directory for one record per engine step; empty: none")
     dispatch: DispatchConfig = DispatchConfig()

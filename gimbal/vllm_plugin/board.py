@@ -201,6 +201,11 @@ class Board:
             self.write_control(control)
         return True
 
+    def written_by_another(self, slot: int) -> bool:
+        """Whether another living process writes `slot`."""
+        pid, start = (int(word) for word in self.mapping.writers[slot])
+        return pid != os.getpid() and _alive(pid, start)
+
     def close(self) -> None:
         """Removes the file when this process created it or nobody else uses it any more."""
         with contextlib.suppress(OSError, ValueError):

@@ -23,13 +23,13 @@ from typing import Any
 from gimbal.core.config import GimbalConfig
 from gimbal.core.contracts import DispatchRequest, argmin_rotating
 from gimbal.core.dispatch.dispatcher import Decision, Dispatcher
-from gimbal.vllm_plugin import bridge
+from gimbal.vllm_plugin import bridge, remote
 from gimbal.vllm_plugin.board import Board
 from gimbal.vllm_plugin.board_slots import BoardReader
+from gimbal.vllm_plugin.clock import now_us
 from gimbal.vllm_plugin.guard import LevelGuard
 from gimbal.vllm_plugin.identity import server_board_path, why_dispatch_cannot_act
 from gimbal.vllm_plugin.metrics import dispatch_metrics
-from gimbal.vllm_plugin.signals import now_us
 
 logger = logging.getLogger("vllm.gimbal")
 
@@ -45,7 +45,7 @@ class FrontEnd:
     """Dispatch of one API server.
 
     Args:
-        client: vLLM's ``DPLBAsyncMPClient``; held weakly.
+        client: vLLM's ``DPLBAsyncMPClient``.
         config: the server's Gimbal configuration.
         board: the server's signal board.
 
@@ -53,6 +53,7 @@ class FrontEnd:
         policy: name of the policy in use; an operator may change it while the server runs.
         enabled: whether the level is on (an operator may switch it off and on).
         decision: the latest decision of a policy.
+        receiver: brings the rows of engines on other hosts; None where there are none.
     """
 
     def __init__(self, client: Any, config: GimbalConfig, board: Board) -> None:
@@ -74,7 +75,7 @@ class FrontEnd:
             client_count=client.client_count,
             feedback_weight=self._feedback_weight(config.levels),
         )
-        self._client = weakref.ref(client)
+        self.receiver: remote.RowReceiver | None = None
         self._control = board.control_version()
         self._control_generation = board.generation
         self._resets = 0
@@ -292,6 +293,11 @@ def attach(client: Any) -> FrontEnd | None:
         logger.warning("Gimbal: the dispatch level cannot act: %s", reason)
         return None
     front_end = FrontEnd(client, config, Board(server_board_path(client.vllm_config)))
+    if client.client_index == 0 and remote.spans_hosts(client.vllm_config):
+        port = remote.board_port(client.vllm_config, config.board_port)
+        host = client.vllm_config.parallel_config.data_parallel_master_ip
+        front_end.receiver = remote.RowReceiver(front_end.board, f"tcp://{host}:{port}")
+        logger.info("Gimbal: engines of other hosts publish to %s", front_end.receiver.address)
     logger.info(
         "Gimbal: front end %d of %d dispatches to %d engines by policy %s",
         client.client_index,

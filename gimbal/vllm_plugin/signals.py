@@ -13,7 +13,6 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,9 +26,10 @@ from gimbal.core.contracts import (
     FloatArray,
 )
 from gimbal.core.cost.online import OnlineStepCost
+from gimbal.vllm_plugin import remote
 from gimbal.vllm_plugin.board import Board
 from gimbal.vllm_plugin.board_slots import BoardReader, SlotWriter
-from gimbal.vllm_plugin.bridge import gimbal_config
+from gimbal.vllm_plugin.clock import now_us
 from gimbal.vllm_plugin.identity import close_at_exit, server_board_path
 from gimbal.vllm_plugin.step_log import StepLog
 
@@ -59,11 +59,6 @@ class _Step:
     prefill_tokens: int
     prefill_pairs: float
     decodes: int
-
-
-def now_us() -> float:
-    """CLOCK_MONOTONIC in microseconds: one clock for all processes of a host."""
-    return time.monotonic_ns() / 1e3
 
 
 class SchedulerSignals:
@@ -373,14 +368,17 @@ def open_signals(scheduler: Any) -> SchedulerSignals:
     vllm_config = scheduler.vllm_config
     parallel = vllm_config.parallel_config
     rank = parallel.data_parallel_index
+    if remote.spans_hosts(vllm_config) and not remote.is_this_host(
+        parallel.data_parallel_master_ip
+    ):
+        port = remote.board_port(vllm_config, scheduler.gimbal_config.board_port)
+        address = f"tcp://{parallel.data_parallel_master_ip}:{port}"
+        logger.info("Gimbal: engine %d publishes to %s", rank, address)
+        return SchedulerSignals(scheduler, remote.RowSender(address, rank))
     board = Board(server_board_path(vllm_config))
     close_at_exit(board)
     logger.info("Gimbal: engine %d (process %d) publishes on %s", rank, os.getpid(), board.path)
     # Engines of a dense model run on their own: vLLM has set their data-parallel size to 1.
     lock_step = parallel.data_parallel_size > 1
     group = BoardReader(board, parallel.data_parallel_size) if lock_step else None
-    signals = SchedulerSignals(scheduler, BoardSlot(board, rank), group)
-    config = gimbal_config(vllm_config)
-    if config is not None and config.step_records:
-        signals.log = StepLog(Path(config.step_records), rank)
-    return signals
+    return SchedulerSignals(scheduler, BoardSlot(board, rank), group)

@@ -23,8 +23,8 @@ from vllm.v1.engine.core_client import DPLBAsyncMPClient
 from gimbal.vllm_plugin import dispatch_hook, identity
 from gimbal.vllm_plugin.board import Board, board_path
 from gimbal.vllm_plugin.board_slots import SlotWriter
+from gimbal.vllm_plugin.clock import now_us
 from gimbal.vllm_plugin.dispatch_hook import FrontEnd
-from gimbal.vllm_plugin.signals import now_us
 
 ORIGINAL = DPLBAsyncMPClient.get_core_engine_for_request
 FINISH = DPLBAsyncMPClient.process_engine_outputs
