@@ -96,12 +96,14 @@ class Supervisor:
         if self._stop.is_set():
             self._say("stopping")
             return 0
-        return child.wait() or 1
+        code = child.wait()
+        # A server nobody has seen ready did not do its job, however politely it left.
+        return code or (0 if self.ready or self.plan.headless else 1)
 
     def _wait_ready(self, child: subprocess.Popen[str]) -> None:
         health = self.plan.url.removesuffix("/v1") + "/health"
         while child.poll() is None and not self._stop.wait(0.25):
-            if not self.plan.headless and self.phase >= len(PHASES) - 2 and _answers(health):
+            if not self.plan.headless and _answers(health):
                 self.ready = True
                 return
 
@@ -110,7 +112,11 @@ class Supervisor:
             self.tail.append(line)
             self._advance(line)
             if self._is_shown(line):
-                self.console.out(line, end="", highlight=False)
+                try:
+                    self.console.out(line, end="", highlight=False)
+                except OSError:
+                    # Whoever read our output is gone; the server must not block on its log.
+                    self.console = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 
     def _is_shown(self, line: str) -> bool:
         """On a terminal, only what asks for attention while starting, and nothing of the stop."""
