@@ -209,6 +209,8 @@ class Controller:
         verdict = outcome(self.vote(vote))
         if verdict in (Verdict.REFUSE, Verdict.DISAGREE):
             self.guard.fell_back(f"map not committed: {verdict.name.lower()}")
+            # Ranks that planned differently may have learned differently; all see this outcome.
+            self.models[index].planner.forget()
         self.models[index].committed = verdict is Verdict.COMMIT
         if verdict is Verdict.VLLM:
             return self.fallback.rebalance_experts(*arguments)

@@ -8,8 +8,8 @@ import numpy as np
 
 from gimbal.core.config import PlacementConfig
 from gimbal.core.contracts import IntArray, Placer, RoutingCounts, Topology
-from gimbal.core.errors import InputError
-from gimbal.core.placement import gate, heuristic, objective
+from gimbal.core.errors import InputError, nearest
+from gimbal.core.placement import PLACERS, gate, heuristic, objective
 from gimbal.core.placement.problem import (
     BACKENDS,
     GATHER_BACKEND,
@@ -101,6 +101,7 @@ class Planner:
     def __init__(self, config: PlacementConfig, facts: ModelFacts) -> None:
         self.config = config
         self.horizon_steps = facts.step_interval
+        self._placer: Placer = PLACERS.build(config.placer)
         backend = config.backend
         if backend == "auto":
             gathers = facts.all2all_backend in (GATHER_BACKEND, "naive")
@@ -159,14 +160,17 @@ class Planner:
         routing = RoutingCounts(np.arange(6, dtype=np.float64).reshape(2, 1, 3), steps=10)
         self.decide(routing, topology, current)
         near_split(routing.counts, current, topology)
+        self.forget()
+
+    def forget(self) -> None:
+        """Starts anew, as every rank does at the same time: what a placer has learned from past
+        windows must be the same everywhere."""
+        self._placer = PLACERS.build(self.config.placer)
 
     def _plan(self, problem: PlacementProblem) -> heuristic.PlacementPlan:
-        if self.config.placer == "gimbal":
-            return heuristic.plan(problem)
-        from gimbal.core.placement import PLACERS
-
-        placer: Placer = PLACERS.build(self.config.placer)
-        proposed = placer.place(problem.routing, problem.topology, problem.current)
+        if isinstance(self._placer, heuristic.GimbalPlacer):
+            return self._placer.plan(problem)
+        proposed = self._placer.place(problem.routing, problem.topology, problem.current)
         return priced(problem, proposed)
 
     def gain_us_per_step(
@@ -203,6 +207,9 @@ def check_config(config: PlacementConfig) -> None:
     if config.backend not in ("auto", *BACKENDS):
         choices = ", ".join(("auto", *BACKENDS))
         raise InputError(f"placement.backend: unknown {config.backend!r} (choose from {choices})")
+    if config.placer not in PLACERS:
+        hint = nearest(config.placer, PLACERS)
+        raise InputError(f"placement.placer: unknown {config.placer!r}{hint}")
     if config.replicas not in ("near", "even"):
         raise InputError(f"placement.replicas: unknown {config.replicas!r} (near or even)")
     for name in ("gate", "half_life_steps"):
