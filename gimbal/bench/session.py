@@ -23,6 +23,7 @@ from gimbal.workloads.load import DEFAULT_RATE_RPS
 from gimbal.workloads.prompts import Vocabulary
 
 WARM_UP_RPS = 4.0
+WARM_UP_OUTPUT = 32
 CAPACITY_REQUESTS = 500
 
 
@@ -235,7 +236,10 @@ class BenchSession:
         if not count:
             return
         rows = tuple(
-            replace(r, arrival_s=i / WARM_UP_RPS) for i, r in enumerate(workload.requests[:count])
+            replace(
+                r, arrival_s=i / WARM_UP_RPS, output_tokens=min(r.output_tokens, WARM_UP_OUTPUT)
+            )
+            for i, r in enumerate(workload.requests[:count])
         )
         job = self._job(endpoint, replace(workload, requests=rows), "warm", (*salt, 0))
         run_replay(job)
