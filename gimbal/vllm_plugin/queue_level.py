@@ -25,6 +25,8 @@ from gimbal.vllm_plugin.waiting_queue import GimbalRequestQueue
 
 logger = logging.getLogger("vllm.gimbal")
 
+PUBLISH_STEPS = 8
+"""Steps between two updates of the level's counters in the snapshot."""
 OFF = "fcfs"
 """The ordering while the level is switched off at run time: vLLM's."""
 
@@ -52,6 +54,7 @@ class QueueLevel:
         self.ordering = self.config.ordering
         self.active = True
         self._control: tuple[int, int] | None = None
+        self._steps = 0
         self.queue = GimbalRequestQueue(
             self._build(self.ordering),
             scheduler.policy,
@@ -115,6 +118,9 @@ class QueueLevel:
         """
         self._follow()
         self.queue.begin_step()
+        if self._steps % PUBLISH_STEPS == 0:
+            self.publish()
+        self._steps += 1
         budget = int(self.scheduler.max_num_scheduled_tokens)
         if self.queue.fallback is not None:
             return budget, {}
@@ -177,7 +183,6 @@ class GimbalQueueMixin:
         try:
             throttled = bool(args[0] if args else kwargs.get("throttle_prefills", False))
             budget, caps = level.begin_step(throttled)
-            level.publish()
             level.guard.succeeded()
         except Exception as error:
             level.guard.fell_back("plan", error)

@@ -228,12 +228,13 @@ def test_counters_travel_with_the_snapshot(build):
     scheduler = build({}, seats=1)
     run(scheduler, [(0, real.request("a", 900)), (0, real.request("b", 20))])
     row = scheduler.gimbal_signals.row
+    scheduler.gimbal_queue.publish()
     assert row[Field.QUEUE_OVERTAKES] == 1
     assert row[Field.QUEUE_FALLBACKS] == 0
     scheduler.add_request(real.request("c", 900))
     scheduler.add_request(real.request("d", 900))
-    scheduler.schedule()
-    scheduler.schedule()
+    for _ in range(8):
+        scheduler.schedule()
     assert row[Field.QUEUE_OLDEST_WAIT_US] > 0
 
 
