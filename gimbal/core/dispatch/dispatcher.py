@@ -28,6 +28,8 @@ from gimbal.core.dispatch.sessions import Sessions
 
 _TIMESTAMP = int(Field.TIMESTAMP_US)
 _REUSE_RATE = 0.01
+_FRESH_US = 50_000.0  # below this age nobody asks whether the engine is idle
+_STEPS_LATE = 4.0  # an engine publishes twice per step: this much silence is not a long step
 
 
 @runtime_checkable
@@ -212,7 +214,7 @@ class Dispatcher:
         sent something, and from then on it owes an answer.
         """
         ages: FloatArray = now_us - board[:, _TIMESTAMP]
-        if ages[ages.argmax()] <= self._max_age_us:
+        if ages[ages.argmax()] <= min(self._max_age_us, _FRESH_US):
             return ages
         busy = board[:, Field.WAITING_REQUESTS] + board[:, Field.RUNNING_REQUESTS] > 0
         owes = self.ledger.unacked[0] > 0
@@ -224,7 +226,7 @@ class Dispatcher:
         names: tuple[str, ...] = ()
         reason = "policy"
         age_us = float(loads.age_us[loads.age_us.argmax()])
-        if age_us > self._max_age_us:
+        if self._stale(age_us, loads):
             costs, reason = loads.inflight_tokens - loads.cached_tokens, "stale"
         elif self._timed is not None:
             terms, names = self._timed.terms(request, loads), self._timed.term_names
@@ -236,6 +238,12 @@ class Dispatcher:
             engine, reason = self._keep_session(request, loads, costs, engine)
         cached = float(loads.cached_tokens[engine])
         return Decision(engine, costs, names, terms, age_us, cached, reason)
+
+    def _stale(self, age_us: float, loads: EngineLoads) -> bool:
+        """Overdue by the configured age, and by several steps where one step lasts that long."""
+        if age_us <= self._max_age_us:
+            return False
+        return age_us > _STEPS_LATE * float(loads.column(Field.STEP_TIME_US).max())
 
     def _keep_session(
         self, request: DispatchRequest, loads: EngineLoads, costs: FloatArray, best: int

@@ -125,6 +125,19 @@ def test_idle_engine_may_be_silent_for_hours_until_it_is_sent_something():
     assert dispatcher.dispatch(request("c"), None, board(), hour + 1e6).reason == "stale"
 
 
+def test_an_idle_server_has_no_old_signals():
+    dispatcher = Dispatcher(2, DispatchConfig())
+    decision = dispatcher.dispatch(request("a"), None, board(), NOW_US + 1.9e6)
+    assert decision.signal_age_us == 0
+
+
+def test_a_long_step_is_not_a_stopped_engine():
+    dispatcher = Dispatcher(2, DispatchConfig(max_signal_age_ms=500))
+    slow = board(TIMESTAMP_US=NOW_US - 3e6, RUNNING_REQUESTS=1, STEP_TIME_US=1e6)
+    assert dispatcher.dispatch(request("a"), None, slow, NOW_US).reason == "policy"
+    assert dispatcher.dispatch(request("b"), None, slow, NOW_US + 1.5e6).reason == "stale"
+
+
 def test_pinned_idle_engine_is_not_stale_at_once():
     dispatcher = Dispatcher(2, DispatchConfig(max_signal_age_ms=500))
     hour = NOW_US + 3600e6
