@@ -102,7 +102,7 @@ def in_turns_us(first, second, seconds=3.0):
     return tuple(statistics.quantiles(t, n=10)[0] for t in times)
 
 
-@pytest.mark.parametrize("tokens", [8, 32, 128, 512, 1024])
+@pytest.mark.parametrize("tokens", [2, 8, 32, 128, 512, 1024])
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_expert_parallel_share(benchmark, shape, tokens):
     case = Case(shape, tokens)

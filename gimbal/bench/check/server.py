@@ -100,7 +100,8 @@ class CheckedServer:
         self._out = self.log.open("wb")
         # The migration report is read through vLLM's development endpoint.
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        if "--kv-cache-memory-bytes" not in self.extra:  # which the variable would override
+            environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         if self.plain_vllm:
             cores = (str(rank % (os.cpu_count() or 1)) for rank in range(self.layout.dp))
             binding = "|".join(core for core in cores for _ in range(self.layout.tp))

@@ -28,6 +28,9 @@ from gimbal.bench.check.server import CheckedServer, Layout
 
 MAX_GROWTH = 0.01
 """Allowed growth of the workers' resident memory over the second half, as a share of it."""
+KV_CACHE_BYTES = 32 * 2**20
+"""Per engine. The pool's pages become resident when first used: one so small that the first half
+of the requests passes through all of it cannot look like a leak in the second."""
 REQUEST_LIMIT_S = 180.0
 DRAIN_LIMIT_S = 30.0
 SAMPLE_S = 0.5
@@ -244,7 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     vocabulary = int(json.loads((model / "config.json").read_text())["vocab_size"])
     requests = soak_requests(options.requests, vocabulary, options.abort_share, options.seed)
     layout = Layout(2, options.tp, True, options.redundant, not options.sync, options.step_interval)
-    with CheckedServer(model, layout, folder / "server.log", (), options.plain_vllm) as server:
+    extra = ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
+    with CheckedServer(model, layout, folder / "server.log", extra, options.plain_vllm) as server:
         print(f"{layout.name}: ready after {server.start_s:.0f} s, log {server.log}", flush=True)
         result = soak(server, requests, options.concurrency)
     for name, value in asdict(result).items():
