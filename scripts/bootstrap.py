@@ -128,8 +128,9 @@ def install_torch(python: Path) -> None:
         ).stdout.strip()
         raise InstallError(
             f"no wheel of {TORCH} for Python {version} where pip looks, nor at {TORCH_INDEX} "
-            "(or that index cannot be reached). Take another supported Python (make clean && make PYTHON=python3.11), or put the "
-            f"wheel in a folder and set PIP_FIND_LINKS to it. pip said:\n{error}"
+            "(or that index cannot be reached). Take another supported Python "
+            "(make clean && make PYTHON=python3.11), or put the wheel in a folder and set "
+            f"PIP_FIND_LINKS to it. pip said:\n{error}"
         ) from None
 
 
