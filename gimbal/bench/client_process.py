@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -81,8 +81,8 @@ def encode_requests(job: ReplayJob) -> list[ClientRequest]:
 def run_replay(job: ReplayJob, on_progress: Callable[[int, int], None] | None = None) -> Replay:
     """Replays `job` in a child process; `on_progress` gets (requests ended, streams open).
 
-    KeyboardInterrupt while it runs stops the child, which hands over what it has measured; the
-    partial replay is attached to the exception as ``.replay``. Raises RuntimeError with the
+    SIGINT or SIGTERM while it runs stops the child, which hands over what it has measured; the
+    KeyboardInterrupt that follows has it as ``.replay``. Raises RuntimeError with the
     child's traceback when it fails.
     """
     context = multiprocessing.get_context("spawn")
@@ -90,33 +90,56 @@ def run_replay(job: ReplayJob, on_progress: Callable[[int, int], None] | None = 
     process = context.Process(target=_child, args=(job, theirs), daemon=True)
     process.start()
     theirs.close()
-    interrupted: KeyboardInterrupt | None = None
+    interrupted = threading.Event()
+
+    def stop() -> None:
+        interrupted.set()
+        with contextlib.suppress(OSError):  # it has just ended by itself
+            ours.send("stop")
+
     try:
-        while True:
-            try:
-                message = ours.recv()
-            except KeyboardInterrupt as error:
-                interrupted = error
-                ours.send("stop")
-                continue
-            except EOFError:
-                raise RuntimeError("the client process died") from None
-            kind, value = message
-            if kind == "progress":
-                if on_progress is not None:
-                    on_progress(*value)
-            elif kind == "error":
-                raise RuntimeError(f"the client process failed:\n{value}")
-            else:
-                if interrupted is not None:
-                    interrupted.replay = value  # type: ignore[attr-defined]
-                    raise interrupted
-                replay: Replay = value
-                return replay
+        with _on_interrupt(stop):
+            replay = _receive(ours, on_progress)
     finally:
         process.join(5)
         if process.is_alive():
             process.terminate()
+    if interrupted.is_set():
+        interrupt = KeyboardInterrupt()
+        interrupt.replay = replay  # type: ignore[attr-defined]
+        raise interrupt
+    return replay
+
+
+def _receive(pipe: Connection, on_progress: Callable[[int, int], None] | None) -> Replay:
+    """Reads the child's messages up to its result."""
+    while True:
+        try:
+            kind, value = pipe.recv()
+        except EOFError:
+            raise RuntimeError("the client process died") from None
+        if kind == "error":
+            raise RuntimeError(f"the client process failed:\n{value}")
+        if kind == "done":
+            replay: Replay = value
+            return replay
+        if on_progress is not None:
+            on_progress(*value)
+
+
+@contextlib.contextmanager
+def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `stop` instead of raising in the middle of a message."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: stop()) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _child(job: ReplayJob, pipe: Connection) -> None:

@@ -4,8 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import threading
-import time
 
 import pytest
 
@@ -66,17 +64,18 @@ def test_wrong_token_count_and_no_server_fail() -> None:
 
 
 def test_a_late_server_does_not_slow_arrivals() -> None:
-    with echo_server(EchoOptions(tick_s=0.4)) as url:
-        replay = asyncio.run(Client(url).replay(requests(20, 2, gap_s=0.02)))
+    with echo_server(EchoOptions(tick_s=3.0)) as url:
+        replay = asyncio.run(Client(url).replay(requests(20, 1, gap_s=0.02)))
     assert replay.usage.peak_streams == 20
-    assert replay.results[-1].sent_s < 0.7
+    first_token_s = min(r.token_times_s[0] for r in replay.results)
+    assert all(r.sent_s < first_token_s for r in replay.results)
 
 
 def test_no_grace_aborts_what_is_open_and_keeps_the_rest() -> None:
     with echo_server(EchoOptions(tick_s=0.02)) as url:
-        many = [*requests(1, 2), *requests(1, 500)]
-        late = ClientRequest("late", 0.5, many[0].body, 2)
-        replay = asyncio.run(Client(url, grace_s=0.2).replay([*many, late]))
+        many = [*requests(1, 2), *requests(1, 5000)]
+        late = ClientRequest("late", 1.0, many[0].body, 2)
+        replay = asyncio.run(Client(url, grace_s=1.5).replay([*many, late]))
     assert [r.status for r in replay.results] == ["ok", "aborted", "ok"]
     assert replay.results[1].output_tokens > 5
 
@@ -114,13 +113,17 @@ def test_child_process_replays_and_reports_counters() -> None:
 
 
 def test_ctrl_c_hands_over_what_was_measured() -> None:
-    with echo_server(EchoOptions(tick_s=0.02)) as url:
-        threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt) as caught:
-            run_replay(job(url, 3, 5000))
+    def interrupt(ended: int, streams: int) -> None:
+        if streams == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with echo_server(EchoOptions(tick_s=0.02)) as url, pytest.raises(KeyboardInterrupt) as caught:
+        run_replay(job(url, 3, 5000), interrupt)
     replay = caught.value.replay  # type: ignore[attr-defined]
     assert [r.status for r in replay.results] == ["aborted"] * 3
     assert replay.results[0].output_tokens > 0
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_child_failure_is_told() -> None:
@@ -134,6 +137,4 @@ def test_endpoint_speaks_for_the_server() -> None:
         assert endpoint.healthy()
         assert endpoint.model().name == "echo"
         assert endpoint.wait_idle(2)
-        began = time.monotonic()
     assert not Endpoint("http://127.0.0.1:9").healthy()
-    assert time.monotonic() - began < 10

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -73,7 +72,5 @@ def test_a_dead_server_is_started_again(pool: ServerPool) -> None:
 
 
 def test_a_server_that_does_not_start_shows_its_log(pool: ServerPool) -> None:
-    began = time.monotonic()
     with pytest.raises(RuntimeError, match="no such model"):
         pool.get(spec("--broken"))
-    assert time.monotonic() - began < 20
