@@ -8,7 +8,7 @@ STAMP := $(VENV)/.gimbal-installed
 # One thread per process: tests run side by side and torch would take every core in each.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: bench-sim validate help install serve test check lint bench-core bench-start correctness soak lock clean
+.PHONY: bench-sim validate help install serve test check lint bench-core bench-placement bench-start correctness soak lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ soak: $(STAMP) ## 2,000 requests, one in ten aborted, while experts migrate
 
 bench-start: $(STAMP) ## start the demo server five times: seconds to ready by phase, memory
 	$(BIN)/python benchmarks/startup.py $(ARGS)
+
+bench-placement: $(STAMP) ## expert placement against vLLM's default and other baselines
+	$(TEST_ENV) $(BIN)/python benchmarks/bench_placement.py $(ARGS)
 
 lock: ## resolve the dependencies again and rewrite requirements/lock-cpu.txt
 	@$(BIN)/python scripts/bootstrap.py --lock

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
 from gimbal.core.placement import forecast, objective
-from gimbal.core.placement.bounds import load_floor_us
+from gimbal.core.placement.bounds import load_floor_us, send_costs
 from gimbal.core.placement.objective import CostTerms, Prices
 from gimbal.core.placement.problem import PlacementProblem
 
@@ -242,6 +242,22 @@ def _report(
         moved_slots=int((placement != problem.current).sum()),
         slots=int(placement.size),
     )
+
+
+def price(problem: PlacementProblem, placement: IntArray) -> PlacementPlan:
+    """Another placer's `placement` [layers, slots] as a plan, priced and bounded like our own."""
+    priced = objective.prices(problem)
+    floor = send_costs(problem, priced).min(axis=2).sum(axis=1)
+    before = objective.layer_costs(problem, priced, problem.current)
+    after = objective.layer_costs(problem, priced, placement)
+    return _report(problem, priced, placement, before, after, floor)
+
+
+def warm_up() -> None:
+    """Compiles the search, or loads it from numba's cache, on a problem of two layers."""
+    counts = np.arange(1, 33).reshape(2, 2, 8).astype(np.float64)
+    current = np.tile(np.arange(10, dtype=np.int32) % 8, (2, 1))
+    plan(PlacementProblem(RoutingCounts(counts), Topology(2, 5), current))
 
 
 class GimbalPlacer:

@@ -20,7 +20,6 @@ import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray, Topology
 from gimbal.core.placement.problem import (
-    GATHER_BACKEND,
     CostConstants,
     PlacementProblem,
 )
@@ -158,7 +157,7 @@ def _floor32(values: FloatArray) -> FloatArray:
 def _send_us(problem: PlacementProblem) -> FloatArray:
     """[3] microseconds per step that one pair sent per step costs, by tier; beta included."""
     c, t = problem.constants, problem.topology
-    if problem.backend == GATHER_BACKEND or problem.routing.counts.shape[0] < t.sources:
+    if not problem.communicates:
         return np.zeros(3)
     gbps = np.array([c.same_rank_gbps, c.same_node_gbps, c.other_node_gbps])
     return np.asarray(problem.beta * c.bytes_per_pair / gbps / 1e3 / t.ranks)

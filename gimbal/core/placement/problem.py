@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
 from gimbal.core.errors import InputError
 from gimbal.core.placement.forecast import Forecast
+
+if TYPE_CHECKING:
+    from gimbal.core.cost.profile import Profile
 
 ROUTED_BACKEND = "all2all"
 """Tokens travel only to the ranks that hold their experts (DeepEP, NIXL-EP, pplx)."""
@@ -70,6 +74,25 @@ class CostConstants:
                 raise InputError(f"cost constants: {name} must be positive")
         if self.overlap_exponent < 1.0 or self.top_k < 1:
             raise InputError("cost constants: overlap_exponent and top_k must be at least 1")
+
+
+def constants_of(profile: Profile) -> CostConstants:
+    """A cost-model profile's constants for placement; a rank's own experts are reached free."""
+    moe, wires = profile.moe, profile.interconnect
+    return CostConstants(
+        moe_fixed_us=moe.base_us,
+        us_per_active_expert=moe.per_active_expert_us,
+        us_per_pair=moe.per_pair_us,
+        overlap_exponent=moe.norm,
+        us_per_gathered_token=moe.per_group_token_us,
+        top_k=profile.model.top_k,
+        bytes_per_pair=4.0 * profile.model.hidden,  # bf16, there and back
+        same_node_gbps=wires.same_node_bytes_per_us / 1e3,
+        other_node_gbps=wires.other_node_bytes_per_us / 1e3,
+        expert_bytes=float(profile.model.expert_bytes),
+        migration_gbps=wires.migration_bytes_per_us / 1e3,
+        migration_fixed_us=wires.migration_layer_us,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +159,12 @@ class PlacementProblem:
     def spread(self) -> FloatArray | None:
         """[layers, experts] standard deviation of `expected`, None when taken as certain."""
         return None if self.forecast is None else self.forecast.spread
+
+    @property
+    def communicates(self) -> bool:
+        """False where bytes do not depend on placement, or nobody knows who asked."""
+        known = self.routing.counts.shape[0] == self.topology.sources
+        return self.backend == ROUTED_BACKEND and known
 
     @property
     def nodes(self) -> int:

@@ -24,21 +24,21 @@ def _swap_layer(
         hot = int(np.argmax(load))
         if load[hot] <= threshold * load.mean():
             return
-        best: tuple[float, int, int, int] | None = None
-        for cool in np.argsort(load, kind="stable"):
-            if used[hot, cool]:
+        best: tuple[int, int, int] | None = None
+        for other in np.argsort(load, kind="stable").tolist():
+            if used[hot, other]:
                 continue
-            change = unit[slots[hot]][:, None] - unit[slots[cool]][None, :]
-            worst = np.maximum(load[hot] - change, load[cool] + change)
-            twice = np.isin(slots[hot], slots[cool])[:, None] | np.isin(slots[cool], slots[hot])
+            change = unit[slots[hot]][:, None] - unit[slots[other]][None, :]
+            worst = np.maximum(load[hot] - change, load[other] + change)
+            twice = np.isin(slots[hot], slots[other])[:, None] | np.isin(slots[other], slots[hot])
             worst[twice] = np.inf
-            i, j = np.unravel_index(int(np.argmin(worst)), worst.shape)
-            if worst[i, j] < load[hot]:
-                best = (float(worst[i, j]), int(cool), int(i), int(j))
+            flat = int(np.argmin(worst))
+            if worst.flat[flat] < load[hot]:
+                best = (other, *divmod(flat, worst.shape[1]))
                 break
         if best is None:
             return
-        _, cool, i, j = best
+        cool, i, j = best
         moved = unit[slots[hot, i]] - unit[slots[cool, j]]
         slots[hot, i], slots[cool, j] = slots[cool, j], slots[hot, i]
         load[hot] -= moved

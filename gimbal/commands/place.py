@@ -1,0 +1,275 @@
+"""``gimbal place``: an expert placement from recorded routing, offline."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+import click
+import numpy as np
+
+if TYPE_CHECKING:
+    from gimbal.core.contracts import FloatArray, IntArray
+    from gimbal.core.placement.heuristic import PlacementPlan
+    from gimbal.core.placement.problem import PlacementProblem
+
+ROUTING_HELP = "counts [source, layer, expert], .npz; or one recording per source, in order"
+STEP_TOKENS_HELP = "tokens per source and step, where the file does not count its steps"
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--routing", type=FILE, required=True, multiple=True, help=ROUTING_HELP)
+@click.option("--ranks", type=int, required=True, help="expert-parallel ranks")
+@click.option("--slots-per-rank", type=int, help="default: as --current, else no redundancy")
+@click.option("--current", type=FILE, help="physical_to_logical [layer, slot], .npz")
+@click.option("--next", "next_file", type=FILE, help="counts of a later window to score on")
+@click.option("--history", type=FILE, multiple=True, help="earlier windows, oldest first: forecast")
+@click.option("--profile", default="h100-qwen3-30b-a3b", show_default=True, help="cost profile")
+@click.option(
+    "--backend",
+    type=click.Choice(["all2all", "allgather_reducescatter"]),
+    default="all2all",
+    show_default=True,
+    help="the second gathers every token anyway: no communication term",
+)
+@click.option("--ranks-per-source", "--tp", type=int, default=1, show_default=True, help="TP size")
+@click.option("--ranks-per-node", type=int, default=8, show_default=True)
+@click.option("--alpha", type=float, default=1.0, show_default=True, help="load multiplier")
+@click.option("--beta", type=float, default=1.0, show_default=True, help="communication multiplier")
+@click.option("--gamma", type=float, default=1.0, show_default=True, help="migration multiplier")
+@click.option("--horizon-steps", type=int, default=3000, show_default=True, help="pays for moves")
+@click.option("--step-tokens", type=int, default=2048, show_default=True, help=STEP_TOKENS_HELP)
+@click.option("--max-received", type=int, help="budget of experts that change rank")
+@click.option("--expert-groups", type=int, default=1, show_default=True, help="groups share a node")
+@click.option("--placer", default="gimbal", show_default=True, help="or a baseline by name")
+@click.option("--exact", is_flag=True, help="also solve to optimality (small instances)")
+@click.option("--solver", default="cp-sat", show_default=True, help="cp-sat or highs")
+@click.option("--time-limit", type=float, default=60.0, show_default=True, help="s per exact layer")
+@click.option("--exact-layers", type=int, help="solve only the first so many layers exactly")
+@click.option("--out", type=FILE, help="write the placement here")
+@click.option("--format", "form", type=click.Choice(["npz", "sglang", "trtllm"]), default="npz")
+@click.option("--first-layer", type=int, default=0, help="model layer of the first MoE layer")
+@click.option("--plot", type=FILE, help="write a PNG: rank loads, and who asks for which expert")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+def command(**values: Any) -> None:
+    """Plan where experts should live, and say what it costs, gains and moves.
+
+    Costs are microseconds per step over all layers. The lower bound holds for every placement;
+    the gap is the plan's distance from it.
+    """
+    problem, following = _read(values)
+    plan, cpu_ms = _plan(problem, values)
+    report = _report(problem, plan, following, cpu_ms)
+    if values["exact"]:
+        from gimbal.core.placement import exact
+
+        report["exact"] = exact.compare(
+            problem,
+            plan.physical_to_logical,
+            values["solver"],
+            values["time_limit"],
+            values["exact_layers"],
+        ).as_dict()
+    if values["out"]:
+        _write(plan.physical_to_logical, values)
+    if values["plot"]:
+        from gimbal.bench.placement_plot import plot_placement
+
+        counts, current = problem.routing.counts, problem.current
+        plot_placement(counts, current, plan.physical_to_logical, problem.topology, values["plot"])
+    if values["as_json"]:
+        click.echo(json.dumps(report))
+    else:
+        _print(report, problem)
+
+
+def _read(values: dict[str, Any]) -> tuple[PlacementProblem, FloatArray | None]:
+    """The problem of the command line, and the later window to score on."""
+    from dataclasses import replace
+
+    from gimbal.core.contracts import Topology
+    from gimbal.core.cost.profile import load_profile
+    from gimbal.core.placement.problem import PlacementProblem, constants_of, validate_counts
+    from gimbal.workloads.routing import read_routing
+
+    profile = load_profile(values["profile"])
+    recording = read_routing(values["routing"])
+    routing = recording.routing
+    total = validate_counts(routing.counts, f"{values['routing'][0]}: counts")
+    current, per_rank = _slots(values, routing.counts.shape, recording.physical_to_logical)
+    topology = Topology(
+        values["ranks"], per_rank, values["ranks_per_source"], values["ranks_per_node"]
+    )
+    constants = constants_of(profile)
+    if routing.steps <= 1:
+        pairs = float(total.sum(axis=1).mean())
+        step_pairs = values["step_tokens"] * topology.sources * constants.top_k
+        routing = replace(routing, steps=max(1, round(pairs / step_pairs)))
+    names = ("alpha", "beta", "gamma", "horizon_steps", "backend", "max_received", "expert_groups")
+    problem = PlacementProblem(
+        routing, topology, current, constants, **{name: values[name] for name in names}
+    )
+    following = None
+    if values["next_file"]:
+        following = read_routing(values["next_file"], problem.experts).counts
+        _same_shape(following, routing.counts, f"{values['next_file']}: counts")
+    return problem, following
+
+
+def _same_shape(counts: FloatArray, like: FloatArray, name: str) -> None:
+    from gimbal.core.errors import InputError
+    from gimbal.core.placement.problem import validate_counts
+
+    if counts.shape != like.shape:
+        raise InputError(f"{name}: shape {counts.shape}, --routing has {like.shape}")
+    validate_counts(counts, name)
+
+
+def _slots(
+    values: dict[str, Any], shape: tuple[int, ...], recorded: IntArray | None
+) -> tuple[IntArray, int]:
+    """The placement to start from and slots per rank; vLLM's initial one where none is given."""
+    from gimbal.core.errors import InputError
+    from gimbal.core.placement.problem import slots_per_rank
+
+    _, layers, experts = shape
+    ranks, wanted = values["ranks"], values["slots_per_rank"]
+    current = _read_placement(values["current"]) if values["current"] else recorded
+    if current is not None:
+        if current.ndim != 2:
+            raise InputError(f"current: expected [layer, slot], got {current.ndim} dimension(s)")
+        per_rank = slots_per_rank(current.shape[1], ranks)
+        if wanted in (None, per_rank):
+            return current, per_rank
+        if values["current"]:
+            raise InputError(
+                f"current: {current.shape[1]} slots over {ranks} ranks are {per_rank} per rank, "
+                f"--slots-per-rank is {wanted}"
+            )
+    per_rank = slots_per_rank(experts, ranks) if wanted is None else wanted
+    first = np.arange(max(per_rank, 0) * ranks, dtype=np.int32) % experts
+    return np.tile(first, (layers, 1)), per_rank
+
+
+def _read_placement(path: Path) -> IntArray:
+    """`physical_to_logical` [layer, slot] of an ``.npz``; raises InputError naming the file."""
+    from gimbal.core.errors import InputError
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            placement = np.asarray(file["physical_to_logical"])
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path}: no array physical_to_logical ({error})") from None
+    if not np.issubdtype(placement.dtype, np.integer):
+        raise InputError(f"{path}: physical_to_logical must be integers, is {placement.dtype}")
+    return placement.astype(np.int32)
+
+
+def _plan(problem: PlacementProblem, values: dict[str, Any]) -> tuple[PlacementPlan, float]:
+    """The plan and its CPU milliseconds, compilation of the search left out."""
+    from gimbal.core.placement import PLACERS, heuristic
+    from gimbal.core.placement.forecast import observe, predict
+    from gimbal.workloads.routing import read_routing
+
+    if values["placer"] != "gimbal":
+        placer = PLACERS.build(values["placer"])
+        start = time.process_time()
+        placed = placer.place(problem.routing, problem.topology, problem.current)
+        cpu_ms = (time.process_time() - start) * 1e3
+        return heuristic.price(problem, placed), cpu_ms
+    if values["history"]:
+        state = None
+        for path in values["history"]:
+            counts = read_routing(path, problem.experts).counts
+            _same_shape(counts, problem.routing.counts, f"{path}: counts")
+            state = observe(state, counts.sum(axis=0))
+        state = observe(state, problem.measured)
+        problem = problem.with_forecast(predict(state, problem.measured))
+    heuristic.warm_up()
+    start = time.process_time()
+    plan = heuristic.plan(problem)
+    return plan, (time.process_time() - start) * 1e3
+
+
+def _report(
+    problem: PlacementProblem, plan: PlacementPlan, following: FloatArray | None, cpu_ms: float
+) -> dict[str, Any]:
+    from gimbal.core.placement.objective import balance, local_share
+
+    placed, topology = plan.physical_to_logical, problem.topology
+    next_balance = None if following is None else balance(placed, following, topology)
+    next_share = None if following is None else local_share(placed, following, topology)
+    return {
+        "cost_us": {"before": plan.before.as_dict(), "after": plan.after.as_dict()},
+        "lower_bound_us": plan.lower_bound_us,
+        "gap": plan.gap,
+        "balance": {
+            "before": plan.balance_before,
+            "planned": plan.balance_planned,
+            "next": next_balance,
+        },
+        "local_share": {
+            "before": plan.local_share_before,
+            "planned": plan.local_share_planned,
+            "next": next_share,
+        },
+        "received_experts": plan.received_experts,
+        "moved_slots": plan.moved_slots,
+        "slots": plan.slots,
+        "cpu_ms": cpu_ms,
+        "communication": problem.communicates,
+    }
+
+
+def _write(placement: IntArray, values: dict[str, Any]) -> None:
+    from gimbal.core.placement.formats import FORMATS
+
+    if values["form"] == "npz":
+        with open(values["out"], "wb") as file:  # savez would add a suffix to the name
+            np.savez(file, physical_to_logical=placement)
+        return
+    text = FORMATS[values["form"]](placement, values["first_layer"])
+    values["out"].write_text(text, encoding="utf-8")
+
+
+def _print(report: dict[str, Any], problem: PlacementProblem) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table()
+    for name in ("", "before", "after", "next window"):
+        view.add_column(name, justify="left" if not name else "right")
+    costs = report["cost_us"]
+    for term in ("load", "comm", "migration", "total"):
+        before, after = f"{costs['before'][term]:.1f}", f"{costs['after'][term]:.1f}"
+        view.add_row(f"{term}, us per step", before, after, "")
+    for name, label in (("balance", "balance (mean/max)"), ("local_share", "local share")):
+        row = report[name]
+        later = "" if row["next"] is None else f"{row['next']:.4f}"
+        view.add_row(label, f"{row['before']:.4f}", f"{row['planned']:.4f}", later)
+    console = Console()
+    console.print(view)
+    console.print(
+        f"lower bound {report['lower_bound_us']:.1f} us, gap {100 * report['gap']:.2f} %; "
+        f"{report['received_experts']} experts change rank, {report['moved_slots']} of "
+        f"{report['slots']} slots change; planned in {report['cpu_ms']:.1f} ms CPU",
+        highlight=False,
+    )
+    if not report["communication"]:
+        why = "every rank gathers every token" if problem.backend != "all2all" else "one source"
+        console.print(f"communication term off: {why}", highlight=False)
+    if "exact" in report:
+        e = report["exact"]
+        console.print(
+            f"{e['solver']}: best {e['exact_us']:.2f} us, proven {e['bound_us']:.2f} us on "
+            f"{e['layers']} layer(s), {e['optimal_layers']} optimal, {e['seconds']:.1f} s; the "
+            f"plan is {100 * e['gap']:.3f} % above the best, at most "
+            f"{100 * e['proven_gap']:.3f} % above the optimum",
+            highlight=False,
+        )

@@ -1,0 +1,55 @@
+"""The oracles agree with brute force, and the heuristic is near them."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from gimbal.core.errors import InputError
+from gimbal.core.placement import exact, heuristic, objective
+from tests.core.placement.problems import make
+
+
+def brute_force(model: exact.ExactInstance) -> float:
+    """Least cost over all placements of 2 ranks."""
+    sets = list(combinations(range(model.experts), model.slots))
+    best = np.inf
+    for left in sets:
+        for right in sets:
+            holds = np.zeros((model.experts, 2), dtype=int)
+            holds[list(left), 0], holds[list(right), 1] = 1, 1
+            if holds.sum(axis=1).all():
+                best = min(best, exact.cost(model, holds))
+    return best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["cp-sat", "highs"])
+@pytest.mark.parametrize("per_rank", [3, 4])
+def test_oracles_match_brute_force(solver: str, per_rank: int) -> None:
+    problem = make(5, layers=2, ranks=2, per_rank=per_rank, experts=6)
+    priced = objective.prices(problem)
+    plan = heuristic.plan(problem)
+    models = [exact.instance(problem, priced, n, plan.physical_to_logical[n]) for n in range(2)]
+    for model, answer in zip(models, exact.solve(models, solver, 20.0), strict=True):
+        best = brute_force(model)
+        assert answer.cost == pytest.approx(best, rel=1e-4)
+        assert answer.bound <= best * (1 + 1e-6)
+        assert answer.bound == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_heuristic_is_near_the_optimum_of_a_small_instance() -> None:
+    problem = make(1, layers=2, ranks=4, per_rank=4, experts=16)
+    plan = heuristic.plan(problem)
+    report = exact.compare(problem, plan.physical_to_logical, "cp-sat", 20.0)
+    assert report.optimal_layers == 2
+    assert -1e-4 <= report.gap <= 0.08
+
+
+def test_unknown_solver_and_forecast_are_refused() -> None:
+    problem = make()
+    with pytest.raises(InputError, match="unknown solver"):
+        exact.compare(problem, problem.current, "simplex")
