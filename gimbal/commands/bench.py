@@ -151,6 +151,9 @@ class _Bench:
             )
             starts = 0 if self.values["url"] else count_starts(plan, self.values["resident"])
             self._say(f"{len(plan)} turns, {starts} server starts; records in {directory}")
+            for repeat in range(options.repeats):
+                order = " ".join(t.arm.name for t in plan if t.repeat == repeat)
+                self._say(f"repeat {repeat + 1}: {order}")
             try:
                 first = next((t for t in plan if t.arm.name == session.base), plan[0])
                 session.settle_rate(first.spec, first.arm)
