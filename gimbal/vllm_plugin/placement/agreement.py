@@ -23,6 +23,7 @@ class Verdict(IntEnum):
     REFUSE = 2  # the proposed map is not valid
     VLLM = 3  # the level is switched off on this rank: vLLM's own policy decides
     DISAGREE = 4  # never voted: the hashes differ
+    NOT_READY = 5  # this rank still compiles its planner: everybody waits for the next time
 
 
 def outcome(votes: Sequence[Vote]) -> Verdict:
@@ -30,8 +31,9 @@ def outcome(votes: Sequence[Vote]) -> Verdict:
     verdicts = [Verdict(v) for v, _ in votes]
     if Verdict.VLLM in verdicts:
         return Verdict.VLLM
-    if Verdict.REFUSE in verdicts:
-        return Verdict.REFUSE
+    for cautious in (Verdict.NOT_READY, Verdict.REFUSE):
+        if cautious in verdicts:
+            return cautious
     if Verdict.KEEP in verdicts:
         # Ranks that plan from the same bytes either all keep or all commit.
         return Verdict.KEEP if len(set(verdicts)) == 1 else Verdict.DISAGREE

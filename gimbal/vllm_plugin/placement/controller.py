@@ -69,6 +69,7 @@ class ModelView:
     shares_of: IntArray | None = None
     before: IntArray | None = None  # the map that the last committed one replaced
     committed: bool = False
+    ready: bool = True  # False while the planner is compiled in another thread
 
 
 @dataclass(slots=True)
@@ -211,6 +212,8 @@ class Controller:
             self.guard.fell_back(f"map not committed: {verdict.name.lower()}")
             # Ranks that planned differently may have learned differently; all see this outcome.
             self.models[index].planner.forget()
+        elif verdict is Verdict.NOT_READY:
+            self.models[index].planner.forget()  # some rank has not seen this window
         self.models[index].committed = verdict is Verdict.COMMIT
         if verdict is Verdict.VLLM:
             return self.fallback.rebalance_experts(*arguments)
@@ -237,6 +240,8 @@ class Controller:
             )
             self.pressure_news = True
             view.counts = counts
+            if not view.ready:
+                return (Verdict.NOT_READY, 0), None
             if not counts.routing.counts.any():
                 return (Verdict.KEEP, 0), None
             scale = stall_us / self._modelled_us if stall_us and self._modelled_us else 1.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, replace
+from os import SEEK_END
 from pathlib import Path
 
 from gimbal.records.schema import RebalanceRecord
@@ -37,12 +38,7 @@ class Ledger:
         self.last = record
         self.proposed += 1
         self.committed += record.committed
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            self._offset = file.tell()
-            file.write(_line(record))
+        self._write(new=True)
 
     def amend(
         self, stall_us: float | None = None, realized_gain_us_per_step: float | None = None
@@ -54,12 +50,23 @@ class Ledger:
             self.last = replace(self.last, stall_us=stall_us)
         if realized_gain_us_per_step is not None:
             self.last = replace(self.last, realized_gain_us_per_step=realized_gain_us_per_step)
-        if self._path is None:
+        self._write(new=False)
+
+    def _write(self, new: bool) -> None:
+        """The last record as a new line, or over its old one. A full disk must not stop serving."""
+        if self._path is None or self.last is None:
             return
-        with self._path.open("r+", encoding="utf-8") as file:
-            file.seek(self._offset)
-            file.truncate()
-            file.write(_line(self.last))
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a+", encoding="utf-8") as file:
+                end = file.seek(0, SEEK_END)
+                # Somebody may have taken the file away since.
+                self._offset = end if new or end < self._offset else self._offset
+                file.truncate(self._offset)
+                file.write(_line(self.last))
+        except OSError as error:
+            logger.error("Gimbal placement: no more records: %s", error)
+            self._path = None
 
 
 def _line(record: RebalanceRecord) -> str:

@@ -99,7 +99,7 @@ class Planner:
     """
 
     def __init__(self, config: PlacementConfig, facts: ModelFacts) -> None:
-        self.config = config
+        self.config, self._facts = config, facts
         self.horizon_steps = facts.step_interval
         self._placer: Placer = PLACERS.build(config.placer)
         backend = config.backend
@@ -154,13 +154,17 @@ class Planner:
         )
 
     def warm_up(self) -> None:
-        """Compiles what planning runs, on a toy problem: the first rearrangement must not wait."""
+        """Compiles what planning runs, on a toy problem, in a planner of its own.
+
+        Seconds where numba's cache is cold, so the caller runs it in a thread: the server need not
+        wait, and the first rearrangement comes hundreds of steps later.
+        """
+        toy = Planner(self.config, self._facts)
         topology = Topology(2, 2)
         current = np.array([[0, 1, 2, 0]], dtype=np.int32)
         routing = RoutingCounts(np.arange(6, dtype=np.float64).reshape(2, 1, 3), steps=10)
-        self.decide(routing, topology, current)
+        toy.decide(routing, topology, current)
         near_split(routing.counts, current, topology)
-        self.forget()
 
     def forget(self) -> None:
         """Starts anew, as every rank does at the same time: what a placer has learned from past

@@ -17,6 +17,7 @@ from typing import Any
 from gimbal.core.config import GimbalConfig
 from gimbal.core.config_sources import merge_config, parse_levels, read_config_file, to_mapping
 from gimbal.core.errors import InputError
+from gimbal.vllm_plugin.placement.planner import check_config as check_placement
 from gimbal.vllm_plugin.serve import checks
 from gimbal.vllm_plugin.serve.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve.flags import VllmFlags, read_flags
@@ -79,6 +80,8 @@ def plan_server(
     environment = os.environ if environment is None else environment
     flags = read_flags(arguments)
     config = _configuration(flags, levels, config_file)
+    if "placement" in config.levels:
+        check_placement(config.placement)
     install = checks.installed_vllm()
     if demo:
         flags = _demo_flags(flags, demo_dir)

@@ -22,6 +22,7 @@ COMMIT, KEEP, REFUSE, VLLM = (
         ([(COMMIT, 7), (REFUSE, 0)], REFUSE),
         ([(COMMIT, 7), (VLLM, 0), (REFUSE, 0)], VLLM),
         ([(COMMIT, 7)], COMMIT),
+        ([(COMMIT, 7), (Verdict.NOT_READY, 0), (REFUSE, 0)], Verdict.NOT_READY),
     ],
 )
 def test_outcome(votes, expected):

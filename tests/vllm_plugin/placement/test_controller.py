@@ -77,6 +77,18 @@ def test_one_rank_switched_off_hands_all_of_them_to_vllm():
         np.testing.assert_array_equal(placement, np.roll(before, 1, axis=1))
 
 
+def test_a_rank_that_still_compiles_is_waited_for():
+    group = filled(2)
+    group.workers[1].models[0].ready = False
+    before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
+    assert all((m == before).all() for m in group.rearrange())
+    assert [w.guard.counts for w in group.workers] == [{}, {}]
+    group.workers[1].models[0].ready = True
+    for _ in range(8):
+        group.run_step(skewed(2))
+    assert (group.rearrange()[0] != before).any()
+
+
 def test_an_invalid_map_is_refused(monkeypatch):
     group = filled(2)
     monkeypatch.setattr(verify, "problems", lambda *_: "placement[0]: expert 3 is missing")
