@@ -1,5 +1,6 @@
 """The comparison behind the correctness table, on made-up answers."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from gimbal.bench.check.correctness import (
     fixed_prompts,
     rank_splits,
 )
+from gimbal.bench.check.server import Layout
 
 WANT = Greedy((7, 8, 9), (-0.1, -0.7, -0.2), ({7: -0.1}, {8: -0.7, 5: -0.75, 6: -2.0}, {9: -0.2}))
 REFERENCE = Reference(((1, 2),), (WANT,), ((1, 2, 7, 8, 9),), ((-1.0, -2.0, -0.5, -0.25),))
@@ -73,6 +75,20 @@ def test_prompts_are_fixed_and_batched_unevenly_with_one_rank_idle_once():
     one, other, idle = rank_splits(2)
     assert sorted({one.count(0), other.count(0)}) == [3, 9]
     assert set(idle) == {0}
+
+
+def test_a_layout_s_flags_say_what_its_name_says():
+    layouts = default_layouts()
+    assert len({x.name for x in layouts}) == len(layouts)
+    assert layouts[1].name == "DP=2 EP=2 +4 async"
+    assert layouts[2].name == "DP=2 TP=2 EP=4 +4 sync"
+    flags = layouts[2].flags()
+    eplb = json.loads(flags[flags.index("--eplb-config") + 1])
+    assert eplb["num_redundant_experts"] == 4
+    assert eplb["use_async"] is False
+    assert eplb["window_size"] <= eplb["step_interval"]
+    assert "--enable-expert-parallel" not in Layout().flags()
+    assert "--enable-eplb" not in Layout(2, 1, True).flags()
 
 
 def test_every_layout_is_checked_with_and_without_redundancy_sync_and_async():
