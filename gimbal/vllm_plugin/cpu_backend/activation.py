@@ -26,7 +26,8 @@ def activate(eplb: bool) -> None:
     if not eplb:
         return
     for name in EPLB_MODULES:
-        import_module(f"vllm.distributed.eplb.{name}").torch = HostTorch()
+        module: Any = import_module(f"vllm.distributed.eplb.{name}")
+        module.torch = HostTorch()
     from vllm.distributed.eplb.eplb_state import EplbState
     from vllm.model_executor.layers.fused_moe.router import base_router
 

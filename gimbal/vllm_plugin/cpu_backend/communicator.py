@@ -16,7 +16,7 @@ import torch.distributed as dist
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
 
-class ExpertParallelCommunicator(CpuCommunicator):
+class ExpertParallelCommunicator(CpuCommunicator):  # type: ignore[misc]
     """vLLM's CPU communicator with the two collectives that expert parallelism needs."""
 
     def all_gatherv(
@@ -96,7 +96,7 @@ def unpack_rows(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torc
 
 def _row_width(tensor: torch.Tensor) -> int:
     """Bytes of one row."""
-    width = tensor.element_size()
+    width: int = tensor.element_size()
     for n in tensor.shape[1:]:
         width *= n
     return width

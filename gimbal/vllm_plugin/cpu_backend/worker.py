@@ -15,7 +15,7 @@ from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.cpu_backend.activation import activate
 
 
-class ExpertParallelCPUModelRunner(CPUModelRunner):
+class ExpertParallelCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
     """Checks that every expert layer can be split over ranks, and creates the EPLB state."""
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
@@ -38,7 +38,7 @@ class ExpertParallelCPUModelRunner(CPUModelRunner):
         self.eplb_state.start_async_loop()
 
 
-class ExpertParallelCPUWorker(CPUWorker):
+class ExpertParallelCPUWorker(CPUWorker):  # type: ignore[misc]
     """The CPU worker of an expert-parallel engine."""
 
     def init_device(self) -> None:
