@@ -21,7 +21,11 @@ _OPTIONS = [
         show_default=True,
         help=f"trace file, or one of {', '.join(BUILTIN_TRACES)}",
     ),
-    click.option("--requests", type=int, help="requests per run (default: the whole trace; bench: see --duration)"),
+    click.option(
+        "--requests",
+        type=int,
+        help="requests per run (default: whole trace; bench: see --duration)",
+    ),
     click.option(
         "--distribution",
         type=click.Choice(DISTRIBUTIONS),
