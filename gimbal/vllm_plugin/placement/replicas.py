@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray
+from gimbal.core.placement.objective import replica_counts
 
 ENTRIES = 32
 """Entries of an expert with replicas: shares are rounded to 1/32. A power of two, over which the
@@ -24,31 +25,45 @@ multiplicative hash of consecutive tokens spreads exactly evenly."""
 
 
 def quantize(shares: FloatArray, entries: int = ENTRIES) -> IntArray:
-    """Whole entries per replica, summing to `entries` (largest remainder, ties to the first)."""
-    exact = shares / shares.sum() * entries
+    """[rows, replicas] whole entries that sum to `entries` in every row of `shares`.
+
+    Largest remainder, ties to the first replica.
+    """
+    exact = shares / shares.sum(axis=1, keepdims=True) * entries
     whole: IntArray = np.floor(exact).astype(np.int32)
-    order = np.argsort(-(exact - whole), kind="stable")
-    whole[order[: entries - int(whole.sum())]] += 1
+    missing = entries - whole.sum(axis=1, keepdims=True)
+    order = np.argsort(-(exact - whole), axis=1, kind="stable")
+    np.put_along_axis(
+        whole,
+        order,
+        np.take_along_axis(whole, order, axis=1) + (np.arange(shares.shape[1]) < missing),
+        axis=1,
+    )
     return whole
 
 
 def weighted_rows(
     placement: IntArray, shares: FloatArray, experts: int
-) -> list[tuple[int, int, IntArray]]:
-    """(layer, expert, entries) of every expert with more than one replica.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(layers [n], experts [n], entries [n, ENTRIES]) of experts with more than one replica.
 
     Args:
         placement: [layers, slots].
         shares: [layers, slots] of one source, see `near_split`.
         experts: logical experts.
     """
-    rows = []
-    for layer, slots in enumerate(placement):
-        counts = np.bincount(slots, minlength=experts)
-        for expert in np.flatnonzero(counts > 1):
-            held = np.flatnonzero(slots == expert).astype(np.int32)
-            rows.append((layer, int(expert), np.repeat(held, quantize(shares[layer, held]))))
-    return rows
+    replicas = replica_counts(placement, experts).astype(np.intp)
+    first = np.cumsum(replicas, axis=1) - replicas
+    layer, expert = np.nonzero(replicas > 1)
+    if not len(layer):
+        return layer, expert, np.zeros((0, ENTRIES), dtype=np.int32)
+    by_expert = np.argsort(placement, axis=1, kind="stable")
+    column = np.arange(replicas.max())
+    held = replicas[layer, expert][:, None] > column
+    place = np.minimum(first[layer, expert][:, None] + column, placement.shape[1] - 1)
+    slots = by_expert[layer[:, None], place]
+    counts = quantize(np.where(held, shares[layer[:, None], slots], 0.0))
+    return layer, expert, np.repeat(slots.ravel(), counts.ravel()).reshape(-1, ENTRIES)
 
 
 def write_tables(
@@ -63,11 +78,10 @@ def write_tables(
     layers = slice(first_layer, first_layer + placement.shape[0])
     table = model_state.logical_to_physical_map[layers, :, :ENTRIES].cpu()
     count = model_state.logical_replica_count[layers].cpu()
-    rows = weighted_rows(placement, shares, table.shape[1])
-    for layer, expert, entries in rows:
+    layer, expert, entries = weighted_rows(placement, shares, table.shape[1])
+    if len(layer):
         table[layer, expert] = torch.from_numpy(entries).to(table.dtype)
-        count[layer, expert] = len(entries)
-    if rows:
+        count[layer, expert] = ENTRIES
         model_state.logical_to_physical_map[layers, :, :ENTRIES].copy_(table)
         model_state.logical_replica_count[layers].copy_(count)
-    return len(rows)
+    return len(layer)
