@@ -2,11 +2,12 @@
 
     python benchmarks/queue_ordering.py [--trace burstgpt] [--load 0.9] [--plot curve.png]
 
-Two engines in lock step, chunked prefill, vLLM's dispatch by request counts. A step lasts
-``25 ms + 0.5 ms per prefill token + 0.5 ms per decode`` of its slowest engine, about what the
-two-core CPU test bed does. The queue, the orderings and the budget rules are the product's own.
-Prints mean and P99 TTFT and mean TPOT, each also relative to FCFS, over the aging parameters. The
-seeds are kept apart from those of reported results. A tool for choosing defaults, not a result.
+Two engines in lock step, chunked prefill, vLLM's dispatch by request counts. A step lasts ``25 ms
++ 0.5 ms per prefill token + 0.5 ms per decode`` of its slowest engine, as on a slow CPU;
+``--step-ms 11 0.063 0.9`` is the demo model on two cores, where decoding is the larger part. The
+queue, the orderings and the budget rules are the product's own. Prints mean and P99 TTFT and mean
+TPOT, each also relative to FCFS, over the aging parameters. The seeds are kept apart from those
+of reported results. A tool for choosing defaults, not a result.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from gimbal.core.queue.gimbal import GimbalOrdering
 from gimbal.core.queue.heap import Entry, WaitingHeap
 from gimbal.workloads.load import load_trace
 
-BASE_S, PREFILL_S, DECODE_S = 0.025, 0.0005, 0.0005
+STEP_MS = [25.0, 0.5, 0.5]  # base, per prefill token, per decode
 ENGINES, BUDGET, SEATS = 2, 512, 128
 MAX_PROMPT, MAX_OUTPUT = 3000, 200
 TUNING_SEEDS = range(9000, 9012)
@@ -51,7 +52,7 @@ class Job:
 class Engine:
     heap: WaitingHeap[int]
     jobs: list[Job] = field(default_factory=list)
-    rate: float = 1.0 / PREFILL_S
+    rate: float = field(default_factory=lambda: 1e3 / STEP_MS[1])
     prefilled: int = 0  # in the last step
     served: float = 0.0
 
@@ -81,7 +82,7 @@ def step(engine: Engine, arm: Arm, now_s: float, others: int) -> float:
     budget = BUDGET - len(decodes)
     if arm.tpot_factor is not None:
         backlog = engine.heap.waiting_tokens + sum(j.left for j in prefills)
-        cost = StepCost(BASE_S + DECODE_S * len(decodes), PREFILL_S)
+        cost = StepCost(STEP_MS[0] + STEP_MS[2] * len(decodes), STEP_MS[1])
         budget = protected_prefill_tokens(
             cost,
             budget,
@@ -115,7 +116,7 @@ def step(engine: Engine, arm: Arm, now_s: float, others: int) -> float:
         engine.served += tokens
         engine.jobs.append(Job(entry, tokens - grant, output))
     engine.prefilled = spent
-    return BASE_S + PREFILL_S * spent + DECODE_S * len(decodes)
+    return (STEP_MS[0] + STEP_MS[1] * spent + STEP_MS[2] * len(decodes)) / 1e3
 
 
 def simulate(requests: list[tuple[float, int, int]], arm: Arm) -> tuple[list[float], list[float]]:
@@ -233,8 +234,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--max-wait-s", type=float, default=60.0)
     parser.add_argument("--only", default="", help="only arms whose name contains this, and fcfs")
+    parser.add_argument("--step-ms", type=float, nargs=3, metavar=("BASE", "PREFILL", "DECODE"))
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    STEP_MS[:] = options.step_ms or STEP_MS
     results: dict[tuple[str, float], dict[str, list[float]]] = {}
     for trace in options.trace or ["burstgpt", "azure-conv"]:
         pairs = lengths_of(trace)
