@@ -109,7 +109,8 @@ def test_plain_vllm_runs_the_plugin_only_when_it_is_enabled(
         metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
         assert ("gimbal_" in metrics) is enabled
         if not enabled:
-            assert "gimbal" not in log.read_text(errors="replace").replace("/gimbal/demo-", "")
+            # vLLM lists the plugins it found; the plugin itself says nothing, its log is "Gimbal".
+            assert "Gimbal" not in log.read_text(errors="replace")
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
