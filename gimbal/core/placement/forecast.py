@@ -6,8 +6,12 @@ Both that regression and the spread around it are learned from pairs of successi
 over layers and windows (empirical Bayes), with nothing assumed about the drift but that it goes on
 as it did: for the expert of rank k in a layer,
 
-    factor[k] = mean next share of rank k / mean share of rank k     (forced to fall with k)
-    spread[k] = standard deviation of the next share around factor[k] * share
+    factor[k] = sqrt(mean next share of rank k / mean share of rank k)   (mean forced to fall)
+    spread[k] = standard deviation of the next share around its expectation
+
+The square root goes half the way to the mean: the slowest rank is made by the hot experts that
+stay hot, not by the average one. Measured on synthetic drift at 4 to 256 ranks, half the way gave
+a better next window than none and than all of it in most rows, and was never the worst.
 
 Pure and deterministic: a state in, a new state out; every rank that sees the same windows has the
 same state.
@@ -47,7 +51,7 @@ class ForecastState:
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """Attributes:
-    factor: [layers, experts] expected next pairs over pairs.
+    factor: [layers, experts] pairs to plan for, over pairs of the window.
     spread: [layers, experts] standard deviation of next pairs, or None before two windows.
     """
 
@@ -83,7 +87,7 @@ def predict(state: ForecastState, total: FloatArray) -> Forecast:
     """Forecast of the window after `total`, which `state` has already observed."""
     if state.weight == 0.0:
         return Forecast(np.ones_like(total), None)
-    factor = falling(state.next_share) / np.maximum(state.share, 1e-300)
+    factor = np.sqrt(falling(state.next_share) / np.maximum(state.share, 1e-300))
     spread = np.sqrt(falling(state.squares / state.weight))
     order = np.argsort(-total, axis=1, kind="stable")
     by_expert = np.empty(total.shape, dtype=np.intp)

@@ -88,10 +88,13 @@ def plan(problem: PlacementProblem, threads: int = 1) -> PlacementPlan:
     keep = (_total(before) - _total(after) <= _tolerance(before)) & ~unusable
     if problem.max_received is not None:
         placement, keep = _within_budget(problem, priced, placement, before, after, keep)
-        comm[:, 1] = objective.communication_us(problem, priced, placement)
+        after = objective.layer_costs(problem, priced, placement)
     placement = np.where(keep[:, None], problem.current, placement).astype(np.int32)
-    comm[keep, 1] = comm[keep, 0]
-    after = objective.layer_costs(problem, priced, placement, comm[:, 1])
+    after = (
+        np.where(keep, before[0], after[0]),
+        np.where(keep, before[1], after[1]),
+        np.where(keep, before[2], after[2]),
+    )
     return _report(problem, priced, placement, before, after, comm[:, 2])
 
 
@@ -227,6 +230,7 @@ def _report(
     comm_floor: FloatArray,
 ) -> PlacementPlan:
     counts, t = problem.routing.counts, problem.topology
+    pairs = float(problem.measured.sum())
     floor = load_floor_us(problem, priced) + comm_floor
     return PlacementPlan(
         physical_to_logical=placement,
@@ -234,10 +238,10 @@ def _report(
         after=CostTerms(*(float(term.sum()) for term in after)),
         lower_bound_us=float(floor.sum()),
         layer_gain_us=np.asarray(_total(before) - _total(after)),
-        balance_before=objective.balance(problem.current, counts, t),
-        balance_planned=objective.balance(placement, counts, t),
-        local_share_before=objective.local_share(problem.current, counts, t),
-        local_share_planned=objective.local_share(placement, counts, t),
+        balance_before=objective.balance(problem.current, problem.measured[None], t),
+        balance_planned=objective.balance(placement, problem.measured[None], t),
+        local_share_before=objective.local_share(problem.current, counts, t, pairs),
+        local_share_planned=objective.local_share(placement, counts, t, pairs),
         received_experts=int(objective.received(placement, problem.current, t).sum()),
         moved_slots=int((placement != problem.current).sum()),
         slots=int(placement.size),

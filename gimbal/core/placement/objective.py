@@ -287,10 +287,12 @@ def balance(placement: IntArray, counts: FloatArray, topology: Topology) -> floa
     return float(np.where(worst > 0, loads.mean(axis=1) / np.maximum(worst, 1e-300), 1.0).mean())
 
 
-def local_share(placement: IntArray, counts: FloatArray, topology: Topology) -> float:
-    """Share of routed pairs whose expert sits on the source's own ranks."""
+def local_share(
+    placement: IntArray, counts: FloatArray, topology: Topology, pairs: float | None = None
+) -> float:
+    """Share of routed pairs whose expert sits on the source's own ranks; `pairs` is their sum."""
     if counts.shape[0] < topology.sources:
         own = crossing_pairs(placement, counts, topology)[0]
     else:
         own = _pairs_met(placement, counts, topology, topology.ranks_per_source)
-    return float(own.sum() / max(counts.sum(), 1e-300))
+    return float(own.sum() / max(counts.sum() if pairs is None else pairs, 1e-300))
