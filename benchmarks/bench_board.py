@@ -82,3 +82,55 @@ def test_read(benchmark: Any, board: Board, engines: int, changed: bool) -> None
 
     benchmark.pedantic(reader.read, setup=prepare, rounds=ROUNDS, warmup_rounds=100)
     assert np.array_equal(reader.read()[engines - 1], row)
+
+
+@pytest.mark.parametrize("engines", [8, 64])
+def test_route(benchmark: Any, board: Board, engines: int, monkeypatch: Any) -> None:
+    """The whole hook around one new request: board, policy, metrics and vLLM's own bookkeeping.
+
+    Every decision finds one new snapshot. vLLM's own choice over as many engines takes part of
+    this time too: it is what the hook replaces.
+    """
+    pytest.importorskip("vllm")
+    from collections import Counter
+
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient
+
+    from gimbal.core.config import parse_config
+    from gimbal.core.contracts import Field
+    from gimbal.vllm_plugin.clock import now_us
+    from gimbal.vllm_plugin.dispatch_hook import FrontEnd
+
+    client = DPLBAsyncMPClient.__new__(DPLBAsyncMPClient)
+    client.client_count, client.client_index = 1, 0
+    client.reqs_in_flight, client.engine_inflight = {}, Counter()
+    client.streaming_reqs = set()
+    client.engine_ranks_managed = list(range(engines))
+    client.core_engines = [rank.to_bytes(2, "little") for rank in range(engines)]
+    client.lb_engines = [[0, 0, 0.0] for _ in range(engines)]
+    client.eng_start_index = 0
+    front_end = FrontEnd(client, parse_config({"levels": ["dispatch"]}), board)
+    monkeypatch.setattr(front_end, "_start_refresh", lambda: None)
+    original = DPLBAsyncMPClient.get_core_engine_for_request
+    writers = [SlotWriter(board, slot) for slot in range(engines)]
+    row = np.zeros(ROW_WIDTH)
+    sampling = SamplingParams(max_tokens=1)
+    count = 0
+
+    def prepare() -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
+        nonlocal count
+        count += 1
+        front_end.dispatcher.settle()  # the event loop does this after the request has left
+        row[Field.SEQUENCE], row[Field.TIMESTAMP_US] = count, now_us()
+        writers[count % engines].publish(row)
+        tokens = list(range(count * 1000, count * 1000 + 1000))
+        request = EngineCoreRequest(
+            f"r{count}", tokens, None, sampling, None, 0.0, None, None, None
+        )
+        return (client, request, original), {}
+
+    benchmark.pedantic(front_end.route, setup=prepare, rounds=5000, warmup_rounds=200)
+    assert front_end.guard.counts == {}
+    assert len(client.reqs_in_flight) == 5200

@@ -12,6 +12,7 @@ fails too, where vLLM would have sent it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import weakref
@@ -104,6 +105,8 @@ class FrontEnd:
         if index is None:
             return self._vllm(client, request, described, original, "fallback")
         self._count(index, self.policy, reason)
+        if self._loop is not None:
+            self._loop.call_soon(self.dispatcher.settle)  # once the request is on its way
         return _pinned(client, request, index, original)
 
     def finished(self, request_ids: Any) -> None:
@@ -217,8 +220,9 @@ class FrontEnd:
         }
 
     def _start_refresh(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        _refresh(weakref.ref(self))
+        with contextlib.suppress(RuntimeError):  # no loop: metrics are refreshed later, or never
+            self._loop = asyncio.get_running_loop()
+            _refresh(weakref.ref(self))
 
     def refresh(self) -> None:
         """Brings the gauges up to date, and settles what the last decision left for later."""
