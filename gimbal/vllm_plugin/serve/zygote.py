@@ -111,6 +111,7 @@ def _carry_environment() -> None:
             os.environ.clear()
             os.environ.update(environment)
             _apply_openmp(environment)
+            _apply_prometheus(environment)
         unpack(data)
 
     _SPAWN.get_preparation_data = get_preparation_data
@@ -126,6 +127,14 @@ def _apply_openmp(environment: dict[str, str]) -> None:
 
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(cores)))
+
+
+def _apply_prometheus(environment: dict[str, str]) -> None:
+    """With several API servers metrics live in files; the library chose when it was imported."""
+    if "PROMETHEUS_MULTIPROC_DIR" in environment:
+        from prometheus_client import values
+
+        values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
 
 
 def openmp_cores(environment: dict[str, str]) -> list[int]:
