@@ -29,7 +29,7 @@ FIRST_STAGE = 200.0
 PATIENCE = 16
 """A stage ends when so many ranks in a row, hottest first, cannot improve."""
 
-REPLICA_MARGIN = 1.02
+REPLICA_MARGIN = 1.04
 """A spare slot changes experts when the hot replica would still be this much hotter."""
 
 Terms = tuple[FloatArray, FloatArray, FloatArray]

@@ -187,7 +187,8 @@ def _send_costs(counts, layer, factor, copies, setup, cost):
                     near[e] += counts[s, layer, e]
         own = counts[r // setup.ranks_per_source, layer]
         for e in range(experts):
-            cost[r, e] = far[e] - to_node[e] * near[e] - to_own[e] * own[e]
+            # Rounding may leave a trace below zero.
+            cost[r, e] = max(0.0, far[e] - to_node[e] * near[e] - to_own[e] * own[e])
 
 
 class Search(NamedTuple):

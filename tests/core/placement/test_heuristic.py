@@ -31,13 +31,13 @@ def test_any_valid_problem_gives_a_valid_plan_that_is_never_worse(
         )
     plan = heuristic.plan(problem)
     verify.check(plan.physical_to_logical, problem.topology, problem.layers, problem.experts)
-    assert plan.after.total <= plan.before.total * (1 + 1e-9)
+    assert plan.after.total <= plan.before.total * (1 + 1e-9) + 1e-9
     assert plan.lower_bound_us <= plan.after.total * (1 + 1e-6) + 1e-9
     assert plan.before.total == pytest.approx(
-        objective.evaluate(problem, problem.current).total, rel=1e-9
+        objective.evaluate(problem, problem.current).total, rel=1e-9, abs=1e-6
     )
     assert plan.after.total == pytest.approx(
-        objective.evaluate(problem, plan.physical_to_logical).total, rel=1e-9
+        objective.evaluate(problem, plan.physical_to_logical).total, rel=1e-9, abs=1e-6
     )
     # Experts that stay on their rank keep their slot: what moves is what must be received.
     assert plan.moved_slots == plan.received_experts
