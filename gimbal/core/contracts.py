@@ -76,6 +76,7 @@ class DispatchRequest:
     arrival_us: float
     session: str | None = None
     priority: int = 0
+    domain: str | None = None  # topic, where the caller knows one (see core/feedback/affinity.py)
 
 
 @dataclass(frozen=True, slots=True)

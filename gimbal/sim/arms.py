@@ -17,8 +17,14 @@ class Arm:
             coordinator's request counts of up to 100 ms ago, as vLLM's own path does.
         ordering: waiting-queue ordering by name.
         placer: ``static`` for vLLM's initial placement throughout, ``gimbal`` for the planner
-            behind its gain gate, or another placer by name, which always commits.
-        feedback: expert pressure enters dispatch.
+            behind its gain gate, or another placer by name, which always commits. MoE-Tuner's and
+            Sem-MoE's dispatch and queue are vLLM's but for `affinity`.
+        feedback: pressure enters dispatch; the source mix and its stability enter placement.
+        pressure: what an engine is pressed by: ``sending`` (what dispatch can relieve, see
+            docs/feedback.md) or ``owner`` (straggling of the ranks it owns, as in the paper).
+        affinity: ``local`` prices the pairs that leave an engine in dispatch, ``home`` sends a
+            domain to its home engine as Sem-MoE does.
+        oracle: the placer plans once, before the run, on the run's own expected routing.
     """
 
     name: str
@@ -27,6 +33,9 @@ class Arm:
     ordering: str = "fcfs"
     placer: str = "static"
     feedback: bool = False
+    pressure: str = "sending"
+    affinity: str = "none"
+    oracle: bool = False
 
 
 def _dispatch_only(policy: str) -> Arm:
@@ -49,6 +58,10 @@ ARMS = {
         Arm("gimbal-ep", placer="gimbal"),
         Arm("gimbal-no-feedback", "gimbal", True, "gimbal", "gimbal"),
         Arm("gimbal", "gimbal", True, "gimbal", "gimbal", True),
+        Arm("gimbal-owner", "gimbal", True, "gimbal", "gimbal", True, "owner"),
+        Arm("gimbal-affinity", "gimbal", True, "gimbal", "gimbal", True, affinity="local"),
+        Arm("moe-tuner", placer="moe-tuner", oracle=True),
+        Arm("sem-moe", placer="sem-moe", affinity="home", oracle=True),
     )
 }
 

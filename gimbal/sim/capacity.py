@@ -23,11 +23,17 @@ REQUESTS = 4000
 
 
 def capacity_rps(
-    trace: Trace, cluster: Cluster, profile: Profile, population: Population, arm: Arm, seed: int
+    trace: Trace,
+    cluster: Cluster,
+    profile: Profile,
+    population: Population,
+    arm: Arm,
+    seed: int,
+    requests: int = REQUESTS,
 ) -> float:
     """Requests per second that `arm` completes of `trace` when it is overloaded."""
     rows = trace.requests
-    rows = tuple(rows[i % len(rows)] for i in range(REQUESTS))
+    rows = tuple(rows[i % len(rows)] for i in range(requests))
 
     def ends_s(rate: float) -> np.ndarray:
         timed = tuple(replace(r, arrival_s=i / rate) for i, r in enumerate(rows))
@@ -35,8 +41,8 @@ def capacity_rps(
         run = Simulation(overload, cluster, profile, population, arm, seed).run()
         return np.array([r.last_token_s for r in run.records])
 
-    crude = REQUESTS / ends_s(np.inf).max()
+    crude = requests / ends_s(np.inf).max()
     rate = OVERLOAD * crude
-    ends, span_s = ends_s(rate), REQUESTS / rate
+    ends, span_s = ends_s(rate), requests / rate
     begin = STEADY_FROM * span_s
     return float(((ends > begin) & (ends <= span_s)).sum() / (span_s - begin))

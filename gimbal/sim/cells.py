@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,8 +16,11 @@ from gimbal.records.schema import RebalanceRecord, RequestRecord
 from gimbal.sim.arms import Arm
 from gimbal.sim.cluster import load_cluster
 from gimbal.sim.routing import make_population
-from gimbal.sim.run import Simulation
+from gimbal.sim.run import SimResult, Simulation
 from gimbal.workloads import Trace
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 POPULATION_SEED = 7
 """Who prefers which expert belongs to the model, not to a run: one seed for all cells."""
@@ -60,6 +64,11 @@ def run_cell(cell: Cell) -> CellResult:
     cluster, profile = load_cluster(cell.cluster)
     population = make_population(profile, seed=POPULATION_SEED)
     result = Simulation(cell.trace, cluster, profile, population, cell.arm, cell.seed).run()
+    return cell_result(result, cell.arm.name, cell.repeat, cluster.dp)
+
+
+def cell_result(result: SimResult, arm: str, repeat: int, engines: int) -> CellResult:
+    """What a report needs of `result`, its records marked with `repeat`."""
     records = tuple(
         RequestRecord(
             **{
@@ -67,18 +76,18 @@ def run_cell(cell: Cell) -> CellResult:
                 for name in RequestRecord.__dataclass_fields__
                 if name != "repeat"
             },
-            repeat=cell.repeat,
+            repeat=repeat,
         )
         for record in result.records
     )
-    requests, tokens = np.zeros(cluster.dp), np.zeros(cluster.dp)
+    requests, tokens = np.zeros(engines), np.zeros(engines)
     for record in records:
         assert record.engine is not None
         requests[record.engine] += 1
         tokens[record.engine] += record.prompt_tokens + record.output_tokens
     return CellResult(
-        cell.arm.name,
-        cell.repeat,
+        arm,
+        repeat,
         records,
         tuple(result.rebalances),
         gaps_ms(result.step_us, result.step_decodes),
@@ -116,21 +125,31 @@ def run_cells(
     """
     jobs = min(jobs or len(os.sched_getaffinity(0)), len(cells))
     results: dict[int, CellResult] = {}
-    for index, result in _completed(cells, jobs):
+    for index, result in completed(run_cell, cells, jobs):
         results[index] = result
         if on_done is not None:
             on_done(len(results))
     return [results[i] for i in range(len(cells))]
 
 
-def _completed(cells: Sequence[Cell], jobs: int) -> Iterable[tuple[int, CellResult]]:
+def completed(
+    function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int
+) -> Iterator[tuple[int, Result]]:
+    """Yields (index, result) of each task as it ends; the order is that of ending.
+
+    Args:
+        function: importable by name, because tasks run in spawned processes when `jobs` > 1.
+    """
     if jobs <= 1:
-        for index, cell in enumerate(cells):
-            yield index, run_cell(cell)
+        for index, task in enumerate(tasks):
+            yield index, function(task)
         return
     # Spawned, not forked: numba's and numpy's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = {pool.submit(run_cell, cell): i for i, cell in enumerate(cells)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        futures = {pool.submit(function, task): i for i, task in enumerate(tasks)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

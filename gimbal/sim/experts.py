@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from gimbal.records.schema import RebalanceRecord
 from gimbal.sim import kernels
 from gimbal.sim.arms import Arm
 from gimbal.sim.cluster import Cluster
-from gimbal.sim.engine import Engine
+from gimbal.sim.loop import Loop
 from gimbal.sim.routing import (
     GRID,
     NOISE_POOL,
@@ -27,23 +26,39 @@ from gimbal.sim.routing import (
 
 if TYPE_CHECKING:
     from gimbal.core.placement.gate import GateDecision
+    from gimbal.core.placement.heuristic import GimbalPlacer
+
+COMPARED_STEPS = 8
+"""Every so many steps after a rearrangement are also priced with the placement before it."""
 
 
 class Experts:
     """Placement, its per-step cost and its rearrangement every `eplb_step_interval` steps."""
 
     def __init__(
-        self, cluster: Cluster, profile: Profile, population: Population, arm: Arm, seed: int
+        self,
+        cluster: Cluster,
+        profile: Profile,
+        population: Population,
+        arm: Arm,
+        seed: int,
+        expected_tokens: FloatArray | None = None,
     ) -> None:
+        """Args: expected_tokens [dp, domains] of the whole run, for placers that are oracles."""
         model = profile.model
         self.cluster, self.profile, self.population = cluster, profile, population
         slots = cluster.slots_per_rank or model.experts // cluster.ranks
         self.topology = Topology(cluster.ranks, slots, cluster.tp, cluster.ranks_per_node)
         self.placement = linear_placement(model.layers, model.experts, self.topology)
         self.rebalances: list[RebalanceRecord] = []
-        self.pressure_us: FloatArray = np.zeros(cluster.dp)
-        self._rebalances = arm.placer != "static"
+        self._arm, self._changed = arm, 0
+        self._rebalances = arm.placer != "static" and not arm.oracle
         self._placer = _placer(arm)
+        self._planner: GimbalPlacer | None = None
+        if arm.oracle and expected_tokens is not None:
+            assert self._placer is not None
+            routing = RoutingCounts(np.einsum("sd,dlx->slx", expected_tokens, population.share))
+            self.placement = self._placer.place(routing, self.topology, self.placement)
         self._window = np.zeros((cluster.dp, len(population.names)))
         self._steps_in_window = 0
         self._balance_sum = 0.0
@@ -63,21 +78,67 @@ class Experts:
             population, self.placement, self.topology, np.ones(len(population.names))
         )
         self._turn = 0
+        self._tables_before: RoutingTables | None = None
+        self._saved_us = 0.0
+        self._compared = 0
+        self.loop = (
+            Loop(cluster, profile, arm, len(population.names), self._off_source_us)
+            if arm.feedback
+            else None
+        )
+        self._no_pressure: FloatArray = np.zeros(cluster.dp)
+
+    @property
+    def pressure_us(self) -> FloatArray:
+        """[dp] damped expert pressure; zeros without feedback."""
+        return self._no_pressure if self.loop is None else self.loop.pressure_us
+
+    def affinity_us_per_token(self) -> FloatArray:
+        """[domains, dp] time that the pairs of one token of the domain take to leave the engine."""
+        per_layer = self._tables.leaving(self.topology.ranks_per_source)
+        return np.asarray(self._off_source_us * per_layer.sum(axis=2).T)
 
     @property
     def mean_balance(self) -> float:
         """Mean over steps and layers of mean/max rank pairs."""
         return self._balance_sum / self._balance_steps if self._balance_steps else 1.0
 
-    def step_us(self, tokens: FloatArray) -> float:
-        """Fused-expert (and routed-communication) time of a step; tokens [dp, domains]."""
+    def step_us(self, tokens: FloatArray, decodes: FloatArray) -> float:
+        """Fused-expert (and routed-communication) time of a step.
+
+        Args:
+            tokens: [dp, domains] of the step.
+            decodes: [dp, domains] of `tokens`, those of decodes.
+        """
         self._window += tokens
         self._steps_in_window += 1
         self._turn = (self._turn + 1) % NOISE_POOL
+        time, balance = self._price(tokens, self._tables)
+        self._balance_sum += balance / self.profile.model.layers
+        self._balance_steps += 1
+        if self.loop is not None:
+            self.loop.observe(tokens, decodes, self._tables)
+        return time
+
+    def step_before_us(self, tokens: FloatArray) -> float | None:
+        """What the step just priced would take under the placement before the last change.
+
+        None when nothing has changed, and on all but every `COMPARED_STEPS`-th step.
+        """
+        if self._tables_before is None or self._steps_in_window % COMPARED_STEPS:
+            return None
+        return self._price(tokens, self._tables_before)[0]
+
+    def note_saved(self, saved_us: float) -> None:
+        """One compared step was shorter by so much thanks to the last change."""
+        self._saved_us += saved_us
+        self._compared += 1
+
+    def _price(self, tokens: FloatArray, tables: RoutingTables) -> tuple[float, float]:
         time, balance = kernels.experts_us(
             tokens,
-            self._tables.pairs,
-            self._tables.active,
+            tables.pairs,
+            tables.active,
             self._grid_log,
             self._noise[self._turn],
             self.population.burstiness,
@@ -85,11 +146,9 @@ class Experts:
             self._off_source_us,
             self._owner,
         )
-        self._balance_sum += balance / self.profile.model.layers
-        self._balance_steps += 1
-        return float(time)
+        return float(time), float(balance)
 
-    def before_step(self, step: int, engines: Sequence[Engine]) -> float:
+    def before_step(self, step: int, now_us: float) -> float:
         """Rearranges when it is due; returns the stall in microseconds (0 when asynchronous)."""
         if not self._rebalances:
             return 0.0
@@ -97,32 +156,48 @@ class Experts:
         # vLLM starts its counter at three quarters of the interval.
         if (step + interval * 3 // 4) % interval or self._steps_in_window == 0:
             return 0.0
+        self.close_comparison()
         counts = self._recorded_counts()
-        planned, gate = self._propose(counts)
-        stall = self._record(step, planned, gate)
+        horizon = interval
+        if self.loop is not None:
+            affinity = self.affinity_us_per_token() if self._arm.affinity == "local" else None
+            counts, windows = self.loop.plan_for(counts, self._window, affinity)
+            horizon *= windows
+        planned, gate = self._propose(counts, horizon)
+        stall = self._record(step, now_us, planned, gate)
         self._window[:] = 0
         self._steps_in_window = 0
         return 0.0 if self.cluster.eplb_async else stall
+
+    def close_comparison(self) -> None:
+        """Writes what the last change has saved per step into its record."""
+        if self._compared:
+            self.rebalances[self._changed] = replace(
+                self.rebalances[self._changed],
+                realized_gain_us_per_step=self._saved_us / self._compared,
+            )
+        self._tables_before, self._saved_us, self._compared = None, 0.0, 0
 
     def _recorded_counts(self) -> RoutingCounts:
         expected = np.einsum("sd,dlx->slx", self._window, self.population.share)
         drawn = self._rng.poisson(expected).astype(float)
         return RoutingCounts(drawn, steps=self._steps_in_window)
 
-    def _propose(self, counts: RoutingCounts) -> tuple[IntArray, GateDecision | None]:
+    def _propose(self, counts: RoutingCounts, horizon: int) -> tuple[IntArray, GateDecision | None]:
         """The next placement, and what the gain gate said (None for placers without one)."""
         if self._placer is not None:
             return self._placer.place(counts, self.topology, self.placement), None
         from gimbal.core.placement.from_profile import constants_from_profile
         from gimbal.core.placement.gate import decide
-        from gimbal.core.placement.heuristic import plan
+        from gimbal.core.placement.heuristic import GimbalPlacer
         from gimbal.core.placement.problem import PlacementProblem
 
-        horizon = self.cluster.eplb_step_interval
+        if self._planner is None:
+            self._planner = GimbalPlacer()
         constants = constants_from_profile(self.profile)
         if self.cluster.eplb_async:  # moved beside the steps: only the bytes cost
             constants = replace(constants, migration_fixed_us=0.0)
-        proposed = plan(
+        proposed = self._planner.plan(
             PlacementProblem(
                 counts,
                 self.topology,
@@ -135,7 +210,9 @@ class Experts:
         gate = decide(proposed, horizon)
         return (proposed.physical_to_logical if gate.commit else self.placement), gate
 
-    def _record(self, step: int, planned: IntArray, gate: GateDecision | None) -> float:
+    def _record(
+        self, step: int, now_us: float, planned: IntArray, gate: GateDecision | None
+    ) -> float:
         """Puts `planned` in force; returns the stall of a synchronous rearrangement."""
         moved = planned != self.placement
         received = self._received(planned)
@@ -143,12 +220,13 @@ class Experts:
         before = self._tables
         if moved.any():
             self._tables = RoutingTables(self.population, planned, self.topology, mix)
+            self._tables_before, self._changed = before, len(self.rebalances)
         self.placement = planned
         layers = int(moved.any(axis=1).sum())
         stall = migration_us(self.profile, received, layers)
         self.rebalances.append(
             RebalanceRecord(
-                time_s=0.0,
+                time_s=now_us / 1e6,
                 committed=bool(moved.any()),
                 reason=f"step {step}" + (f": {gate.reason}" if gate is not None else ""),
                 predicted_gain_us_per_step=gate.gain_us_per_step if gate is not None else 0.0,

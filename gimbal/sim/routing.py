@@ -92,6 +92,21 @@ class RoutingTables:
         load = np.tensordot(weights, self.pairs, axes=1)
         return float(load.mean(axis=1).sum() / load.max(axis=1).sum())
 
+    def leaving(self, ranks_per_source: int) -> FloatArray:
+        """[dp, domains, layers] pairs of one token of the domain that leave the engine's ranks."""
+        domains, layers, _ = self.pairs.shape
+        own = self.pairs.reshape(domains, layers, -1, ranks_per_source).sum(axis=3)
+        return np.ascontiguousarray((own.sum(axis=2, keepdims=True) - own).transpose(2, 0, 1))
+
+    def active_at(self, tokens: float) -> FloatArray:
+        """[layers, ranks] expected distinct experts hit by so many tokens of the mix."""
+        if tokens <= 0:
+            return np.zeros(self.active.shape[1:])
+        place = float(np.interp(np.log(max(tokens, 1.0)), np.log(GRID), np.arange(len(GRID))))
+        lower = min(int(place), len(GRID) - 2)
+        weight = place - lower
+        return np.asarray((1 - weight) * self.active[lower] + weight * self.active[lower + 1])
+
     def local_share(self, tokens: FloatArray, topology: Topology) -> float:
         """Share of pairs that stay on their source's ranks; tokens [dp, domains]."""
         owner = np.arange(topology.ranks) // topology.ranks_per_source

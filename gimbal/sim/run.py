@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gimbal.core.config import DispatchConfig
-from gimbal.core.contracts import DispatchRequest, Field, FloatArray
+from gimbal.core.contracts import DispatchPolicy, DispatchRequest, Field, FloatArray
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import pack
-from gimbal.core.dispatch.dispatcher import Dispatcher
+from gimbal.core.dispatch.dispatcher import Dispatcher, TimedPolicy
 from gimbal.core.errors import InputError
+from gimbal.core.feedback.affinity import AffinityPolicy, HomePolicy, home_engines
 from gimbal.core.queue import ORDERINGS
 from gimbal.records.schema import RebalanceRecord, RequestRecord
 from gimbal.sim import kernels
@@ -129,13 +130,51 @@ class Simulation:
         self.dispatcher = Dispatcher(
             cluster.dp, config, feedback_weight=1.0 if arm.feedback else 0.0
         )
+        self._domains = population.names
+        homes = self._use_affinity(domains)
         self.signals = Signals(self.engines, arm.fresh_signals, cluster.stats_interval_ms * 1e3)
-        self.experts = Experts(cluster, profile, population, arm, seed)
+        expected = self._expected_tokens(homes) if arm.oracle else None
+        self.experts = Experts(cluster, profile, population, arm, seed, expected)
+        self._update_affinity()
         self._packed = pack(profile)
         self._shape: FloatArray = np.zeros((cluster.dp, 5))
         self._tokens: FloatArray = np.zeros((cluster.dp, len(domains)))
+        self._decodes: FloatArray = np.zeros((cluster.dp, len(domains)))
         self._step_us: list[float] = []
         self._step_decodes: list[int] = []
+
+    def _use_affinity(self, domains: dict[str, int]) -> dict[str, int]:
+        """Wraps the arm's dispatch policy as its affinity asks; returns domains' home engines."""
+        policy: DispatchPolicy = self.dispatcher.policy
+        self._affinity: AffinityPolicy | None = None
+        if self.arm.affinity == "local":
+            assert isinstance(policy, TimedPolicy)
+            self._affinity = AffinityPolicy(policy, domains, self.cluster.dp)
+            self.dispatcher.use_policy(self._affinity)
+        if self.arm.affinity != "home":
+            return {}
+        tokens = dict.fromkeys(domains, 0.0)
+        for request in self._pending:
+            tokens[self._domains[request.domain]] += request.prompt_tokens + request.output_tokens
+        homes = home_engines(tokens, self.cluster.dp)
+        self.dispatcher.use_policy(HomePolicy(policy, homes))
+        return homes
+
+    def _expected_tokens(self, homes: dict[str, int]) -> FloatArray:
+        """[dp, domains] tokens of the run: at home, or even over engines without one."""
+        tokens = np.zeros((self.cluster.dp, len(self._domains)))
+        for request in self._pending:
+            home = homes.get(self._domains[request.domain])
+            own = request.prompt_tokens + request.output_tokens
+            if home is None:
+                tokens[:, request.domain] += own / self.cluster.dp
+            else:
+                tokens[home, request.domain] += own
+        return tokens
+
+    def _update_affinity(self) -> None:
+        if self._affinity is not None:
+            self._affinity.us_per_token = self.experts.affinity_us_per_token()
 
     def run(self, on_progress: Callable[[int], None] | None = None) -> SimResult:
         """Simulates until every request is done, or `max_steps`."""
@@ -163,7 +202,10 @@ class Simulation:
         if self.cluster.async_scheduling:
             # Step k+1 is scheduled as soon as k runs: what came during k waits for k+2.
             self._deliver(start_us)
-        stall_us = self.experts.before_step(len(self._step_us), self.engines)
+        changes = len(self.experts.rebalances)
+        stall_us = self.experts.before_step(len(self._step_us), start_us)
+        if len(self.experts.rebalances) > changes:
+            self._update_affinity()
         duration_us = self._duration_us(batches) + stall_us
         end_us = start_us + duration_us
         self._dispatch_until(end_us)
@@ -185,8 +227,8 @@ class Simulation:
 
     def _duration_us(self, batches: Sequence[StepBatch]) -> float:
         shape = self._shape
-        for row, tokens, batch, engine in zip(
-            shape, self._tokens, batches, self.engines, strict=True
+        for row, tokens, decodes, batch, engine in zip(
+            shape, self._tokens, self._decodes, batches, self.engines, strict=True
         ):
             row[0] = batch.tokens or 1  # a rank without tokens runs a dummy batch of one
             row[1] = batch.kv_tokens
@@ -194,7 +236,13 @@ class Simulation:
             row[3] = batch.prefill_kv_tokens
             row[4] = batch.sampled
             tokens[:] = engine.domain_tokens
-        return kernels.device_us(shape, self.experts.step_us(self._tokens), self._packed)
+            decodes[:] = engine.domain_decodes
+        experts_us = self.experts.step_us(self._tokens, self._decodes)
+        duration_us = kernels.device_us(shape, experts_us, self._packed)
+        before_us = self.experts.step_before_us(self._tokens)
+        if before_us is not None:
+            self.experts.note_saved(kernels.device_us(shape, before_us, self._packed) - duration_us)
+        return duration_us
 
     def _dispatch_until(self, end_us: float) -> None:
         """Sends every request that reaches the front end before `end_us` to an engine."""
@@ -207,7 +255,11 @@ class Simulation:
             board[:, Field.EXPERT_PRESSURE_US] = self.experts.pressure_us
             decision = self.dispatcher.dispatch(
                 DispatchRequest(
-                    request.request_id, request.prompt_tokens, request.arrival_us, request.session
+                    request.request_id,
+                    request.prompt_tokens,
+                    request.arrival_us,
+                    request.session,
+                    domain=self._domains[request.domain],
                 ),
                 self._prompt(request),
                 board,
@@ -234,6 +286,7 @@ class Simulation:
         self._late.clear()
 
     def _result(self, now_us: float) -> SimResult:
+        self.experts.close_comparison()
         records = [self._record(request) for request in self._done]
         order = np.argsort([request.index for request in self._done])
         records = [records[i] for i in order]

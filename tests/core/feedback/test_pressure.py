@@ -1,57 +1,60 @@
-"""Pressure is time above the group's mean, on the ranks of the engine that owns them."""
-
 import numpy as np
 import pytest
 
-from gimbal.core.contracts import RoutingCounts, Topology
-from gimbal.core.feedback.pressure import expert_pressure_us
-from gimbal.core.placement.problem import CostConstants, PlacementProblem
-
-# One microsecond per pair and nothing else: pressures can be read off the loads.
-PER_PAIR = CostConstants(
-    moe_fixed_us=0.0,
-    us_per_active_expert=0.0,
-    us_per_pair=1.0,
-    overlap_exponent=1.0,
-    us_per_gathered_token=0.0,
+from gimbal.core.feedback.pressure import (
+    RankLoad,
+    owner_pressure_us,
+    rank_straggling_us,
+    sending_pressure_us,
 )
+from gimbal.core.placement.problem import CostConstants
+
+# No overlap: a rank's time is active * 2 + pairs * 0.5 microseconds.
+LINEAR = CostConstants(us_per_active_expert=2.0, us_per_pair=0.5, overlap_exponent=1.0)
 
 
-def pressure(counts, topology, steps=1):
-    counts = np.asarray(counts, dtype=float)
-    current = np.tile(np.arange(counts.shape[2], dtype=np.int32), (counts.shape[1], 1))
-    problem = PlacementProblem(
-        RoutingCounts(counts, steps=steps), topology, current, constants=PER_PAIR
-    )
-    return expert_pressure_us(problem)
+def load(pairs, active, share):
+    return RankLoad(*(np.array(a, dtype=float) for a in (pairs, active, share)))
 
 
 @pytest.mark.parametrize(
-    ("loads", "steps", "expected"),
+    ("pairs", "active", "share", "expected"),
     [
-        ([[10, 10, 10, 10]], 1, [0, 0]),
-        ([[30, 10, 10, 10]], 1, [10, 0]),  # rank loads 40, 20: mean 30
-        ([[30, 10, 10, 10]], 10, [1, 0]),
-        ([[30, 10, 10, 10], [10, 10, 10, 30]], 1, [10, 10]),  # a layer each
-        ([[0, 0, 0, 0]], 1, [0, 0]),
+        # even ranks straggle behind nobody
+        ([[[10, 10]], [[2, 2]]], [[[4, 4]], [[1, 1]]], [0.5, 0.5], [0, 0]),
+        # prefill only: 20 pairs more than the other rank are 10 us, 5 above the mean
+        ([[[30, 10]], [[0, 0]]], [[[4, 4]], [[0, 0]]], [1, 0], [5, 0]),
+        # decode only: two more distinct experts are 4 us, 2 above the mean
+        ([[[0, 0]], [[8, 8]]], [[[0, 0]], [[3, 5]]], [0, 1], [0, 2]),
+        # kinds are weighed by how often they run, and do not cancel
+        ([[[30, 10]], [[8, 8]]], [[[4, 4]], [[3, 5]]], [0.25, 0.75], [1.25, 1.5]),
+        # two layers with different hot ranks: each waits for its own
+        ([[[30, 10], [10, 30]], [[0, 0]] * 2], [[[4, 4]] * 2, [[0, 0]] * 2], [1, 0], [5, 5]),
     ],
 )
-def test_two_engines_of_one_rank(loads, steps, expected):
-    counts = np.zeros((2, len(loads), 4))
-    counts[0] = loads  # who asks does not matter, who serves does
-    got = pressure(counts, Topology(ranks=2, slots_per_rank=2), steps)
-    np.testing.assert_allclose(got, expected, atol=1e-9)
+def test_straggling_of_ranks(pairs, active, share, expected):
+    result = rank_straggling_us(load(pairs, active, share), LINEAR)
+    np.testing.assert_allclose(result, expected)
 
 
-def test_the_busiest_rank_of_an_engine_counts_in_every_layer():
-    topology = Topology(ranks=4, slots_per_rank=1, ranks_per_source=2)
-    counts = np.zeros((2, 2, 4))
-    counts[0, 0] = [8, 0, 0, 0]  # mean 2: rank 0 is 6 above
-    counts[0, 1] = [0, 4, 4, 0]  # mean 2: ranks 1 and 2 are 2 above
-    np.testing.assert_allclose(pressure(counts, topology), [8, 2])
+def test_an_engine_is_pressed_by_its_busiest_rank():
+    np.testing.assert_array_equal(owner_pressure_us(np.array([1.0, 7.0, 3.0, 0.0]), 2), [7, 3])
 
 
-def test_unknown_sources_still_have_owners():
-    """One row of counts for two engines: the pressure is about who serves."""
-    got = pressure([[[30, 10, 10, 10]]], Topology(ranks=2, slots_per_rank=2))
-    np.testing.assert_allclose(got, [10, 0])
+def test_sending_pressure_is_what_an_engine_sends_above_the_mean():
+    leaving = np.array([[40.0, 10.0], [20.0, 30.0]])  # [engines, layers]
+    np.testing.assert_allclose(sending_pressure_us(leaving, 0.1), [1.0, 1.0])
+    np.testing.assert_array_equal(sending_pressure_us(leaving, 0.0), [0, 0])
+
+
+def test_the_fused_kernel_part_matches_the_step_model():
+    """One formula in two places: the cost model's MoE term without what all ranks share."""
+    from gimbal.core.cost.profile import load_profile
+    from gimbal.core.cost.step import moe_us
+    from gimbal.core.feedback.pressure import moe_kernel_us
+    from gimbal.core.placement.problem import constants_of
+
+    profile = load_profile("h100-qwen3-30b-a3b")
+    active, pairs = np.array([[20.0, 28.0]]), np.array([[500.0, 300.0]])
+    slowest = moe_kernel_us(active, pairs, constants_of(profile)).max()
+    assert slowest + profile.moe.base_us == pytest.approx(moe_us(profile, active, pairs, 0.0))

@@ -1,0 +1,146 @@
+"""A reproduction's report as Markdown: losses first, then the paper's tables beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gimbal.sim.paper import METRICS
+from gimbal.sim.scenarios import SCENARIOS
+
+MOST_LOSSES = 40
+ABLATION = ("gimbal-dp", "gimbal-ep", "gimbal-no-feedback", "gimbal")
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The report's text; the JSON holds every loss, the text the largest."""
+    lines = ["# The paper's evaluation, simulated", ""]
+    size = "quick" if report["quick"] else "full"
+    lines += [
+        f"{report['cells']} cells ({size}), seeds {report['seeds'][0]} to {report['seeds'][-1]}. "
+        "Changes are relative, negative is better except for throughput; 95 % intervals over "
+        "length distributions and seeds in brackets.",
+        "",
+    ]
+    lines += _losses(report)
+    for name, tables in report["scenarios"].items():
+        lines += _scenario(report, name, tables)
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return [*out, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.1f} %"
+
+
+def _change(value: Mapping[str, Any]) -> str:
+    if value["change"] is None:
+        return "-"
+    text = _percent(value["change"])
+    if value["low"] is not None:
+        text += f" [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+    return text
+
+
+def _losses(report: Mapping[str, Any]) -> list[str]:
+    rows = report["losses"]
+    sure = sum(row["every_seed"] for row in rows)
+    lines = [
+        f"## Where Gimbal loses: {len(rows)} of {report['comparisons']} comparisons, "
+        f"{sure} of them on every seed",
+        "",
+        "A comparison is one metric against one baseline at one load of one length distribution "
+        "in one scenario. Largest first.",
+        "",
+    ]
+    body = [
+        [
+            row["scenario"],
+            row["distribution"],
+            f"{row['load']:g}",
+            row["baseline"],
+            METRICS[row["metric"]],
+            _percent(row["change"]),
+            "yes" if row["every_seed"] else "no",
+        ]
+        for row in rows[:MOST_LOSSES]
+    ]
+    head = ["scenario", "lengths", "load", "baseline", "metric", "change", "every seed"]
+    lines += _table(head, body)
+    if len(rows) > MOST_LOSSES:
+        lines += [f"{len(rows) - MOST_LOSSES} smaller ones are in `result.json`.", ""]
+    return lines
+
+
+def _scenario(report: Mapping[str, Any], name: str, tables: Mapping[str, Any]) -> list[str]:
+    knee = tables["knee_load"]
+    lines = [f"## {name}", "", SCENARIOS[name].why + ".", ""]
+    lines += [f"At load {knee:g}, where the P99 TTFT of vllm-legacy has begun to climb:", ""]
+    rows = []
+    paper = report["paper"]
+    for arm, base in (("gimbal", "vllm-legacy"), ("gimbal", "vllm")):
+        rows.append([f"{arm} / {base}", *_cells(tables["at_knee"][base][arm])])
+    for base, values in tables["against_others"].items():
+        rows.append([f"gimbal / {base}", *_cells(values)])
+    for pair, values in paper.items():
+        rows.append([f"paper: {pair}", *(_percent(values.get(m)) for m in METRICS)])
+    lines += _table(["", *METRICS.values()], rows)
+    lines += [
+        "Ablation at that load, against vllm-legacy; the paper's in the last columns:",
+        "",
+    ]
+    ablation = report["paper_ablation"]
+    rows = [
+        [
+            arm,
+            *_cells(tables["at_knee"]["vllm-legacy"][arm]),
+            _percent(ablation[arm]["ttft_mean_ms"]),
+            _percent(ablation[arm]["tpot_mean_ms"]),
+        ]
+        for arm in ABLATION
+    ]
+    lines += _table(["arm", *METRICS.values(), "paper TTFT", "paper TPOT"], rows)
+    lines += ["Gimbal against today's vLLM by load:", ""]
+    rows = [[load, *_cells(t["vllm"]["gimbal"])] for load, t in tables["by_load"].items()]
+    lines += _table(["load", *METRICS.values()], rows)
+    lines += ["What the loop adds (against gimbal-no-feedback, all loads):", ""]
+    rows = [[arm, *_cells(values)] for arm, values in tables["feedback_adds"].items()]
+    lines += _table(["arm", *METRICS.values()], rows)
+    lines += _absolute(tables)
+    return lines
+
+
+def _cells(values: Mapping[str, Any]) -> list[str]:
+    return [_change(values[metric]) for metric in METRICS]
+
+
+def _absolute(tables: Mapping[str, Any]) -> list[str]:
+    knee = f"{tables['knee_load']:g}"
+    rows = []
+    for arm, levels in tables["levels"].items():
+        own, experts = levels[knee], tables["experts"][arm]
+        rows.append(
+            [
+                arm,
+                *(f"{own[metric]:.1f}" for metric in METRICS),
+                f"{experts['rearrangements_per_run']:.1f}",
+                f"{experts['stall_s_per_run']:.2f}",
+                _gain(experts["predicted_gain_us_per_step"]),
+                _gain(experts["realized_gain_us_per_step"]),
+            ]
+        )
+    head = ["arm", "TTFT mean (ms)", "TPOT mean (ms)", "TTFT P99 (ms)", "requests/s"]
+    head += ["rearranged per run", "stalls (s)", "predicted gain (us/step)", "realized"]
+    return [
+        f"Absolute figures at load {knee}, rearrangements over all loads:",
+        "",
+        *_table(head, rows),
+    ]
+
+
+def _gain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
