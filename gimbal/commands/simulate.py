@@ -97,7 +97,7 @@ def _simulate(values: dict[str, Any]) -> dict[str, Any]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(cells))
         results = run_cells(cells, values["jobs"], lambda n: bar.update(task, completed=n))
-    report = _report(results, [a.name for a in arms], base.name, slo, seed)
+    report = report_of(results, [a.name for a in arms], base.name, slo, seed)
     report |= {
         "cluster": cluster.name,
         "load": values["load"],
@@ -109,7 +109,10 @@ def _simulate(values: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _report(results: list[Any], names: list[str], base: str, slo: Any, seed: int) -> dict[str, Any]:
+def report_of(
+    results: list[Any], names: list[str], base: str, slo: Any, seed: int
+) -> dict[str, Any]:
+    """The report of ``--json`` from `CellResult` objects; ratios are to the arm `base`."""
     import numpy as np
 
     from gimbal.bench.compare import compare, nested
