@@ -1,0 +1,95 @@
+"""`gimbal place`: its JSON, its files, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from gimbal.commands.place import command
+from gimbal.core.contracts import Topology
+from gimbal.core.errors import InputError
+from gimbal.core.placement import verify
+
+
+@pytest.fixture
+def routing(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "routing.npz"
+    np.savez(path, counts=np.floor(rng.pareto(1.5, (4, 3, 16)) * 1000))
+    return path
+
+
+def run(*args: object) -> str:
+    result = CliRunner().invoke(command, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_json_has_the_promised_fields(routing: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.npz"
+    text = run(
+        "--routing", routing, "--ranks", 4, "--slots-per-rank", 5, "--next", routing,
+        "--out", out, "--json",
+    )  # fmt: skip
+    report = json.loads(text)
+    for side in ("before", "after"):
+        terms = report["cost_us"][side]
+        assert terms["total"] == pytest.approx(terms["load"] + terms["comm"] + terms["migration"])
+    assert report["cost_us"]["after"]["total"] < report["cost_us"]["before"]["total"]
+    assert report["lower_bound_us"] <= report["cost_us"]["after"]["total"]
+    assert set(report["balance"]) == set(report["local_share"]) == {"before", "planned", "next"}
+    assert report["balance"]["next"] == pytest.approx(report["balance"]["planned"])
+    assert 0 < report["received_experts"] == report["moved_slots"] <= report["slots"] == 60
+    placed = np.load(out)["physical_to_logical"]
+    verify.check(placed, Topology(4, 5), 3, 16)
+    again = run("--routing", routing, "--ranks", 4, "--current", out, "--json")
+    # A new start may find a little more, but most of the plan stands.
+    assert json.loads(again)["moved_slots"] < report["moved_slots"] / 3
+
+
+def test_other_engines_forms(routing: Path, tmp_path: Path) -> None:
+    out = tmp_path / "map"
+    run("--routing", routing, "--ranks", 4, "--out", out, "--format", "trtllm")
+    assert yaml.safe_load(out.read_text())["num_slots"] == 16
+    run("--routing", routing, "--ranks", 4, "--out", out, "--format", "sglang")
+    assert len(json.loads(out.read_text())["physical_to_logical_map"]) == 3
+
+
+def test_plot_and_table(routing: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "plan.png"
+    text = run(
+        "--routing", routing, "--ranks", 4, "--plot", out, "--backend", "allgather_reducescatter"
+    )
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    assert "communication term off" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--ranks", "3"], "16 slots do not divide over 3 ranks"),
+        (["--ranks", "4", "--slots-per-rank", "3"], "cannot hold 16 experts"),
+        (["--ranks", "2"], "4 sources, topology has 2"),
+        (["--ranks", "4", "--placer", "gimball"], "did you mean 'gimbal'"),
+        (["--ranks", "4", "--current", "absent.npz"], "absent.npz: no such file"),
+    ],
+)
+def test_bad_input(routing: Path, args: list[str], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        run("--routing", routing, *args)
+    assert message in str(caught.value)
+
+
+def test_negative_counts_name_array_and_index(tmp_path: Path) -> None:
+    counts = np.ones((4, 2, 8))
+    counts[2, 1, 3] = -1
+    path = tmp_path / "bad.npz"
+    np.savez(path, counts=counts)
+    with pytest.raises(InputError, match=r"bad.npz: counts\[2, 1, 3\]: negative"):
+        run("--routing", path, "--ranks", 4)
