@@ -91,6 +91,8 @@ class CheckedServer:
     _out: IO[bytes] | None = field(default=None, repr=False)
 
     def __enter__(self) -> CheckedServer:
+        # The default action of SIGTERM would end this process and leave the server behind.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
