@@ -23,6 +23,9 @@ from gimbal.core.placement.problem import PlacementProblem
 VISITS_PER_SLOT = 8
 """Bound of the search: rank visits per slot and sharpness stage (far above what is needed)."""
 
+MIN_GAIN = 0.005
+"""A layer changes only if its cost falls by this share: without drift, nothing should move."""
+
 FIRST_STAGE = 200.0
 """First sharpness times the mean rank's time: below it one stage is enough."""
 
@@ -103,8 +106,8 @@ def _total(terms: Terms) -> FloatArray:
 
 
 def _tolerance(before: Terms) -> FloatArray:
-    """[layers] gains below this are rounding, not gains."""
-    return 1e-9 * _total(before)
+    """[layers] gains below this are sampling noise of the counts, not gains."""
+    return MIN_GAIN * _total(before)
 
 
 def usable(problem: PlacementProblem) -> NDArray[np.bool_]:

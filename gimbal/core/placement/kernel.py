@@ -316,7 +316,8 @@ def _descend(st, time, var, unit, unit_var, theta, setup):
         for r in range(ranks):
             if not stuck[r] and (h < 0 or heat[r] > heat[h]):
                 h = r
-        if h < 0 or failures >= setup.patience:
+        # No heat is left when every rank fell far below the first hottest: a finer stage goes on.
+        if h < 0 or failures >= setup.patience or total <= 1e-280:
             return
         i, j = _best_swap(h, st, setup.alpha / (theta * total), setup, tolerance)
         more = 0
