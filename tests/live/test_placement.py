@@ -25,6 +25,7 @@ CONFIG = {
         "backend": "all2all",
         "beta": 20.0,
         "gamma": 0.05,
+        "gate": 0.3,
         "half_life_steps": 200,
         "records": str(RECORDS),
     }
