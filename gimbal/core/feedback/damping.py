@@ -10,8 +10,8 @@ answered per microsecond published), the loop is
 
 Stability. (a) For K < 1 it is stable for every g in (0, 1] and every delay: (1 - g) + g K < 1, so
 the characteristic polynomial's largest coefficient dominates the sum of the others. (b) For any K
-it is stable if ``g K < 2 sin(pi / (2 (2 D + 1)))`` with D = max(d, 1). For g -> 0 and d >= 1 this is
-the exact bound of the delayed integrator (Levin and May, Theor. Popul. Biol. 9, 1976). For g > 0
+it is stable if ``g K < 2 sin(pi / (2 (2 D + 1)))`` with D = max(d, 1). For g -> 0 and d >= 1 this
+is the exact bound of the delayed integrator (Levin and May, Theor. Popul. Biol. 9, 1976). For g > 0
 the exact bound b(a), a = 1 - g (Kuruklis, J. Math. Anal. Appl. 188, 1994), is 1 at a = 0 and, for
 d >= 1, falls to that value at a = 1; for d = 0 it is 1 + a, at least 1, hence D. The tests check
 (a) and (b) against the roots of the polynomial.
