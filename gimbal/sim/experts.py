@@ -187,14 +187,13 @@ class Experts:
         """The next placement, and what the gain gate said (None for placers without one)."""
         if self._placer is not None:
             return self._placer.place(counts, self.topology, self.placement), None
-        from gimbal.core.placement.from_profile import constants_from_profile
         from gimbal.core.placement.gate import decide
         from gimbal.core.placement.heuristic import GimbalPlacer
-        from gimbal.core.placement.problem import PlacementProblem
+        from gimbal.core.placement.problem import PlacementProblem, constants_of
 
         if self._planner is None:
             self._planner = GimbalPlacer()
-        constants = constants_from_profile(self.profile)
+        constants = constants_of(self.profile)
         if self.cluster.eplb_async:  # moved beside the steps: only the bytes cost
             constants = replace(constants, migration_fixed_us=0.0)
         proposed = self._planner.plan(
