@@ -1,13 +1,21 @@
 import numpy as np
 import pytest
 
+from gimbal.core.contracts import RoutingCounts, Topology
 from gimbal.core.feedback.pressure import (
     RankLoad,
+    dispatch_pressure_us,
+    expert_pressure_us,
     owner_pressure_us,
     rank_straggling_us,
     sending_pressure_us,
 )
-from gimbal.core.placement.problem import CostConstants
+from gimbal.core.placement.problem import (
+    GATHER_BACKEND,
+    ROUTED_BACKEND,
+    CostConstants,
+    PlacementProblem,
+)
 
 # No overlap: a rank's time is active * 2 + pairs * 0.5 microseconds.
 LINEAR = CostConstants(us_per_active_expert=2.0, us_per_pair=0.5, overlap_exponent=1.0)
@@ -58,3 +66,32 @@ def test_the_fused_kernel_part_matches_the_step_model():
     active, pairs = np.array([[20.0, 28.0]]), np.array([[500.0, 300.0]])
     slowest = moe_kernel_us(active, pairs, constants_of(profile)).max()
     assert slowest + profile.moe.base_us == pytest.approx(moe_us(profile, active, pairs, 0.0))
+
+
+def problem(backend, counts):
+    topology = Topology(4, 2, ranks_per_source=2)
+    current = np.arange(8, dtype=np.int32)[None, :]
+    constants = CostConstants(bytes_per_pair=1e3, same_node_gbps=1.0)
+    return PlacementProblem(
+        RoutingCounts(np.array(counts, dtype=float), steps=10),
+        topology,
+        current,
+        constants,
+        backend=backend,
+    )
+
+
+def test_recorded_rows_press_the_engine_whose_pairs_leave():
+    own, away = [100, 100, 100, 100, 0, 0, 0, 0], [0, 0, 0, 0, 100, 100, 100, 100]
+    both_left = [[own], [own]]  # source 1 asks for experts on source 0's ranks
+    # 400 pairs in 10 steps, 1 us each on one link, two links: 20 us, 10 above the mean
+    np.testing.assert_allclose(dispatch_pressure_us(problem(ROUTED_BACKEND, both_left)), [0, 10])
+    at_home = [[own], [away]]
+    np.testing.assert_allclose(dispatch_pressure_us(problem(ROUTED_BACKEND, at_home)), [0, 0])
+
+
+def test_under_all_gather_dispatch_can_relieve_nothing():
+    hot = [[[900, 0, 0, 0, 0, 0, 0, 0]], [[900, 0, 0, 0, 0, 0, 0, 0]]]
+    gathered = problem(GATHER_BACKEND, hot)
+    assert expert_pressure_us(gathered)[0] > 0
+    np.testing.assert_array_equal(dispatch_pressure_us(gathered), [0, 0])
