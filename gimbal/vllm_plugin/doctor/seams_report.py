@@ -46,7 +46,7 @@ def check_source_version(root: Path) -> Finding:
 
 def check_levels(root: Path) -> Iterator[Finding]:
     """One finding per level: how many symbols are as expected, or what differs."""
-    problems = check_seams(root)
+    problems = check_seams(root, SEAMS)
     for level, count in Counter(seam.level for seam in SEAMS).items():
         bad = [problem for problem in problems if problem.seam.level == level]
         if not bad:

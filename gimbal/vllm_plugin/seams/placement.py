@@ -1,0 +1,127 @@
+"""Routing statistics, policy and commit of expert migrations."""
+
+from __future__ import annotations
+
+from gimbal.vllm_plugin.seams.table import Seam
+
+SEAMS: tuple[Seam, ...] = (
+    Seam(
+        "distributed.eplb.eplb_state",
+        "EplbState.add_model",
+        ("self", "model", "model_config", "model_name"),
+        "placement",
+        "gives the state a controller and makes it the policy",
+    ),
+    Seam(
+        "distributed.eplb.eplb_state",
+        "EplbState.step",
+        ("self", "is_dummy", "is_profile", "log_stats"),
+        "placement",
+        "notes age and kind of every recorded step; watches the asynchronous worker",
+    ),
+    Seam(
+        "distributed.eplb.eplb_state",
+        "EplbState.rearrange",
+        ("self", "is_profile", "rank_mapping", "use_last_expert_load"),
+        "placement",
+        "tells a rearrangement of ours from profile runs and elastic scaling; times it",
+    ),
+    Seam(
+        "distributed.eplb.eplb_state",
+        "EplbState._allreduce_list",
+        ("self", "tensor_list"),
+        "placement",
+        "gathers rows per rank where vLLM sums them",
+    ),
+    Seam(
+        "distributed.eplb.eplb_state",
+        "EplbState._should_record_current_step",
+        ("self", "log_stats"),
+        "placement",
+        "whether the coming step is written to the load window",
+        patched=False,
+    ),
+    Seam(
+        "distributed.eplb.eplb_state",
+        "_commit_eplb_maps",
+        ("model_state", "new_physical_to_logical_map"),
+        "placement",
+        "carries the load window over and writes the rank's own replica tables",
+    ),
+    Seam(
+        "distributed.eplb.eplb_state",
+        "_commit_eplb_maps_for_layer",
+        ("model_state", "new_physical_to_logical_map", "layer"),
+        "placement",
+        "the same for one layer of an asynchronous rearrangement",
+    ),
+    Seam(
+        "distributed.eplb.policy.default",
+        "DefaultEplbPolicy.rebalance_experts",
+        (
+            "cls",
+            "weight",
+            "num_replicas",
+            "num_groups",
+            "num_nodes",
+            "num_ranks",
+            "old_global_expert_indices",
+        ),
+        "placement",
+        "plans profile runs, elastic scaling, and everything once the level is off",
+        patched=False,
+    ),
+    Seam(
+        "distributed.eplb.policy",
+        "EPLB_POLICIES",
+        (),
+        "placement",
+        "vLLM's policy by name",
+        patched=False,
+    ),
+    Seam(
+        "distributed.parallel_state",
+        "get_eplb_group",
+        (),
+        "placement",
+        "the group that votes on a map",
+        patched=False,
+    ),
+    Seam(
+        "distributed.parallel_state",
+        "get_ep_group",
+        (),
+        "placement",
+        "the group whose rows are gathered",
+        patched=False,
+    ),
+    Seam(
+        "v1.worker.gpu_model_runner",
+        "GPUModelRunner.execute_model",
+        ("self", "scheduler_output", "intermediate_tensors"),
+        "placement",
+        "reads how many tokens of the step prefill and decode",
+    ),
+    Seam(
+        "v1.worker.gpu_model_runner",
+        "GPUModelRunner.sample_tokens",
+        ("self", "grammar_output"),
+        "placement",
+        "sends the engine's expert pressure with the step's output",
+    ),
+    Seam(
+        "v1.engine.core_client",
+        "AsyncMPClient.call_utility_all_async",
+        ("self", "method", "*args"),
+        "placement",
+        "asks the workers of every engine for their routing statistics",
+        patched=False,
+    ),
+    Seam(
+        "v1.worker.worker_base",
+        "WorkerBase",
+        (),
+        "placement",
+        "gains the method `gimbal_routing` for collective_rpc",
+    ),
+)
