@@ -34,6 +34,7 @@ class Loop:
         self._kinds = np.zeros((2, cluster.dp, domains))  # tokens of steps with, without prefill
         self._steps = np.zeros(2)
         self._mixes: list[FloatArray] = []
+        self._rows: FloatArray | None = None
         self.pressure_us: FloatArray = np.zeros(cluster.dp)
         self._damped = damping.DampedSignal(cluster.dp, self._gain(profile))
 
@@ -92,7 +93,9 @@ class Loop:
         self._mixes.append(window.copy())
         held = sources.stable_windows(self._mixes[-9:])
         if affinity_us is None:
-            return counts, held
+            before, self._rows = self._rows, counts.counts
+            kept = 0.0 if before is None else sources.persistence(before, counts.counts)
+            return sources.shrunk(counts, kept), held
         preferred = sources.preferred_shares(affinity_us, np.ones(len(window)), window.sum(axis=0))
         expected = sources.expected_tokens(window, preferred, movable=0.5)
         return sources.rescaled(counts, window, expected), held

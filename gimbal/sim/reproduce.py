@@ -60,7 +60,7 @@ class Matrix:
     loads: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2)
     arms: tuple[str, ...] = ARMS
     seeds: int = 5
-    requests: int = 2000
+    requests: int = 3000
     trace: str = "burstgpt"
     capacity_requests: int = 3000
 

@@ -111,3 +111,38 @@ def stable_windows(mixes: Sequence[FloatArray], most: int = 8) -> int:
             break
         held += 1
     return held
+
+
+def persistence(previous: FloatArray, rows: FloatArray) -> float:
+    """How much of what sets a source apart from the others is still there one window later.
+
+    Regression of this window's deviations from the pooled row on the last window's, clipped to
+    0..1. Sampling noise in the earlier window lowers it, as it should: a deviation that is noise
+    will not come back. 0 when dispatch sends every domain everywhere, near 1 under affinity.
+
+    Args:
+        previous, rows: [sources, layers, experts] counts of two successive windows.
+    """
+    before, now = _deviations(previous), _deviations(rows)
+    squares = float((before * before).sum())
+    return float(np.clip((before * now).sum() / squares, 0.0, 1.0)) if squares > 0 else 0.0
+
+
+def shrunk(counts: RoutingCounts, kept: float) -> RoutingCounts:
+    """Rows whose deviations from the pooled row are scaled by `kept`; every expert's total stays.
+
+    What placement may expect of the next window where dispatch does not hold sources apart:
+    planned on the rows as they were, it moves experts after differences that have gone.
+    """
+    rows = counts.counts
+    tokens = rows.sum(axis=2, keepdims=True)
+    pooled = rows.sum(axis=0) / np.maximum(tokens.sum(axis=0), 1e-300)
+    expected = tokens * (pooled + kept * _deviations(rows))
+    return RoutingCounts(np.asarray(np.maximum(expected, 0.0)), counts.active, counts.steps)
+
+
+def _deviations(rows: FloatArray) -> FloatArray:
+    """[sources, layers, experts] each source's shares less the pooled shares."""
+    tokens = rows.sum(axis=2, keepdims=True)
+    pooled = rows.sum(axis=0) / np.maximum(tokens.sum(axis=0), 1e-300)
+    return np.asarray(np.where(tokens > 0, rows / np.maximum(tokens, 1e-300) - pooled, 0.0))

@@ -7,8 +7,10 @@ from hypothesis.extra import numpy as hnp
 from gimbal.core.contracts import RoutingCounts
 from gimbal.core.feedback.sources import (
     expected_tokens,
+    persistence,
     preferred_shares,
     rescaled,
+    shrunk,
     stable_windows,
 )
 
@@ -59,3 +61,33 @@ def test_a_steady_mix_lengthens_the_horizon_and_a_change_resets_it():
     assert stable_windows([other, *steady]) == 6
     assert stable_windows(steady * 3) == 8
     assert stable_windows([]) == stable_windows(steady[:1]) == 1
+
+
+def windows(shares, count=2, seed=0):
+    """`count` windows of Poisson counts whose sources ask by `shares` [sources, experts]."""
+    rng = np.random.default_rng(seed)
+    expected = 400.0 * np.asarray(shares)[:, None, :].repeat(3, axis=1)
+    return [rng.poisson(expected).astype(float) for _ in range(count)]
+
+
+def test_differences_that_are_noise_are_not_expected_again():
+    before, now = windows(np.full((2, 16), 1 / 16))
+    assert persistence(before, now) < 0.3
+    flat = shrunk(RoutingCounts(now), 0.0).counts
+    share = flat / flat.sum(axis=2, keepdims=True)
+    np.testing.assert_allclose(share[0], share[1])
+
+
+def test_differences_that_dispatch_keeps_up_are():
+    left = np.r_[np.full(8, 0.11), np.full(8, 0.015)]
+    before, now = windows([left, left[::-1]])
+    assert persistence(before, now) > 0.9
+    np.testing.assert_allclose(shrunk(RoutingCounts(now), 1.0).counts, now)
+
+
+@given(hnp.arrays(float, (3, 2, 4), elements=st.floats(1.0, 1e3)), st.floats(0.0, 1.0))
+@settings(max_examples=60, deadline=None)
+def test_shrinking_keeps_every_experts_total(rows, kept):
+    result = shrunk(RoutingCounts(rows), kept).counts
+    np.testing.assert_allclose(result.sum(axis=0), rows.sum(axis=0))
+    np.testing.assert_allclose(result.sum(axis=2), rows.sum(axis=2))
