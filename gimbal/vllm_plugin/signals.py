@@ -13,6 +13,7 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -236,7 +237,9 @@ class SchedulerSignals:
         self.row[Field.EXPERT_PRESSURE_US] = pressure_us
 
     def close(self) -> None:
-        """Lets go of the board."""
+        """Lets go of the board, and finishes the log."""
+        if self.log is not None:
+            self.log.close()
         close = getattr(self.sink, "close", None)
         if close is not None:
             close()
@@ -364,7 +367,17 @@ class BoardSlot(SlotWriter):
 
 
 def open_signals(scheduler: Any) -> SchedulerSignals:
-    """Signals of the engine that `scheduler` belongs to, on the board of its server."""
+    """Signals of the engine that `scheduler` belongs to, with the step log if one is asked for."""
+    signals = _publisher(scheduler)
+    directory = scheduler.gimbal_config.step_records
+    if directory:
+        rank = scheduler.vllm_config.parallel_config.data_parallel_index
+        signals.log = StepLog(Path(directory), rank)
+    return signals
+
+
+def _publisher(scheduler: Any) -> SchedulerSignals:
+    """Signals on the board of the scheduler's server, wherever that board is."""
     vllm_config = scheduler.vllm_config
     parallel = vllm_config.parallel_config
     rank = parallel.data_parallel_index

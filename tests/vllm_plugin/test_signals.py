@@ -16,6 +16,8 @@ pytest.importorskip("vllm")
 sys.path.insert(0, str(Path(__file__).parent))
 import real_scheduler
 
+from gimbal.records.schema import StepRecord
+from gimbal.records.store import read_records
 from gimbal.vllm_plugin.signals import SchedulerSignals
 
 
@@ -206,3 +208,20 @@ def test_a_missed_event_is_made_good_by_a_recount(engine: Any, monkeypatch: Any)
     assert scheduler._gimbal_guard.counts == {"enqueued": 1}
     scheduler.schedule()
     check(scheduler, rows)
+
+
+def test_steps_are_recorded_when_a_directory_is_configured(tmp_path: Path) -> None:
+    steps = tmp_path / "steps"
+    scheduler = real_scheduler.build(
+        tmp_path, {"levels": ["dispatch"], "step_records": str(steps)}, budget=512
+    )
+    scheduler.add_request(real_scheduler.request("a", 700, output=3))
+    for _ in range(4):
+        real_scheduler.finish_step(scheduler, scheduler.schedule())
+    scheduler.gimbal_signals.close()
+    records = list(read_records(steps / "steps-0.jsonl", StepRecord))
+    assert [r.prefill_tokens for r in records] == [512, 188, 0, 0]
+    assert [r.decode_requests for r in records] == [0, 0, 1, 1]
+    # Attention pairs n * (p + n/2) of the two chunks.
+    assert [r.prefill_pairs for r in records[:2]] == [512 * 256.0, 188 * (512 + 94.0)]
+    assert all(r.duration_us > 0 for r in records)

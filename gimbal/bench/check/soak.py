@@ -28,9 +28,10 @@ from gimbal.bench.check.server import CheckedServer, Layout
 
 MAX_GROWTH = 0.01
 """Allowed growth of the workers' resident memory over the second half, as a share of it."""
-KV_CACHE_BYTES = 32 * 2**20
+KV_CACHE_BYTES = 64 * 2**20
 """Per engine. The pool's pages become resident when first used: one so small that the first half
-of the requests passes through all of it cannot look like a leak in the second."""
+of the requests passes through all of it cannot look like a leak in the second. It must still hold
+one request of the demo model's whole context (32,768 tokens, a little over 32 MiB)."""
 REQUEST_LIMIT_S = 180.0
 DRAIN_LIMIT_S = 30.0
 SAMPLE_S = 0.5
