@@ -124,7 +124,9 @@ class Soak:
         """Sends everything, `concurrency` at a time; returns the seconds it took."""
         began = time.monotonic()
         queue = iter(self.requests)
-        connector = aiohttp.TCPConnector(limit=0)
+        # A connection of its own per request: one kept alive may be closed by the server in the
+        # instant it is used again, which would look like a lost request.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector) as session:
             sampler = asyncio.create_task(self._sample_memory())
 

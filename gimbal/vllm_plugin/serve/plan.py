@@ -37,6 +37,9 @@ _DEMO_VALUES: tuple[tuple[str, str], ...] = (
     ("--seed", "0"),
 )
 _DEMO_SWITCHES = ("--enable-expert-parallel", "--enable-eplb", "--enforce-eager")
+# oneDNN keeps a compiled kernel, some 100 KiB, for each of the last 1,024 batch shapes; under
+# continuous batching nearly every step has a new one, so a worker would grow for hours.
+_ONEDNN_KERNELS = "64"
 _DEMO_EPLB = {"window_size": 100, "step_interval": 200, "communicator": "torch_gloo"}
 
 
@@ -191,6 +194,7 @@ def _environment(
     if cpu:
         bind = bind_workers(usable_cores(), max(1, flags.local_engines), flags.tp * flags.pp)
         added["VLLM_CPU_OMP_THREADS_BIND"] = bind
+        added["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = _ONEDNN_KERNELS
         # The quick start does not pin the threads of a worker one by one: nothing lost with one
         # core per worker, left to the user where there are more.
         if "," not in bind:

@@ -93,6 +93,7 @@ def test_demo_keeps_the_users_eplb_options(model: str) -> None:
 def test_workers_are_bound_to_cores_unless_the_user_did(model: str) -> None:
     made = plan.plan_server(["-tp", "2"], demo=True, environment={})
     assert made.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0|0|1|1"
+    assert int(made.environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
     mine = {"VLLM_CPU_OMP_THREADS_BIND": "1|0|1|0"}
     kept = plan.plan_server(["-tp", "2"], demo=True, environment=mine)
     assert "VLLM_CPU_OMP_THREADS_BIND" not in kept.environment
