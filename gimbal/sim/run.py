@@ -79,19 +79,9 @@ class Simulation:
         self.max_steps = max_steps
         self._prefix_block_tokens = trace.prefix_block_tokens
         domains = {name: i for i, name in enumerate(population.names)}
-        self._pending = [
-            SimRequest(
-                i,
-                f"r{i}",
-                r.arrival_s * 1e6 + profile.api_us,
-                r.prompt_tokens,
-                max(1, r.output_tokens),
-                domains.get(r.domain or "", i % len(domains)),
-                r.session,
-                r.prefix_blocks,
-            )
-            for i, r in enumerate(trace.requests)
-        ]
+        kv_tokens = cluster.kv_tokens or profile.kv_tokens
+        self._pending = _requests(trace, profile, domains)
+        _check_lengths(self._pending, trace.name, cluster.name, kv_tokens)
         self._trace = trace
         self._next = 0
         self._released = len(self._pending)
@@ -101,28 +91,8 @@ class Simulation:
                 request.arrival_us = profile.api_us if request.index < concurrency else np.inf
         self._late: list[SimRequest] = []
         self._done: list[SimRequest] = []
-        kv_tokens = cluster.kv_tokens or profile.kv_tokens
-        for request in self._pending:
-            needed = request.prompt_tokens + request.output_tokens
-            if needed > kv_tokens:
-                raise InputError(
-                    f"trace {trace.name}: request {request.index} needs {needed} tokens of KV "
-                    f"cache, one engine of {cluster.name} has {kv_tokens}; cut lengths or raise "
-                    "kv_tokens"
-                )
         self.engines = [
-            Engine(
-                index,
-                cluster.max_num_batched_tokens,
-                cluster.max_num_seqs,
-                kv_tokens // cluster.block_size,
-                cluster.block_size,
-                ORDERINGS.build(arm.ordering),
-                cluster.enable_prefix_caching,
-                cluster.long_prefill_token_threshold,
-                len(domains),
-            )
-            for index in range(cluster.dp)
+            _engine(index, cluster, arm, kv_tokens, len(domains)) for index in range(cluster.dp)
         ]
         for engine in self.engines:
             engine.set_prefix_block_tokens(trace.prefix_block_tokens)
@@ -323,3 +293,47 @@ class Simulation:
             domain=source.domain,
             index=request.index,
         )
+
+
+def _requests(trace: Trace, profile: Profile, domains: dict[str, int]) -> list[SimRequest]:
+    """The trace's requests as they reach dispatch; those without a domain take turns."""
+    return [
+        SimRequest(
+            i,
+            f"r{i}",
+            r.arrival_s * 1e6 + profile.api_us,
+            r.prompt_tokens,
+            max(1, r.output_tokens),
+            domains.get(r.domain or "", i % len(domains)),
+            r.session,
+            r.prefix_blocks,
+        )
+        for i, r in enumerate(trace.requests)
+    ]
+
+
+def _check_lengths(
+    requests: Sequence[SimRequest], trace: str, cluster: str, kv_tokens: int
+) -> None:
+    """Raises InputError for a request that no engine could ever hold."""
+    for request in requests:
+        needed = request.prompt_tokens + request.output_tokens
+        if needed > kv_tokens:
+            raise InputError(
+                f"trace {trace}: request {request.index} needs {needed} tokens of KV cache, one "
+                f"engine of {cluster} has {kv_tokens}; cut lengths or raise kv_tokens"
+            )
+
+
+def _engine(index: int, cluster: Cluster, arm: Arm, kv_tokens: int, domains: int) -> Engine:
+    return Engine(
+        index,
+        cluster.max_num_batched_tokens,
+        cluster.max_num_seqs,
+        kv_tokens // cluster.block_size,
+        cluster.block_size,
+        ORDERINGS.build(arm.ordering),
+        cluster.enable_prefix_caching,
+        cluster.long_prefill_token_threshold,
+        domains,
+    )
