@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gimbal.core.cost.profile import Profile, load_profile
 from gimbal.core.errors import InputError, nearest
+from gimbal.core.named_yaml import packaged_names, read_named_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +63,20 @@ class Cluster:
 
 
 _ADAPTER = TypeAdapter(Cluster)
+_PACKAGED = ("gimbal.sim", "clusters")
 
 
 def cluster_names() -> list[str]:
     """Names of the packaged clusters."""
-    folder = resources.files("gimbal.sim").joinpath("clusters")
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[-5:] == ".yaml")
+    return packaged_names(*_PACKAGED)
 
 
 def load_cluster(name_or_path: str | Path) -> tuple[Cluster, Profile]:
     """A packaged cluster by name, or a YAML file, with its profile; raises InputError."""
-    path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"}:
-        if not path.exists():
-            raise InputError(f"cluster {path}: no such file")
-        text = path.read_text(encoding="utf-8")
-    elif str(name_or_path) in cluster_names():
-        packaged = resources.files("gimbal.sim").joinpath("clusters", f"{name_or_path}.yaml")
-        text = packaged.read_text(encoding="utf-8")
-    else:
-        raise InputError(
-            f"unknown cluster {str(name_or_path)!r}{nearest(str(name_or_path), cluster_names())}"
-        )
-    values: Any = yaml.safe_load(text)
+    values: Any = read_named_yaml("cluster", *_PACKAGED, name_or_path)
     if not isinstance(values, dict):
         raise InputError(f"cluster {name_or_path}: expected a mapping")
-    values.setdefault("name", path.stem)
+    values.setdefault("name", Path(name_or_path).stem)
     try:
         cluster = _ADAPTER.validate_python(values)
     except ValidationError as error:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from gimbal.core.errors import InputError, nearest
+from gimbal.core.errors import InputError
+from gimbal.core.named_yaml import packaged_names, read_named_yaml
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -158,29 +158,18 @@ for _type in (Term, AttentionTerm, MoeTerm, ModelShape, Layout, Interconnect, Pr
     setattr(_type, "__pydantic_config__", _STRICT)  # noqa: B010
 
 _ADAPTER = TypeAdapter(Profile)
+_PACKAGED = ("gimbal.core.cost", "profiles")
 
 
 def profile_names() -> list[str]:
     """Names of the packaged profiles."""
-    folder = resources.files("gimbal.core.cost").joinpath("profiles")
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[-5:] == ".yaml")
+    return packaged_names(*_PACKAGED)
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
     """A packaged profile by name, or a YAML file; raises InputError saying which key is wrong."""
-    path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"}:
-        if not path.exists():
-            raise InputError(f"profile {path}: no such file")
-        text = path.read_text(encoding="utf-8")
-    elif str(name_or_path) in profile_names():
-        packaged = resources.files("gimbal.core.cost").joinpath("profiles", f"{name_or_path}.yaml")
-        text = packaged.read_text(encoding="utf-8")
-    else:
-        raise InputError(
-            f"unknown profile {str(name_or_path)!r}{nearest(str(name_or_path), profile_names())}"
-        )
-    return parse_profile(yaml.safe_load(text), str(name_or_path))
+    values = read_named_yaml("profile", *_PACKAGED, name_or_path)
+    return parse_profile(values, str(name_or_path))
 
 
 def parse_profile(values: Any, where: str) -> Profile:
