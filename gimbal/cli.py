@@ -14,7 +14,7 @@ COMMANDS = {
     "serve": "vLLM's OpenAI server with Gimbal on",
     "bench": "replay a trace against live servers and compare arms in turns",
     "simulate": "answer 'what would it do on my cluster and trace?' offline",
-    "reproduce": "repeat the paper's evaluation on the simulator",
+    "reproduce": "repeat the paper's evaluation, simulated or live",
     "place": "plan an expert placement from recorded routing",
     "stats": "show or save a running server's routing statistics",
     "calibrate": "measure this machine and write a cost-model profile",

@@ -83,6 +83,11 @@ class ServerSpec:
     flags: tuple[str, ...]
     config_json: str
 
+    @property
+    def shared(self) -> bool:
+        """Whether arms can be switched on it while it runs."""
+        return bool(json.loads(self.config_json).get("admin", False))
+
 
 BUILTIN_ARMS = {
     "vllm": Arm("vllm"),
@@ -97,6 +102,9 @@ BUILTIN_ARMS = {
     "hrrn": Arm("hrrn", ("queue",), queue_ordering="hrrn"),
     "gimbal-queue": Arm("gimbal-queue", ("queue",)),
     "gimbal-dispatch-queue": Arm("gimbal-dispatch-queue", ("dispatch", "queue")),
+    "gimbal-dp": Arm("gimbal-dp", ("dispatch", "queue")),
+    "gimbal-ep": Arm("gimbal-ep", ("placement",)),
+    "gimbal-no-feedback": Arm("gimbal-no-feedback", ("dispatch", "queue", "placement")),
     "gimbal": Arm("gimbal", LEVELS),
 }
 

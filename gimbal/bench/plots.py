@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gimbal.bench.charts import Bars, Chart, Heat, Lines, colour_of
+from gimbal.bench.svg import heat_colours, standalone
 from gimbal.core.errors import InputError
 
 
@@ -39,3 +43,77 @@ def plot_fit(measured_ms: Sequence[float], predicted_ms: Sequence[float], path: 
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def save_charts(charts: Sequence[Chart], directory: Path) -> list[Path]:
+    """Writes every chart as SVG, and as PNG where matplotlib is installed; returns the paths.
+
+    Files of an earlier report in `directory` are replaced by name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with_png = find_spec("matplotlib") is not None
+    written, taken = [], set()
+    for chart in charts:
+        stem = re.sub(r"[^a-z0-9.]+", "-", chart.title.lower()).strip("-")
+        while stem in taken:
+            stem += "-more"
+        taken.add(stem)
+        path = directory / f"{stem}.svg"
+        path.write_text(standalone(chart), encoding="utf-8")
+        written.append(path)
+        if with_png:
+            written.append(directory / f"{stem}.png")
+            _save_png(chart, written[-1])
+    return written
+
+
+def _save_png(chart: Chart, path: Path) -> None:
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    if isinstance(chart, Heat):
+        _draw_heat(axes, figure, chart)
+    elif isinstance(chart, Bars):
+        _draw_bars(axes, chart)
+    else:
+        _draw_lines(axes, chart)
+    axes.set_title(chart.title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_lines(axes: Any, chart: Lines) -> None:
+    for name, (x, y) in chart.series.items():
+        style = {"linestyle": "none", "marker": "o"} if chart.points else {"linewidth": 1.5}
+        marks = {} if chart.points or len(x) > 12 else {"marker": "o", "markersize": 3}
+        axes.plot(x, y, label=name, color=colour_of(chart.names, name), **style, **marks)
+    if chart.points:
+        axes.axline((0, 0), slope=1, color="0.7", linewidth=0.8)
+    if chart.log_x:
+        axes.set_xscale("log")
+    if chart.log_y:
+        axes.set_yscale("log")
+    axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
+    axes.grid(alpha=0.3)
+    if chart.series:
+        axes.legend(fontsize=8, loc="upper left")
+
+
+def _draw_bars(axes: Any, chart: Bars) -> None:
+    width = 0.8 / len(chart.series)
+    for at, (name, values) in enumerate(chart.series.items()):
+        present = [(i, v) for i, v in enumerate(values) if v is not None]
+        places = [i - 0.4 + (at + 0.5) * width for i, _ in present]
+        colour = colour_of(chart.names, name)
+        axes.bar(places, [v for _, v in present], width, label=name, color=colour)
+    axes.set_xticks(range(len(chart.groups)), chart.groups)
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    axes.set_ylabel(chart.y_label)
+    axes.legend(fontsize=8)
+
+
+def _draw_heat(axes: Any, figure: Any, chart: Heat) -> None:
+    colours, low, high = heat_colours(chart)
+    axes.imshow(colours, aspect="auto", interpolation="nearest")
+    axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
+    note = chart.unit if chart.steps else f"{chart.unit}: {low:.2g} (blue) to {high:.2g} (red)"
+    figure.text(0.99, 0.01, note, ha="right", fontsize=8)

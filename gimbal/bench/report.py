@@ -1,4 +1,4 @@
-"""One self-contained HTML page from a run's records: tables, ratios, distributions, settings."""
+"""One self-contained HTML page from a run's records: tables, ratios, plots, settings."""
 
 from __future__ import annotations
 
@@ -8,63 +8,71 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from gimbal.bench.metrics import pooled_itl_ms, samples
-from gimbal.bench.svg import cdf_chart, colour_of
+from gimbal.bench.charts import Chart
+from gimbal.bench.page import figures, page, table
+from gimbal.bench.plots import save_charts
+from gimbal.bench.run_charts import run_charts
 from gimbal.bench.table import COUNTS, LATENCIES, RATES, STATISTICS
 from gimbal.core.errors import InputError
-from gimbal.records.schema import RequestRecord, RunInfo
+from gimbal.records.schema import RunInfo
 from gimbal.records.store import RunReader
-
-STYLE = """
-:root{color-scheme:light dark;--line:#8884;--soft:#888}
-body{font:15px/1.45 system-ui,sans-serif;max-width:1120px;margin:2em auto;padding:0 1em}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}
-td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-td:first-child,th:first-child{text-align:left}
-.good{color:#2a9d4a}.bad{color:#d64545}.soft{color:var(--soft)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:1em}
-svg{width:100%;font:11px system-ui}svg text{fill:currentColor}.grid{stroke:var(--line)}
-.key span{display:inline-block;width:1em;height:.7em;margin:0 .4em 0 1em;border-radius:2px}
-pre{white-space:pre-wrap;overflow-wrap:anywhere}
-"""
 
 
 def write_report(directory: Path, target: Path | None = None) -> Path:
-    """Writes ``report.html`` for a run directory and returns its path.
+    """Writes ``report.html`` and ``plots/`` for a run directory; returns the page's path.
 
     Raises InputError when the directory is no run, or holds no result yet.
     """
+    info, charts = read_run(directory)
+    path = target or directory / "report.html"
+    path.write_text(render(info, charts), encoding="utf-8")
+    save_charts([c for own in charts.values() for c in own], path.parent / "plots")
+    return path
+
+
+def read_run(directory: Path) -> tuple[RunInfo, dict[str, list[Chart]]]:
+    """A run's information and its charts by section; raises InputError without a result."""
     reader = RunReader(directory)
     info = reader.info()
     if info.result is None:
         raise InputError(f"{directory}: the run has no result: it was stopped before its report")
-    path = target or directory / "report.html"
-    path.write_text(render(info, reader.requests()), encoding="utf-8")
-    return path
+    return info, run_charts(reader, list(info.result["arms"]))
 
 
-def render(info: RunInfo, requests: Sequence[RequestRecord]) -> str:
+def render(info: RunInfo, charts: dict[str, list[Chart]]) -> str:
     """The page's text."""
     result = info.result or {}
+    title = f"Gimbal {info.kind}: {info.trace.get('name', 'trace')}, {', '.join(result['arms'])}"
+    sections = [*run_sections(info, charts), "<h2>Environment and settings</h2>", _settings(info)]
+    return page(title, sections)
+
+
+def run_sections(info: RunInfo, charts: dict[str, list[Chart]]) -> list[str]:
+    """Tables and plots of one run."""
+    result = info.result or {}
     names = list(result["arms"])
-    title = f"Gimbal {info.kind}: {info.trace.get('name', 'trace')}, {', '.join(names)}"
-    sections = [
-        f"<h1>{escape(title)}</h1>",
-        _summary(info, result),
-        "<h2>Arms</h2>",
-        _arms(result["arms"], names),
-    ]
+    sections = [_summary(info, result)]
     if result["ratios"]:
         sections += ["<h2>Ratios with 95 % intervals</h2>", _ratios(result["ratios"])]
-    sections += ["<h2>Distributions</h2>", _charts(requests, names)]
-    settings: dict[str, Any] = {"command": info.command, "trace": info.trace, "arms": info.arms}
-    settings |= {"environment": info.environment, "runs": info.runs}
+    sections += ["<h2>Arms</h2>", _arms(result["arms"], names)]
+    for title, own in charts.items():
+        sections += [f"<h2>{escape(title)}</h2>", figures(own) if own else _missing(title)]
+    return sections
+
+
+def _missing(title: str) -> str:
+    return f'<p class="soft">Not recorded: this run holds no {escape(title.lower())}.</p>'
+
+
+def _settings(info: RunInfo) -> str:
+    rows = [[escape(str(k)), escape(json.dumps(v))] for k, v in info.environment.items()]
+    rows += [["seed", str(info.seed)], ["repeats", str(info.repeats)]]
+    rows += [["command", escape(" ".join(info.command))]]
+    settings: dict[str, Any] = {"trace": info.trace, "arms": info.arms, "runs": info.runs}
     dump = escape(json.dumps(settings, indent=1))
-    sections.append(f"<details><summary>Settings and turns</summary><pre>{dump}</pre></details>")
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style>{''.join(sections)}</html>"
+        f"{table(['', ''], rows)}"
+        f"<details><summary>Settings and turns</summary><pre>{dump}</pre></details>"
     )
 
 
@@ -72,7 +80,7 @@ def _summary(info: RunInfo, result: dict[str, Any]) -> str:
     parts = [f"{info.repeats} repeats", f"seed {info.seed}"]
     if result.get("rate_rps"):
         parts.append(f"{result['rate_rps']:.2f} requests/s")
-    if result.get("load"):
+    if result.get("load") and result.get("capacity_rps"):
         parts.append(f"load {result['load']:g} of {result['capacity_rps']:.2f} requests/s")
     slo = ", ".join(f"{k} ≤ {v:g}" for k, v in info.slo.items())
     parts.append(f"goodput at {slo}" if slo else "no SLO stated")
@@ -85,31 +93,23 @@ def _summary(info: RunInfo, result: dict[str, Any]) -> str:
     return f'<p class="soft">{escape(" · ".join(parts))}</p>'
 
 
-def _row(head: str, cells: Sequence[str]) -> str:
-    return f"<tr><td>{head}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-
-
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _head(names: Sequence[str]) -> str:
-    return f"<tr><th></th>{''.join(f'<th>{escape(n)}</th>' for n in names)}</tr>"
-
-
 def _arms(arms: dict[str, Any], names: Sequence[str]) -> str:
-    rows = [_head(names)]
+    rows = []
     for metric, title in LATENCIES.items():
         for key, statistic in STATISTICS.items():
             cells = [_number(arms[n][metric][key]) for n in names]
-            rows.append(_row(f"{title} {statistic} (ms)", cells))
-    rows += [_row(title, [_number(arms[n][m]) for n in names]) for m, title in RATES.items()]
-    rows += [_row(key, [str(arms[n][key]) for n in names]) for key in COUNTS]
+            rows.append([f"{title} {statistic} (ms)", *cells])
+    rows += [[title, *(_number(arms[n][m]) for n in names)] for m, title in RATES.items()]
+    rows += [[key, *(str(arms[n][key]) for n in names)] for key in COUNTS]
     even = [arms[n]["balance"]["max_over_mean"] for n in names]
-    rows.append(_row("busiest / mean engine, tokens", [_number(v) for v in even]))
-    return f"<table>{''.join(rows)}</table>"
+    rows.append(["busiest / mean engine, tokens", *(_number(v) for v in even)])
+    return table(["", *map(escape, names)], rows)
 
 
 def _ratio(values: dict[str, float | None], lower_is_better: bool) -> str:
@@ -125,26 +125,11 @@ def _ratio(values: dict[str, float | None], lower_is_better: bool) -> str:
 
 
 def _ratios(ratios: dict[str, Any]) -> str:
-    rows = [_head(list(ratios))]
+    rows = []
     for metric, title in LATENCIES.items():
         for key, statistic in STATISTICS.items():
             cells = [_ratio(r[metric][key], True) for r in ratios.values()]
-            rows.append(_row(f"{title} {statistic}", cells))
+            rows.append([f"{title} {statistic}", *cells])
     for metric, title in RATES.items():
-        rows.append(_row(title, [_ratio(r[metric], False) for r in ratios.values()]))
-    return f"<table>{''.join(rows)}</table>"
-
-
-def _charts(requests: Sequence[RequestRecord], names: Sequence[str]) -> str:
-    by_arm = {n: samples([r for r in requests if r.arm == n]) for n in names}
-    charts = []
-    for metric, title in LATENCIES.items():
-        series = {
-            n: pooled_itl_ms(s) if metric == "itl_ms" else getattr(s, metric)
-            for n, s in by_arm.items()
-        }
-        charts.append(f"<div>{cdf_chart(series, f'{title} (ms)', names)}</div>")
-    keys = "".join(
-        f'<span style="background:{colour_of(names, n)}"></span>{escape(n)}' for n in names
-    )
-    return f'<p class="key">{keys}</p><div class="charts">{"".join(charts)}</div>'
+        rows.append([title, *(_ratio(r[metric], False) for r in ratios.values())])
+    return table(["", *map(escape, ratios)], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -91,6 +92,8 @@ class ServerPool:
     resident: int = 1
     say: Callable[[str], None] = lambda _: None
     command: tuple[str, ...] = SERVE
+    records: list[tuple[ServerSpec, Path]] = field(default_factory=list)
+    """Where each server that places experts writes its rearrangements."""
     _servers: list[Server] = field(default_factory=list)
     _count: int = 0
 
@@ -116,8 +119,8 @@ class ServerPool:
         port = free_port()
         command = [*self.command, *self.arguments]
         command += ["--port", str(port), *spec.flags]
-        command += ["--additional-config", f'{{"gimbal": {spec.config_json}}}']
         self._count += 1
+        command += ["--additional-config", f'{{"gimbal": {self._recorded(spec)}}}']
         log = self.directory / f"server-{self._count}.log"
         log_file = log.open("wb")
         # A session of its own: Ctrl-C is for the benchmark, which then stops its servers.
@@ -130,6 +133,17 @@ class ServerPool:
         )
         endpoint = Endpoint(f"http://127.0.0.1:{port}")
         return Server(spec, endpoint, process, log, log_file)
+
+    def _recorded(self, spec: ServerSpec) -> str:
+        """The configuration, with a directory for rearrangements where there will be any."""
+        config = json.loads(spec.config_json)
+        placement = config.setdefault("placement", {})
+        if "placement" not in config["levels"] or placement.get("records"):
+            return spec.config_json
+        path = (self.directory / f"server-{self._count}-records").resolve()
+        placement["records"] = str(path)
+        self.records.append((spec, path))
+        return json.dumps(config, sort_keys=True)
 
     def close(self) -> None:
         """Stops every server."""

@@ -14,8 +14,9 @@ from gimbal.bench.capacity import measure_capacity
 from gimbal.bench.client import Replay
 from gimbal.bench.client_process import ReplayJob, run_replay
 from gimbal.bench.compare import compare, nested, turns
-from gimbal.bench.endpoint import Counters, Endpoint, counter_differences
+from gimbal.bench.endpoint import Endpoint, counter_differences
 from gimbal.bench.metrics import Slo, balance, summarize
+from gimbal.bench.turn_rows import client_cost, hit_rate, run_row, sum_engines
 from gimbal.records.schema import RequestRecord, RunInfo
 from gimbal.records.store import RunWriter
 from gimbal.workloads import Trace, WorkloadOptions, build_workload
@@ -25,6 +26,8 @@ from gimbal.workloads.prompts import Vocabulary
 WARM_UP_RPS = 4.0
 WARM_UP_OUTPUT = 32
 CAPACITY_REQUESTS = 500
+PAPER_BASE = "vllm-legacy"
+"""What the Gimbal paper compares with; ratios to it are shown beside those to today's vLLM."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,24 @@ class BenchSession:
         self.capacity_rps = options.capacity_rps
         self._server_of = server_of
         self._vocabulary_of = vocabulary_of
-        self._writer = writer
-        self._switch = switch
+        self.writer = writer
+        self.switches = switch
         self._on_progress = on_progress
         self._say = say
         self._runs: list[dict[str, Any]] = []
+
+    def restore(self, rows: Sequence[dict[str, Any]], requests: Sequence[RequestRecord]) -> None:
+        """Takes over turns that an earlier, stopped session finished: their rows and records."""
+        for row in rows:
+            own = [r for r in requests if (r.arm, r.repeat) == (row["arm"], row["repeat"])]
+            self.records[row["arm"]].append(own)
+            self.writer.write(own)
+            self._runs.append(dict(row))
+        self._write_info(None)
+
+    def has(self, arm: str, repeat: int) -> bool:
+        """Whether that turn has been run."""
+        return any((row["arm"], row["repeat"]) == (arm, repeat) for row in self._runs)
 
     def settle_rate(self, spec: ServerSpec, arm: Arm) -> None:
         """Turns a load into a rate, measuring the capacity of `arm` if it is not known."""
@@ -178,20 +194,20 @@ class BenchSession:
         except KeyboardInterrupt as interrupt:
             partial = getattr(interrupt, "replay", None)
             if partial is not None:
-                self._writer.write(to_records(turn, workload, partial))
+                self.writer.write(to_records(turn, workload, partial))
             raise
         endpoint.wait_idle()
         counters = counter_differences(before, endpoint.counters())
         records = to_records(turn, workload, replay)
         self.records[turn.arm.name].append(records)
-        self._writer.write(records)
-        self._runs.append(_run_row(turn, began, workload, replay, counters))
+        self.writer.write(records)
+        self._runs.append(run_row(turn, began, workload, replay, counters))
         self._write_info(None)
 
     def _prepare(self, turn: Turn) -> Endpoint:
         """The turn's server, switched to its arm, with empty prefix caches if it can be."""
         endpoint = self._server_of(turn.spec)
-        if self._switch:
+        if self.switches:
             endpoint.switch(turn.arm.switches() | {"reset": True})
         return endpoint
 
@@ -253,9 +269,9 @@ class BenchSession:
             rows = [row for row in self._runs if row["arm"] == name]
             arms[name] = summarize(runs, slo) | {
                 "repeats": len(runs),
-                "balance": balance(_sum_engines(rows, "tokens_by_engine")),
-                "requests_by_engine": balance(_sum_engines(rows, "requests_by_engine")),
-                "prefix_hit_rate": _hit_rate(rows),
+                "balance": balance(sum_engines(rows, "tokens_by_engine")),
+                "requests_by_engine": balance(sum_engines(rows, "requests_by_engine")),
+                "prefix_hit_rate": hit_rate(rows),
                 "client_core_share": float(np.mean([row["client"]["core_share"] for row in rows])),
             }
         result = {
@@ -266,7 +282,7 @@ class BenchSession:
             "capacity_rps": self.capacity_rps,
             "rate_rps": self.rate_rps,
             "slo": slo.limits(),
-            "client": _client_cost(self._runs),
+            "client": client_cost(self._runs),
             "environment": self.info.environment,
         }
         self._write_info(result)
@@ -277,8 +293,13 @@ class BenchSession:
         if base not in done or len(done) < 2:
             return {}
         rng = np.random.default_rng([self.options.seed, 0xB007])
-        intervals = compare(done, base, slo, rng)
-        return {f"{name}/{base}": nested(metrics) for name, metrics in intervals.items()}
+        pair = {name: done[name] for name in (PAPER_BASE, "gimbal") if name in done}
+        ratios: dict[str, Any] = {}
+        for against, runs in ((base, done), (PAPER_BASE, pair)):
+            if against in runs and len(runs) > 1:
+                intervals = compare(runs, against, slo, rng)
+                ratios |= {f"{name}/{against}": nested(own) for name, own in intervals.items()}
+        return ratios
 
     @property
     def base(self) -> str:
@@ -288,7 +309,7 @@ class BenchSession:
 
     def _write_info(self, result: dict[str, Any] | None) -> None:
         self.info = replace(self.info, runs=tuple(self._runs), result=result)
-        self._writer.write_info(self.info)
+        self.writer.write_info(self.info)
 
 
 def to_records(turn: Turn, workload: Trace, replay: Replay) -> list[RequestRecord]:
@@ -319,63 +340,3 @@ def to_records(turn: Turn, workload: Trace, replay: Replay) -> list[RequestRecor
             )
         )
     return records
-
-
-def _run_row(
-    turn: Turn, began: float, workload: Trace, replay: Replay, counters: Counters
-) -> dict[str, Any]:
-    usage = replay.usage
-    prompt = counters.get("vllm:prompt_tokens_total", {})
-    output = counters.get("vllm:generation_tokens_total", {})
-    return {
-        "arm": turn.arm.name,
-        "repeat": turn.repeat,
-        "began_unix_s": round(began, 3),
-        "rate_rps": workload.rate_rps,
-        "requests": len(workload),
-        "client": {
-            "cpu_s": usage.cpu_s,
-            "wall_s": usage.wall_s,
-            "events": usage.events,
-            "core_share": usage.core_share,
-            "cpu_us_per_token": usage.cpu_us_per_token,
-            "peak_streams": usage.peak_streams,
-            "send_lag_p99_ms": usage.send_lag_p99_ms,
-            "cpu_wait_s": usage.cpu_wait_s,
-        },
-        "requests_by_engine": counters.get("vllm:request_success_total", {}),
-        "tokens_by_engine": {e: prompt.get(e, 0.0) + output.get(e, 0.0) for e in prompt},
-        "counters": counters,
-    }
-
-
-def _sum_engines(rows: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
-    total: dict[int, float] = {}
-    for row in rows:
-        for engine, value in row[key].items():
-            total[engine] = total.get(engine, 0.0) + value
-    return total
-
-
-def _hit_rate(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Prompt tokens found in the prefix cache, of those looked up."""
-    hits, queries = (
-        sum(sum(row["counters"].get(f"vllm:prefix_cache_{k}_total", {}).values()) for row in rows)
-        for k in ("hits", "queries")
-    )
-    return hits / queries if queries else None
-
-
-def _client_cost(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The client over all turns: it competes with the engines for cores."""
-    clients = [row["client"] for row in rows]
-    wall = sum(c["wall_s"] for c in clients)
-    cpu = sum(c["cpu_s"] for c in clients)
-    events = sum(c["events"] for c in clients)
-    return {
-        "core_share": cpu / wall if wall else 0.0,
-        "cpu_us_per_token": cpu * 1e6 / events if events else 0.0,
-        "peak_streams": max((c["peak_streams"] for c in clients), default=0),
-        "send_lag_p99_ms": max((c["send_lag_p99_ms"] for c in clients), default=0.0),
-        "cpu_wait_share": sum(c["cpu_wait_s"] for c in clients) / wall if wall else 0.0,
-    }

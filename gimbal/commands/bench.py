@@ -166,6 +166,7 @@ class _Bench:
                 self._say(f"interrupted: what has been measured is in {directory}")
             finally:
                 pool.close()
+                _keep_rearrangements(pool.records, arms, share, writer)
             return session.report(), interrupted
 
     def _check(self) -> tuple[Any, list[Any], bool]:
@@ -288,6 +289,22 @@ class _Bench:
         )
         with progress:
             yield _Bar(progress)
+
+
+def _keep_rearrangements(
+    records: list[tuple[Any, Path]], arms: list[Any], share: bool, writer: Any
+) -> None:
+    """Copies what the servers recorded of their experts into the run, under the arm's name."""
+    from gimbal.records.schema import PlacementRecord, RebalanceRecord
+    from gimbal.records.store import FILES, read_records
+
+    names = {arm.server(share): arm.name for arm in arms if "placement" in arm.levels}
+    for spec, directory in records:
+        for kind in (RebalanceRecord, PlacementRecord):
+            path = directory / FILES[kind]
+            if path.exists():
+                found: Iterator[Any] = read_records(path, kind)
+                writer.write(replace(record, arm=names[spec]) for record in found)
 
 
 class _Bar:

@@ -1,7 +1,8 @@
-"""``gimbal report``: one HTML page from the records of a run."""
+"""``gimbal report``: one HTML page from the records of a run or of a reproduction."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -15,8 +16,14 @@ import click
 def command(directory: Path, out: Path | None) -> None:
     """Write one self-contained HTML page with tables and plots for the run in DIRECTORY.
 
-    DIRECTORY is what `gimbal bench` or `gimbal simulate` wrote with --out.
+    DIRECTORY is what `gimbal bench` or `gimbal simulate` wrote with --out, or the one of
+    `gimbal reproduce`. Plots also go to `plots` beside the page, as SVG and (with matplotlib,
+    `pip install 'gimbal-moe[plot]'`) as PNG.
     """
     from gimbal.bench.report import write_report
+    from gimbal.bench.report_reproduction import RESULT_FILE, write_reproduction
 
-    click.echo(f"wrote {write_report(directory, out)}")
+    reproduction = (directory / RESULT_FILE).exists()
+    path = (write_reproduction if reproduction else write_report)(directory, out)
+    png = "SVG and PNG" if find_spec("matplotlib") else "SVG (PNG needs matplotlib)"
+    click.echo(f"wrote {path} and plots as {png} in {path.parent / 'plots'}")

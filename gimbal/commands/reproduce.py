@@ -1,4 +1,4 @@
-"""``gimbal reproduce``: the paper's evaluation again, on the simulator."""
+"""``gimbal reproduce``: the paper's evaluation again, on the simulator and on live servers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gimbal.commands.reproduce_live import live
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
     """Repeat a published evaluation."""
+
+
+command.add_command(live)
 
 
 @command.command()
@@ -41,6 +46,7 @@ def paper(**values: Any) -> None:
     arms, under named conditions. Every finished cell is a file: interrupted and started again, it
     continues. Writes report.md, result.json and, for `gimbal report`, one run per scenario.
     """
+    from gimbal.records.environment import describe_environment
     from gimbal.sim import paper as tables
     from gimbal.sim import reproduce
     from gimbal.sim.paper_markdown import render
@@ -57,7 +63,7 @@ def paper(**values: Any) -> None:
                 matrix, out, jobs, lambda done, total: bar.update(task, completed=done, total=total)
             )
         )
-    result = tables.report(results, values["quick"])
+    result = tables.report(results, values["quick"], describe_environment())
     text = render(result)
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -120,3 +126,4 @@ def _write_runs(out: Path, results: list[Any]) -> None:
             for run in runs:
                 writer.write(run.records)
                 writer.write(run.rebalances)
+                writer.write(run.placements)

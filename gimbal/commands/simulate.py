@@ -184,3 +184,4 @@ def _write(
         for result in results:
             writer.write(result.records)
             writer.write(result.rebalances)
+            writer.write(result.placements)

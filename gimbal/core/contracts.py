@@ -43,7 +43,7 @@ class Field(IntEnum):
     PREFILL_US_PER_TOKEN = 14  # learned: what one more prefill token adds to a step
     PREFILL_TOKENS_PER_S = 15  # recent throughput, smoothed
     STEP_TOKEN_BUDGET = 16  # max_num_batched_tokens
-    EXPERT_PRESSURE_US = 17  # predicted straggling per step that this engine's EP ranks cause
+    EXPERT_PRESSURE_US = 17  # per step, what this engine's requests cost by where experts lie
     RUNNING_TOKENS = 18  # context tokens held by running requests
     PENDING_PREFIX_HIT_TOKENS = 19  # prompt tokens of waiting requests the prefix cache holds
     MAX_RUNNING_REQUESTS = 20  # max_num_seqs

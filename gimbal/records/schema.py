@@ -95,3 +95,21 @@ class RebalanceRecord:
     balance_after: float
     local_share_before: float | None
     local_share_after: float | None
+    arm: str = ""  # empty in a server's own file: it does not know what a benchmark calls it
+    repeat: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementRecord:
+    """Who asked for which expert, and which rank held it before and after a rearrangement.
+
+    Rows are layers, columns experts; a rank is that of the expert's first replica.
+    """
+
+    time_s: float
+    committed: bool
+    pairs: tuple[tuple[float, ...], ...]  # over the layer's mean
+    ranks_before: tuple[tuple[int, ...], ...]
+    ranks_after: tuple[tuple[int, ...], ...]
+    arm: str = ""
+    repeat: int = 0

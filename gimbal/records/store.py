@@ -15,6 +15,7 @@ from typing import IO, Any, TypeVar
 from gimbal.core.errors import InputError
 from gimbal.records.schema import (
     DecisionRecord,
+    PlacementRecord,
     RebalanceRecord,
     RequestRecord,
     RunInfo,
@@ -27,9 +28,12 @@ FILES: dict[type, str] = {
     StepRecord: "steps.jsonl",
     DecisionRecord: "decisions.jsonl",
     RebalanceRecord: "rebalances.jsonl",
+    PlacementRecord: "placements.jsonl",
 }
 
-Record = TypeVar("Record", RequestRecord, StepRecord, DecisionRecord, RebalanceRecord)
+Record = TypeVar(
+    "Record", RequestRecord, StepRecord, DecisionRecord, RebalanceRecord, PlacementRecord
+)
 
 
 class RunWriter:
@@ -107,6 +111,9 @@ class RunReader:
 
     def rebalances(self) -> list[RebalanceRecord]:
         return list(self._read(RebalanceRecord))
+
+    def placements(self) -> list[PlacementRecord]:
+        return list(self._read(PlacementRecord))
 
     def _read(self, kind: type[Record]) -> Iterator[Record]:
         path = self.directory / FILES[kind]

@@ -6,13 +6,13 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
 from gimbal.core.contracts import FloatArray
-from gimbal.records.schema import RebalanceRecord, RequestRecord
+from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.sim.arms import Arm
 from gimbal.sim.cluster import load_cluster
 from gimbal.sim.routing import make_population
@@ -50,6 +50,7 @@ class CellResult:
     repeat: int
     records: tuple[RequestRecord, ...]
     rebalances: tuple[RebalanceRecord, ...]
+    placements: tuple[PlacementRecord, ...]
     itl_ms: dict[str, float | None]
     requests_by_engine: dict[int, float]
     tokens_by_engine: dict[int, float]
@@ -89,7 +90,8 @@ def cell_result(result: SimResult, arm: str, repeat: int, engines: int) -> CellR
         arm,
         repeat,
         records,
-        tuple(result.rebalances),
+        tuple(replace(r, arm=arm, repeat=repeat) for r in result.rebalances),
+        tuple(replace(p, arm=arm, repeat=repeat) for p in result.placements),
         gaps_ms(result.step_us, result.step_decodes),
         dict(enumerate(requests.tolist())),
         dict(enumerate(tokens.tolist())),

@@ -10,7 +10,8 @@ import numpy as np
 from gimbal.core.contracts import FloatArray, IntArray, Placer, RoutingCounts, Topology
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import migration_us
-from gimbal.records.schema import RebalanceRecord
+from gimbal.records.placements import placement_record
+from gimbal.records.schema import PlacementRecord, RebalanceRecord
 from gimbal.sim import kernels
 from gimbal.sim.arms import Arm
 from gimbal.sim.cluster import Cluster
@@ -51,6 +52,7 @@ class Experts:
         self.topology = Topology(cluster.ranks, slots, cluster.tp, cluster.ranks_per_node)
         self.placement = linear_placement(model.layers, model.experts, self.topology)
         self.rebalances: list[RebalanceRecord] = []
+        self.placements: list[PlacementRecord] = []  # of the first and the last rearrangement
         self._arm, self._changed = arm, 0
         self._rebalances = arm.placer != "static" and not arm.oracle
         self._placer = _placer(arm)
@@ -58,9 +60,15 @@ class Experts:
         if arm.oracle and expected_tokens is not None:
             assert self._placer is not None
             routing = RoutingCounts(np.einsum("sd,dlx->slx", expected_tokens, population.share))
-            self.placement = self._placer.place(routing, self.topology, self.placement)
+            planned = self._placer.place(routing, self.topology, self.placement)
+            pairs = routing.counts.sum(axis=0)
+            self.placements.append(
+                placement_record(0.0, True, pairs, self.placement, planned, slots)
+            )
+            self.placement = planned
         self._window = np.zeros((cluster.dp, len(population.names)))
         self._steps_in_window = 0
+        self._squares = 0.0  # sum over the window's steps of squared tokens
         self._balance_sum = 0.0
         self._balance_steps = 0
         m = profile.moe
@@ -112,6 +120,7 @@ class Experts:
         """
         self._window += tokens
         self._steps_in_window += 1
+        self._squares += float(tokens.sum()) ** 2
         self._turn = (self._turn + 1) % NOISE_POOL
         time, balance = self._price(tokens, self._tables)
         self._balance_sum += balance / self.profile.model.layers
@@ -162,11 +171,11 @@ class Experts:
         if self.loop is not None:
             affinity = self.affinity_us_per_token() if self._arm.affinity == "local" else None
             counts, windows = self.loop.plan_for(counts, self._window, affinity)
-            horizon *= windows
+            horizon = round(interval * windows)
         planned, gate = self._propose(counts, horizon)
         stall = self._record(step, now_us, planned, gate)
         self._window[:] = 0
-        self._steps_in_window = 0
+        self._steps_in_window, self._squares = 0, 0.0
         return 0.0 if self.cluster.eplb_async else stall
 
     def close_comparison(self) -> None:
@@ -181,7 +190,17 @@ class Experts:
     def _recorded_counts(self) -> RoutingCounts:
         expected = np.einsum("sd,dlx->slx", self._window, self.population.share)
         drawn = self._rng.poisson(expected).astype(float)
-        return RoutingCounts(drawn, steps=self._steps_in_window)
+        return RoutingCounts(drawn, steps=max(1, round(self._steps_in_window * self._typical)))
+
+    @property
+    def _typical(self) -> float:
+        """Steps as large as the one the average token is in, over steps of the window.
+
+        Prefill comes in few large steps, bound by pairs, between many small ones that are bound by
+        distinct experts: the mean of both never runs, and what a better balance saves lies in the
+        large ones. A plan is made for the step of the average token, and its gain spread over all.
+        """
+        return float(self._window.sum() ** 2 / self._squares / self._steps_in_window)
 
     def _propose(self, counts: RoutingCounts, horizon: int) -> tuple[IntArray, GateDecision | None]:
         """The next placement, and what the gain gate said (None for placers without one)."""
@@ -193,6 +212,7 @@ class Experts:
 
         if self._planner is None:
             self._planner = GimbalPlacer()
+        typical_steps = max(1, round(horizon * self._typical))
         constants = constants_of(self.profile)
         if self.cluster.eplb_async:  # moved beside the steps: only the bytes cost
             constants = replace(constants, migration_fixed_us=0.0)
@@ -202,11 +222,12 @@ class Experts:
                 self.topology,
                 self.placement,
                 constants,
-                horizon_steps=horizon,
+                horizon_steps=typical_steps,
                 backend=self.profile.backend,
             )
         )
-        gate = decide(proposed, horizon)
+        gate = decide(proposed, typical_steps)
+        gate = replace(gate, gain_us_per_step=gate.gain_us_per_step * self._typical)
         return (proposed.physical_to_logical if gate.commit else self.placement), gate
 
     def _record(
@@ -217,6 +238,12 @@ class Experts:
         received = self._received(planned)
         mix = self._window.sum(axis=0)
         before = self._tables
+        pairs = np.einsum("d,dlx->lx", mix, self.population.share)
+        per_rank = self.topology.slots_per_rank
+        snapshot = placement_record(
+            now_us / 1e6, bool(moved.any()), pairs, self.placement, planned, per_rank
+        )
+        self.placements = [*self.placements[:1], snapshot]
         if moved.any():
             self._tables = RoutingTables(self.population, planned, self.topology, mix)
             self._tables_before, self._changed = before, len(self.rebalances)

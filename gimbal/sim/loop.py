@@ -7,13 +7,12 @@ import numpy as np
 from gimbal.core.contracts import FloatArray, RoutingCounts
 from gimbal.core.cost.profile import Profile
 from gimbal.core.feedback import damping, pressure, sources
+from gimbal.core.feedback.outlook import Outlook
+from gimbal.core.feedback.pressure import PERIOD_STEPS
 from gimbal.core.placement.problem import constants_of
 from gimbal.sim.arms import Arm
 from gimbal.sim.cluster import Cluster
 from gimbal.sim.routing import RoutingTables
-
-PERIOD_STEPS = 32
-"""Steps between updates of the pressure."""
 
 
 class Loop:
@@ -34,7 +33,7 @@ class Loop:
         self._kinds = np.zeros((2, cluster.dp, domains))  # tokens of steps with, without prefill
         self._steps = np.zeros(2)
         self._mixes: list[FloatArray] = []
-        self._rows: FloatArray | None = None
+        self._outlook = Outlook()
         self.pressure_us: FloatArray = np.zeros(cluster.dp)
         self._damped = damping.DampedSignal(cluster.dp, self._gain(profile))
 
@@ -83,7 +82,7 @@ class Loop:
 
     def plan_for(
         self, counts: RoutingCounts, window: FloatArray, affinity_us: FloatArray | None
-    ) -> tuple[RoutingCounts, int]:
+    ) -> tuple[RoutingCounts, float]:
         """(expected counts of the next window, windows for which the mix should hold).
 
         Args:
@@ -91,11 +90,10 @@ class Loop:
             affinity_us: [domains, dp] dispatch's affinity costs, None without affinity.
         """
         self._mixes.append(window.copy())
-        held = sources.stable_windows(self._mixes[-9:])
         if affinity_us is None:
-            before, self._rows = self._rows, counts.counts
-            kept = 0.0 if before is None else sources.persistence(before, counts.counts)
-            return sources.shrunk(counts, kept), held
+            expected = self._outlook.observe(counts)
+            return expected, self._outlook.windows
         preferred = sources.preferred_shares(affinity_us, np.ones(len(window)), window.sum(axis=0))
-        expected = sources.expected_tokens(window, preferred, movable=0.5)
-        return sources.rescaled(counts, window, expected), held
+        likely = sources.expected_tokens(window, preferred, movable=0.5)
+        held = sources.stable_windows(self._mixes[-9:])
+        return sources.rescaled(counts, window, likely), held

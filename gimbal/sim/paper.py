@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gimbal.core.contracts import FloatArray
 from gimbal.sim.reproduce import FIRST_SEED, Task
 
 METRICS = {
@@ -47,6 +48,8 @@ KNEE = 1.5
 LOSS = 1e-3
 """Smaller differences are called even."""
 DRAWS = 1000
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""0.975 quantiles of Student's t for 1, 2, ... degrees of freedom; the last one is used beyond."""
 
 Key = tuple[str, str, float, int]
 """Scenario, distribution, load, seed."""
@@ -69,14 +72,9 @@ def change(cells: Cells, arm: str, base: str, metric: str, keys: Iterable[Key]) 
 
     The interval is over distributions and seeds as drawn (bootstrap, fixed seed); None for one.
     """
-    logs = []
-    for key in keys:
-        ours, theirs = cells[arm][key].get(metric), cells[base][key].get(metric)
-        if ours and theirs:
-            logs.append(np.log(ours / theirs))
-    if not logs:
+    values = _logs(cells, arm, base, metric, keys)
+    if not len(values):
         return {"change": None, "low": None, "high": None, "cells": 0}
-    values = np.array(logs)
     interval: list[float | None] = [None, None]
     if len(values) > 1:
         rng = np.random.default_rng(len(values))
@@ -90,6 +88,16 @@ def change(cells: Cells, arm: str, base: str, metric: str, keys: Iterable[Key]) 
     }
 
 
+def _logs(cells: Cells, arm: str, base: str, metric: str, keys: Iterable[Key]) -> FloatArray:
+    """Logarithms of ours over theirs, of the cells that both have."""
+    pairs = [
+        (cells[arm][key].get(metric), cells[base][key].get(metric))
+        for key in keys
+        if key in cells[base]
+    ]
+    return np.array([np.log(ours / theirs) for ours, theirs in pairs if ours and theirs])
+
+
 def knee_load(cells: Cells, scenario: str, base: str) -> float:
     """The lowest load at which `base`'s P99 TTFT, median over cells, has begun to climb."""
     own = {key: value for key, value in cells[base].items() if key[0] == scenario}
@@ -99,37 +107,51 @@ def knee_load(cells: Cells, scenario: str, base: str) -> float:
     return climbed[0] if climbed else loads[-1]
 
 
-def losses(cells: Cells, arm: str = "gimbal") -> list[dict[str, Any]]:
-    """Every (scenario, distribution, load, baseline, metric) where `arm` is worse, worst first.
+def paired_interval(logs: FloatArray) -> tuple[float, float] | None:
+    """95 % interval of the mean of `logs` (Student's t), None for fewer than two."""
+    count = len(logs)
+    if count < 2:
+        return None
+    reach = STUDENT[min(count - 2, len(STUDENT) - 1)] * logs.std(ddof=1) / np.sqrt(count)
+    return float(logs.mean() - reach), float(logs.mean() + reach)
 
-    Attributes of a row: ``change`` over its seeds, ``seeds``, and ``every_seed``: whether `arm`
-    loses on each of them, which chance alone does with probability 2^-seeds.
+
+def comparisons(cells: Cells, arm: str = "gimbal") -> list[dict[str, Any]]:
+    """`arm` against each baseline in every (scenario, distribution, load) and metric.
+
+    Attributes of a row: ``change`` over its seeds with its paired interval ``low`` to ``high``
+    (None for one seed), ``verdict``: ``lost`` or ``won`` when the interval leaves zero out and
+    the change exceeds `LOSS`, else ``even``; and ``behind``: whether the mean is worse by more
+    than `LOSS` whatever the interval says.
     """
-    found = []
-    groups = sorted({key[:3] for key in cells[arm]})
-    for group in groups:
+    rows = []
+    for group in sorted({key[:3] for key in cells[arm]}):
         keys = [key for key in cells[arm] if key[:3] == group]
         for base in BASELINES:
             for metric in METRICS:
-                whole = change(cells, arm, base, metric, keys)
-                each = [change(cells, arm, base, metric, [key])["change"] for key in keys]
-                sign = 1.0 if metric in LOWER_IS_BETTER else -1.0
-                if whole["change"] is None or sign * whole["change"] <= LOSS:
-                    continue
-                scenario, distribution, load = group
-                found.append(
-                    {
-                        "scenario": scenario,
-                        "distribution": distribution,
-                        "load": load,
-                        "baseline": base,
-                        "metric": metric,
-                        "change": whole["change"],
-                        "seeds": len(keys),
-                        "every_seed": all(c is not None and sign * c > 0 for c in each),
-                    }
-                )
-    return sorted(found, key=lambda row: -abs(row["change"]))
+                logs = _logs(cells, arm, base, metric, keys)
+                if len(logs):
+                    names = ("scenario", "distribution", "load")
+                    row = dict(zip(names, group, strict=True)) | {"baseline": base}
+                    rows.append(row | {"metric": metric, "seeds": len(logs)} | _judge(logs, metric))
+    return rows
+
+
+def _judge(logs: FloatArray, metric: str) -> dict[str, Any]:
+    sign = 1.0 if metric in LOWER_IS_BETTER else -1.0
+    change, interval = float(np.expm1(logs.mean())), paired_interval(logs)
+    low, high = (None, None) if interval is None else map(float, np.expm1(interval))
+    verdict = "even"
+    if low is not None and high is not None and abs(change) > LOSS and low * high > 0:
+        verdict = "lost" if sign * change > 0 else "won"
+    behind = sign * change > LOSS
+    return {"change": change, "low": low, "high": high, "verdict": verdict, "behind": behind}
+
+
+def losses(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Comparisons in which the arm is behind: those beyond their interval first, worst first."""
+    behind = [dict(row) for row in rows if row["behind"]]
+    return sorted(behind, key=lambda row: (row["verdict"] != "lost", -abs(row["change"])))
 
 
 def scenario_tables(cells: Cells, scenario: str) -> dict[str, Any]:
@@ -204,16 +226,23 @@ def _experts(own: Mapping[Key, Mapping[str, Any]], scenario: str) -> dict[str, f
     }
 
 
-def report(results: Iterable[tuple[Task, dict[str, Any]]], quick: bool) -> dict[str, Any]:
+def report(
+    results: Iterable[tuple[Task, dict[str, Any]]],
+    quick: bool,
+    environment: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The whole result as one JSON object; losses come first."""
     kept = list(results)
     cells = by_arm(kept)
     scenarios = list(dict.fromkeys(task.scenario for task, _ in kept))
     seeds = sorted({task.seed for task, _ in kept if task.arm})
-    checked = len({key[:3] for key in cells["gimbal"]}) * len(BASELINES) * len(METRICS)
+    checked = comparisons(cells)
+    verdicts = [row["verdict"] for row in checked]
     return {
-        "losses": losses(cells),
-        "comparisons": checked,
+        "losses": losses(checked),
+        "comparisons": len(checked),
+        "lost": verdicts.count("lost"),
+        "won": verdicts.count("won"),
         "scenarios": {name: scenario_tables(cells, name) for name in scenarios},
         "capacity_rps": {
             f"{task.scenario}/{task.distribution}": result["capacity_rps"]
@@ -226,5 +255,6 @@ def report(results: Iterable[tuple[Task, dict[str, Any]]], quick: bool) -> dict[
         "seeds": seeds,
         "first_seed": FIRST_SEED,
         "quick": quick,
+        "environment": dict(environment or {}),
         "code": sorted({result["code"] for _, result in kept}),
     }

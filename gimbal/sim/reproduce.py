@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import gimbal
-from gimbal.records.schema import RebalanceRecord, RequestRecord
+from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.sim.arms import get_arm
 from gimbal.sim.capacity import capacity_rps
 from gimbal.sim.cells import POPULATION_SEED, CellResult, cell_result, completed
@@ -30,7 +30,7 @@ from gimbal.sim.scenarios import SCENARIOS, built
 from gimbal.workloads import Trace, build_workload, load_trace
 from gimbal.workloads.distributions import DISTRIBUTIONS
 
-FORMAT = 1
+FORMAT = 2
 """Of a cell's file; raise it when what is measured changes."""
 ARMS = (
     "vllm-legacy",
@@ -188,6 +188,7 @@ def kept_run(result: dict[str, Any]) -> CellResult:
     values = dict(result["run"])
     values["records"] = tuple(RequestRecord(**row) for row in values["records"])
     values["rebalances"] = tuple(RebalanceRecord(**row) for row in values["rebalances"])
+    values["placements"] = tuple(PlacementRecord(**row) for row in values["placements"])
     for name in ("requests_by_engine", "tokens_by_engine"):
         values[name] = {int(engine): count for engine, count in values[name].items()}
     return CellResult(**values)

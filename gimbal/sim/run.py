@@ -16,7 +16,7 @@ from gimbal.core.dispatch.dispatcher import Dispatcher, TimedPolicy
 from gimbal.core.errors import InputError
 from gimbal.core.feedback.affinity import AffinityPolicy, HomePolicy, home_engines
 from gimbal.core.queue import ORDERINGS
-from gimbal.records.schema import RebalanceRecord, RequestRecord
+from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.sim import kernels
 from gimbal.sim.arms import Arm
 from gimbal.sim.cluster import Cluster
@@ -39,6 +39,7 @@ class SimResult:
         step_decodes: [steps] decoding requests over all engines: each got one token per step.
         queued_s: [requests] when the engine took each into its waiting queue, as `records`.
         rebalances: expert rearrangements, proposed and committed.
+        placements: what the first and the last of them moved.
         preemptions: over all engines.
         balance: mean over steps of mean/max rank pairs (1 is even).
     """
@@ -50,6 +51,7 @@ class SimResult:
     step_decodes: FloatArray
     queued_s: FloatArray
     rebalances: list[RebalanceRecord] = field(default_factory=list)
+    placements: list[PlacementRecord] = field(default_factory=list)
     preemptions: int = 0
     balance: float = 1.0
 
@@ -269,6 +271,7 @@ class Simulation:
             np.array(self._step_decodes, dtype=float),
             queued_s,
             self.experts.rebalances,
+            self.experts.placements,
             sum(engine.preemptions for engine in self.engines),
             self.experts.mean_balance,
         )

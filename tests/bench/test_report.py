@@ -1,5 +1,6 @@
 """The HTML page holds the run's figures, stands alone, and is well formed."""
 
+import dataclasses
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,10 +14,11 @@ from gimbal.bench.metrics import Slo, balance, summarize
 from gimbal.bench.report import write_report
 from gimbal.commands.report import command
 from gimbal.core.errors import InputError
-from gimbal.records.schema import RequestRecord, RunInfo
-from gimbal.records.store import RunWriter
+from gimbal.records.placements import placement_record
+from gimbal.records.schema import RebalanceRecord, RequestRecord, RunInfo
+from gimbal.records.store import RunReader, RunWriter
 
-VOID = {"meta", "line"}
+VOID = {"meta", "line", "circle", "image"}
 
 
 class Balanced(HTMLParser):
@@ -27,7 +29,8 @@ class Balanced(HTMLParser):
         self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        assert not any(key in ("src", "href") for key, _ in attrs), "the page must stand alone"
+        links = [value for key, value in attrs if key in ("src", "href")]
+        assert all(value.startswith("data:") for value in links), "the page must stand alone"
         if tag not in VOID:
             self.open.append(tag)
 
@@ -76,6 +79,9 @@ def test_page(tmp_path: Path) -> None:
     assert "<b/vllm" not in text
     assert f"{result['arms']['vllm']['ttft_ms']['mean']:,.0f}" in text
     assert text.count("<polyline") == 2 * 4
+    assert text.index("Ratios with 95 % intervals") < text.index("<h2>Arms")
+    assert "Not recorded: this run holds no balance of the engines over time" in text
+    assert (tmp_path / "run" / "plots" / "ttft.svg").exists()
     ratio = result["ratios"]["a<b/vllm"]["ttft_ms"]["mean"]
     assert f'<span class="good">{ratio["ratio"]:.2f}</span>' in text
 
@@ -86,3 +92,20 @@ def test_a_run_without_result_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no result"):
         write_report(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["result"] is None
+
+
+def test_rearrangements_and_placements_are_drawn(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    placed = placement_record(
+        3.0, True, np.ones((2, 4)), np.array([[0, 1, 2, 3]] * 2), np.array([[3, 2, 1, 0]] * 2), 2
+    )
+    gain = RebalanceRecord(3.0, True, "", 5.0, 1.0, 4.0, 1.0, 4, 4, 0.5, 0.9, None, None, "a<b")
+    info = RunReader(tmp_path / "run").info()
+    with RunWriter(tmp_path / "more", info) as writer:
+        writer.write([gain])
+        writer.write([dataclasses.replace(placed, arm="a<b")])
+    text = write_report(tmp_path / "more").read_text()
+    Balanced().feed(text)
+    assert text.count("data:image/png;base64") == 5
+    assert "a&lt;b: rank of each expert before" in text
+    assert "<circle" in text

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gimbal.core.contracts import RoutingCounts
+from gimbal.core.feedback.outlook import MOST_WINDOWS
 from gimbal.sim.arms import get_arm
 from gimbal.sim.experts import Experts
 from gimbal.sim.loop import PERIOD_STEPS, Loop
@@ -105,12 +106,22 @@ def test_decode_steps_press_by_distinct_experts_not_by_pairs():
     assert prefill[0] > 5 * decode[0]
 
 
-def test_placement_hears_for_how_long_the_mix_has_held():
+def test_placement_hears_for_how_long_the_routing_has_held():
     loop = Loop(CLUSTER, PROFILE, get_arm("gimbal"), 2, 0.0)
+    hot = np.arange(1.0, EXPERTS + 1) * np.ones((2, LAYERS, 1))
+    mix = np.array([[500.0, 500.0], [500.0, 500.0]])
+    seen = [hot, hot, hot[:, :, ::-1].copy()]
+    windows = [loop.plan_for(RoutingCounts(rows), mix, None)[1] for rows in seen]
+    assert windows == pytest.approx([1, MOST_WINDOWS, 1])
+
+
+def test_with_affinity_the_mix_of_domains_says_how_long():
+    loop = Loop(CLUSTER, PROFILE, get_arm("gimbal-affinity"), 2, 0.0)
     counts = RoutingCounts(np.ones((2, LAYERS, EXPERTS)))
     mix = np.array([[500.0, 500.0], [500.0, 500.0]])
-    windows = [loop.plan_for(counts, mix, None)[1] for _ in range(4)]
-    windows.append(loop.plan_for(counts, mix * [[3.0, 0.1], [0.1, 3.0]], None)[1])
+    cost = np.array([[0.0, 1.0], [1.0, 0.0]])
+    windows = [loop.plan_for(counts, mix, cost)[1] for _ in range(4)]
+    windows.append(loop.plan_for(counts, mix * [[3.0, 0.1], [0.1, 3.0]], cost)[1])
     assert windows == [1, 2, 3, 4, 1]
 
 
@@ -143,3 +154,15 @@ def test_scenarios_build(name):
     cluster, profile = built(name)
     assert (cluster.dp, cluster.tp, cluster.ranks) == (2, 2, 4)
     assert (profile.backend != "allgather_reducescatter") == (name == "routed")
+
+
+def test_placement_plans_for_the_step_of_the_average_token():
+    """Few large steps among many small ones hold the tokens, and what balance can save."""
+    experts = Simulation(workload(), CLUSTER, PROFILE, opposed(), get_arm("gimbal-ep")).experts
+    even = experts.cluster.eplb_step_interval
+    for step in range(100):
+        tokens = np.full((2, 2), 2000.0 if step % 10 == 0 else 20.0)
+        experts.step_us(tokens, np.zeros((2, 2)))
+    assert experts._typical == pytest.approx(0.1 * (1 + 9 * 0.01) ** 2, rel=1e-2)
+    assert experts._recorded_counts().steps == round(100 * experts._typical) < even
+    assert experts._recorded_counts().counts.sum() > 0

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -98,18 +99,45 @@ def cells(**arms):
     }
 
 
+def judged(**arms):
+    rows = paper.comparisons(cells(**arms))
+    return {(row["baseline"], row["metric"]): row for row in rows}
+
+
 def test_losses_are_found_in_the_right_direction_worst_first():
-    table = cells(
-        gimbal=[cell(90, tpot=11, rate=4.0), cell(80, tpot=10.5, rate=4.9)],
+    rows = judged(
+        gimbal=[cell(90, tpot=11, rate=4.5), cell(80, tpot=10.9, rate=4.51)],
         vllm=[cell(100), cell(100)],
         vllm_legacy=[cell(85), cell(85)],
     )
-    found = [(row["baseline"], row["metric"], row["every_seed"]) for row in paper.losses(table)]
-    assert ("vllm", "ttft_mean_ms", True) not in found
-    assert {f[1] for f in found} == {"tpot_mean_ms", "throughput_rps"}
-    assert found[0][1] == "throughput_rps"
-    even = cells(gimbal=[cell(85.01)], vllm=[cell(100)], vllm_legacy=[cell(85)])
-    assert paper.losses(even) == []
+    assert rows["vllm", "ttft_mean_ms"]["verdict"] == "even", "two seeds that far apart"
+    assert rows["vllm", "tpot_mean_ms"]["verdict"] == "lost"
+    assert rows["vllm", "throughput_rps"]["verdict"] == "lost"
+    found = [(row["metric"], row["verdict"]) for row in paper.losses(rows.values())]
+    assert found[:4] == [("throughput_rps", "lost")] * 2 + [("tpot_mean_ms", "lost")] * 2
+    assert ("ttft_mean_ms", "even") not in found, "the mean of 90 and 80 is just below 85"
+
+
+def test_a_win_and_an_even_comparison_are_no_losses():
+    rows = judged(
+        gimbal=[cell(50), cell(51), cell(49)],
+        vllm=[cell(100)] * 3,
+        vllm_legacy=[cell(50.01), cell(51.01), cell(49.01)],
+    )
+    assert rows["vllm", "ttft_mean_ms"]["verdict"] == "won"
+    assert rows["vllm-legacy", "ttft_mean_ms"]["verdict"] == "even", "under a thousandth"
+    assert paper.losses(rows.values()) == []
+
+
+def test_one_seed_gives_no_verdict():
+    rows = judged(gimbal=[cell(200)], vllm=[cell(100)], vllm_legacy=[cell(100)])
+    row = rows["vllm", "ttft_mean_ms"]
+    assert (row["verdict"], row["behind"], row["low"]) == ("even", True, None)
+
+
+def test_the_interval_is_students():
+    low, high = paper.paired_interval(np.array([1.0, 2.0, 3.0]))
+    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
 
 
 def test_change_is_the_geometric_mean_over_pairs():
@@ -135,6 +163,7 @@ def invoke(*arguments):
 )
 def test_the_command_writes_table_json_and_runs_for_the_report(tmp_path):
     from gimbal.bench.report import write_report
+    from gimbal.bench.report_reproduction import write_reproduction
 
     arguments = ("--quick", "--requests", "20", "--seeds", "1", "--jobs", "1")
     result = invoke(*arguments, "--scenarios", "today", "--out", str(tmp_path))
@@ -145,6 +174,10 @@ def test_the_command_writes_table_json_and_runs_for_the_report(tmp_path):
     report = json.loads((tmp_path / "result.json").read_text())
     assert report["cells"] == 5 * 3 * 8
     assert write_report(tmp_path / "today").exists()
+    page = write_reproduction(tmp_path).read_text()
+    assert page.index("Where Gimbal loses") < page.index("today: TTFT mean")
+    assert "Ablation at that load" in page
+    assert list((tmp_path / "plots").glob("today-ttft-mean*.svg"))
 
 
 def test_bad_input(tmp_path):

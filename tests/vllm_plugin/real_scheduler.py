@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,13 @@ def request(name: str, tokens: int, output: int = 8, priority: int = 0, arrival:
     )
 
 
-def finish_step(scheduler: Any, output: Any) -> None:
-    """Plays the model: every request whose prompt is done gets a token."""
+def finish_step(
+    scheduler: Any, output: Any, attach: Callable[[Any], None] = lambda _result: None
+) -> None:
+    """Plays the model: every request whose prompt is done gets a token.
+
+    `attach` puts on the model's result what workers send along.
+    """
     from vllm.v1.outputs import ModelRunnerOutput
 
     ids = list(output.num_scheduled_tokens)
@@ -121,14 +127,13 @@ def finish_step(scheduler: Any, output: Any) -> None:
     for request_id in ids:
         done = scheduler.requests[request_id]
         tokens.append([] if done.is_prefill_chunk else [7])
-    scheduler.update_from_output(
-        output,
-        ModelRunnerOutput(
-            req_ids=ids,
-            req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
-            sampled_token_ids=tokens,
-            logprobs=None,
-            prompt_logprobs_dict={},
-            pooler_output=[],
-        ),
+    result = ModelRunnerOutput(
+        req_ids=ids,
+        req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
+        sampled_token_ids=tokens,
+        logprobs=None,
+        prompt_logprobs_dict={},
+        pooler_output=[],
     )
+    attach(result)
+    scheduler.update_from_output(output, result)

@@ -15,6 +15,9 @@ from gimbal.core.contracts import FloatArray
 from gimbal.core.placement import objective
 from gimbal.core.placement.problem import CostConstants, PlacementProblem
 
+PERIOD_STEPS = 32
+"""Steps between updates of the pressure that dispatch reads."""
+
 
 def expert_pressure_us(problem: PlacementProblem) -> FloatArray:
     """[sources] microseconds per step under the placement in force (`problem.current`).
@@ -100,24 +103,10 @@ def sending_pressure_us(leaving_pairs: FloatArray, us_per_pair: float) -> FloatA
     return np.asarray(np.maximum(sends - sends.mean(axis=0), 0.0).sum(axis=1))
 
 
-def dispatch_pressure_us(problem: PlacementProblem) -> FloatArray:
-    """[sources] what dispatch can relieve under `problem.current`, microseconds per step.
+def wire_us_per_pair(constants: CostConstants, nodes: int) -> float:
+    """Time of one pair that leaves its engine over one rank's bandwidth, microseconds.
 
-    `sending_pressure_us` of the recorded rows, replicas sharing their expert's pairs evenly (with
-    nearest replicas first less leaves: this is an upper estimate). Zeros where bytes do not depend
-    on placement, or rows are not known by source.
+    Between nodes the slower tier is taken for all pairs: it is what an exchange waits for.
     """
-    topology = problem.topology
-    if not problem.communicates:
-        return np.zeros(topology.sources)
-    layers, experts = problem.layers, problem.experts
-    owner = np.arange(topology.slots) // (topology.slots_per_rank * topology.ranks_per_source)
-    held = np.zeros((topology.sources, layers, experts))  # share of the expert's replicas
-    slots = problem.current.astype(np.intp)
-    np.add.at(held, (owner[None, :], np.arange(layers)[:, None], slots), 1.0)
-    held /= held.sum(axis=0)
-    leaving = (problem.routing.counts * (1.0 - held)).sum(axis=2) / problem.routing.steps
-    constants = problem.constants
-    tier = constants.same_node_gbps if problem.nodes == 1 else constants.other_node_gbps
-    us_per_pair = constants.bytes_per_pair / tier / 1e3 / topology.ranks_per_source
-    return sending_pressure_us(leaving, us_per_pair)
+    tier = constants.same_node_gbps if nodes == 1 else constants.other_node_gbps
+    return constants.bytes_per_pair / tier / 1e3

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from gimbal.core.config import PlacementConfig
-from gimbal.core.contracts import IntArray, Topology
+from gimbal.core.contracts import IntArray, RoutingCounts, Topology
+from gimbal.core.feedback.outlook import Outlook, window_overlap
 from gimbal.core.feedback.pressure import expert_pressure_us
 from gimbal.core.placement import verify
 from gimbal.core.placement.replica_split import near_split
@@ -35,6 +36,7 @@ from gimbal.vllm_plugin.placement.rows import (
     row_length,
     split_rows,
 )
+from gimbal.vllm_plugin.placement.sending import SendMeter, measure
 from gimbal.vllm_plugin.placement.watch import WorkerWatch
 from gimbal.vllm_plugin.placement.window import WindowNotes, carry_over, reduce_window
 
@@ -64,12 +66,21 @@ class ModelView:
 
     state: Any  # vLLM's EplbModelState
     planner: Planner
+    meter: SendMeter | None = None  # None without feedback
+    outlook: Outlook = field(default_factory=Outlook)
+    planned_step: int = 0  # engine step of the last window that was planned on
     counts: SourceCounts | None = None
     shares: np.ndarray | None = None  # [sources, layers, slots] of `near_split`, for `shares_of`
     shares_of: IntArray | None = None
     before: IntArray | None = None  # the map that the last committed one replaced
     committed: bool = False
     ready: bool = True  # False while the planner is compiled in another thread
+
+    def forget(self) -> None:
+        """Starts anew, as every rank does at the same time: what was learned from past windows
+        must be the same everywhere."""
+        self.planner.forget()
+        self.outlook = Outlook()
 
 
 @dataclass(slots=True)
@@ -93,13 +104,15 @@ class Controller:
     fallback: Any
     window_size: int
     clock_s: Callable[[], float] = time.monotonic
+    feedback: bool = False  # measures pressure, and plans for the rows that will last
     naive: bool = False  # every rank routes all tokens, known from the layers
     models: list[ModelView] = field(default_factory=list)
     step: int = 0
     batch: tuple[int, int] = (0, 0)  # (prefill, decode) tokens of the step being run
     mode: str = "idle"  # "gather" while vLLM sums loads for a rearrangement of ours
     stall_us: float = 0.0
-    pressure_us: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    pressure_us: float = 0.0  # of this engine, for dispatch
+    straggling_us: np.ndarray = field(default_factory=lambda: np.zeros(1))  # of every engine
     changed_step: int = -1  # engine step of the last commit that moved an expert
     pressure_news: bool = False  # not yet sent to the scheduler
     notes: WindowNotes = field(init=False)
@@ -125,6 +138,12 @@ class Controller:
     def recorded(self, slot: int) -> None:
         """vLLM has written this step's counts to window slot `slot`."""
         self.notes.written(slot, self.step, *self.batch)
+
+    def measure(self, slot: int | None) -> None:
+        """A step has run, recorded in window slot `slot` or not at all."""
+        measured_us = measure(self.models, slot, self.guard)
+        if measured_us is not None:
+            self.pressure_us, self.pressure_news = measured_us, True
 
     def watch(self, state: Any) -> None:
         """Looks after the asynchronous worker, and closes its rearrangement's account."""
@@ -211,9 +230,9 @@ class Controller:
         if verdict in (Verdict.REFUSE, Verdict.DISAGREE):
             self.guard.fell_back(f"map not committed: {verdict.name.lower()}")
             # Ranks that planned differently may have learned differently; all see this outcome.
-            self.models[index].planner.forget()
+            self.models[index].forget()
         elif verdict is Verdict.NOT_READY:
-            self.models[index].planner.forget()  # some rank has not seen this window
+            self.models[index].forget()  # some rank has not seen this window
         self.models[index].committed = verdict is Verdict.COMMIT
         if verdict is Verdict.VLLM:
             return self.fallback.rebalance_experts(*arguments)
@@ -235,17 +254,17 @@ class Controller:
             self._realized(view, counts, current)
             topology = self.place.topology(current.shape[1])
             self._note_sources(counts.sources)
-            self.pressure_us = expert_pressure_us(
+            self.straggling_us = expert_pressure_us(
                 view.planner.problem(counts.routing, topology, current)
             )
-            self.pressure_news = True
             view.counts = counts
             if not view.ready:
                 return (Verdict.NOT_READY, 0), None
             if not counts.routing.counts.any():
                 return (Verdict.KEEP, 0), None
             scale = stall_us / self._modelled_us if stall_us and self._modelled_us else 1.0
-            decision = view.planner.decide(counts.routing, topology, current, scale)
+            routing, windows = self._expected(view, counts)
+            decision = view.planner.decide(routing, topology, current, scale, windows)
             wrong = verify.problems(decision.placement, topology, *shape)
             if decision.commit and wrong is not None:
                 logger.error("Gimbal: refusing a placement: %s", wrong)
@@ -273,6 +292,14 @@ class Controller:
         part = gathered[:, offset : offset + row_length(*shape)]
         rows = split_rows(part, *shape)
         return per_source(rows, self.place.ranks_per_source), float(rows.stall_us.max())
+
+    def _expected(self, view: ModelView, counts: SourceCounts) -> tuple[RoutingCounts, float]:
+        """The rows to plan for, and for how many intervals; as measured and 1 without feedback."""
+        if not self.feedback:
+            return counts.routing, 1.0
+        since, view.planned_step = self.step - view.planned_step, self.step
+        overlap = window_overlap(since, self.window_size, self.notes.half_life_steps)
+        return view.outlook.observe(counts.routing, overlap), view.outlook.windows
 
     def _note_sources(self, sources: Sources) -> None:
         if sources is Sources.UNKNOWN and sources.value not in self._said:
@@ -321,6 +348,10 @@ class Controller:
                 local_share_after=decision.local_share_after,
             )
         )
+        counts = self.models[index].counts
+        if counts is not None:
+            pairs, planned = counts.routing.counts.sum(axis=0), decision.placement
+            self.ledger.snapshot(pairs, current, planned, self.place.ranks)
         if self.place.rank == 0:
             logger.info(
                 "Gimbal placement: %s, %s; balance %.3f -> %.3f, local share %.3f -> %.3f, "
@@ -353,6 +384,8 @@ class Controller:
         new_map = model_state.physical_to_logical_map[part]
         if old_map.shape == new_map.shape and not bool((old_map == new_map).all()):
             self.changed_step = self.step
+            for meter in (view.meter for view in self.models if view.meter is not None):
+                meter.moved()
             experts = model_state.logical_replica_count.shape[1]
             carry_over(model_state.expert_load_window[:, part], old_map, new_map, experts)
         view = next((v for v in self.models if v.state is model_state), None)

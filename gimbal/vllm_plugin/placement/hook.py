@@ -17,6 +17,7 @@ from gimbal.vllm_plugin.guard import LevelGuard
 from gimbal.vllm_plugin.placement.agreement import gather_over
 from gimbal.vllm_plugin.placement.controller import Controller, ModelView, Place
 from gimbal.vllm_plugin.placement.planner import ModelFacts, Planner, check_config
+from gimbal.vllm_plugin.placement.sending import SendMeter
 
 logger = logging.getLogger("vllm.gimbal")
 
@@ -73,17 +74,28 @@ def attach(state: Any, model_config: Any) -> None:
     controller = controller_of(state)
     if controller is None:
         controller = _new_controller(state, config.placement)
+        controller.feedback = "feedback" in config.levels
         state._gimbal_controller = controller
         patch_model_runner()
     model_state = state.model_states[model_config.compute_hash()]
     model_state._gimbal_controller = controller
-    controller.models.append(
-        ModelView(model_state, Planner(config.placement, _facts(state, model_state, model_config)))
-    )
+    planner = Planner(config.placement, _facts(state, model_state, model_config))
+    meter = _meter(planner, controller.place) if controller.feedback else None
+    controller.models.append(ModelView(model_state, planner, meter))
     controller.naive |= any(map(routes_all_tokens, model_state.model.moe_layers))
     controller.models[-1].ready = False
     threading.Thread(target=_warm_up, args=(controller.models[-1],), daemon=True).start()
     state.policy = controller
+
+
+def _meter(planner: Planner, place: Place) -> SendMeter | None:
+    """None where placement decides no byte, or there is nobody to send to."""
+    nodes = place.ranks // place.ranks_per_node
+    sources = place.ranks // place.ranks_per_source
+    wire_us = planner.wire_us_per_pair(nodes)
+    if not wire_us or sources < 2:
+        return None
+    return SendMeter(wire_us, place.source, sources, place.ranks_per_source)
 
 
 def _warm_up(view: ModelView) -> None:
@@ -150,11 +162,14 @@ def _step(original: Any) -> Any:
             original(self, is_dummy, is_profile, log_stats)
             return
         controller.step += 1
+        slot = None
         if not is_dummy and self._should_record_current_step(log_stats=log_stats):
-            controller.recorded(self.expert_load_window_step)
+            slot = self.expert_load_window_step
+            controller.recorded(slot)
         moving = self.is_async and any(m.rebalanced for m in self.model_states.values())
         start = time.perf_counter()
         original(self, is_dummy, is_profile, log_stats)
+        controller.measure(slot)
         if moving:
             controller.stalled_more((time.perf_counter() - start) * 1e6)
         controller.watch(self)
@@ -280,16 +295,14 @@ def _sample_tokens(original: Any) -> Any:
 
 
 def attach_pressure(controller: Controller, output: Any) -> None:
-    """Sends this engine's expert pressure to its scheduler with a step's output.
+    """Sends this engine's pressure to its scheduler with a step's output.
 
     The output object travels to the engine process whole, so a value on it needs no channel of
     its own. Outputs without requests are shared constants and stay as they are.
     """
     inner = getattr(output, "_model_runner_output", output)
     if getattr(inner, "req_ids", None):
-        pressure = controller.pressure_us
-        own = controller.place.source if len(pressure) > 1 else 0
-        setattr(inner, PRESSURE, float(pressure[own]))
+        setattr(inner, PRESSURE, controller.pressure_us)
         controller.pressure_news = False
 
 

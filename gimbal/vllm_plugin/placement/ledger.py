@@ -13,7 +13,9 @@ from dataclasses import asdict, replace
 from os import SEEK_END
 from pathlib import Path
 
-from gimbal.records.schema import RebalanceRecord
+from gimbal.core.contracts import FloatArray, IntArray
+from gimbal.records.placements import placement_record
+from gimbal.records.schema import PlacementRecord, RebalanceRecord
 from gimbal.records.store import FILES
 
 logger = logging.getLogger("vllm.gimbal")
@@ -52,6 +54,25 @@ class Ledger:
             self.last = replace(self.last, realized_gain_us_per_step=realized_gain_us_per_step)
         self._write(new=False)
 
+    def snapshot(self, pairs: FloatArray, before: IntArray, after: IntArray, ranks: int) -> None:
+        """Writes who asked for what, where experts were and where the last record has them go.
+
+        Of the first proposal and of those that were committed; arguments as in
+        `placement_record`.
+        """
+        last = self.last
+        if self._path is None or last is None or not (last.committed or self.proposed == 1):
+            return
+        slots = before.shape[1] // ranks
+        record = placement_record(last.time_s, last.committed, pairs, before, after, slots)
+        path = self._path.with_name(FILES[PlacementRecord])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_line(record))
+        except OSError as error:
+            logger.error("Gimbal placement: placement not recorded: %s", error)
+
     def _write(self, new: bool) -> None:
         """The last record as a new line, or over its old one. A full disk must not stop serving."""
         if self._path is None or self.last is None:
@@ -69,5 +90,5 @@ class Ledger:
             self._path = None
 
 
-def _line(record: RebalanceRecord) -> str:
+def _line(record: RebalanceRecord | PlacementRecord) -> str:
     return json.dumps(asdict(record), separators=(",", ":")) + "\n"

@@ -9,6 +9,7 @@ import numpy as np
 from gimbal.core.config import PlacementConfig
 from gimbal.core.contracts import IntArray, Placer, RoutingCounts, Topology
 from gimbal.core.errors import InputError, nearest
+from gimbal.core.feedback.pressure import wire_us_per_pair
 from gimbal.core.placement import PLACERS, gate, heuristic, objective
 from gimbal.core.placement.problem import (
     BACKENDS,
@@ -106,20 +107,31 @@ class Planner:
         if backend == "auto":
             gathers = facts.all2all_backend in (GATHER_BACKEND, "naive")
             backend = GATHER_BACKEND if gathers else ROUTED_BACKEND
+        self._constants = cost_constants(facts)
         self._template = {
-            "constants": cost_constants(facts),
+            "constants": self._constants,
             "alpha": config.alpha,
             "beta": config.beta,
             "gamma": config.gamma,
-            "horizon_steps": self.horizon_steps,
             "backend": backend,
         }
 
     def problem(
-        self, routing: RoutingCounts, topology: Topology, current: IntArray
+        self,
+        routing: RoutingCounts,
+        topology: Topology,
+        current: IntArray,
+        horizon_steps: int | None = None,
     ) -> PlacementProblem:
         """Raises InputError when counts and map do not fit together."""
-        return PlacementProblem(routing, topology, current, **self._template)  # type: ignore[arg-type]
+        options = self._template | {"horizon_steps": horizon_steps or self.horizon_steps}
+        return PlacementProblem(routing, topology, current, **options)  # type: ignore[arg-type]
+
+    def wire_us_per_pair(self, nodes: int) -> float:
+        """Of one pair that leaves its engine; 0 where bytes do not depend on placement."""
+        if self._template["backend"] != ROUTED_BACKEND:
+            return 0.0
+        return wire_us_per_pair(self._constants, nodes)
 
     def decide(
         self,
@@ -127,15 +139,18 @@ class Planner:
         topology: Topology,
         current: IntArray,
         stall_scale: float = 1.0,
+        windows: float = 1.0,
     ) -> Decision:
         """Plans from `current`.
 
+        `windows` is over how many intervals the gain may be counted.
         `stall_scale` is what the last migration took over what the model had predicted for it:
         the next prediction is corrected by it.
         """
-        problem = self.problem(routing, topology, current)
+        horizon_steps = round(self.horizon_steps * windows)
+        problem = self.problem(routing, topology, current, horizon_steps)
         plan = self._plan(problem)
-        options = self.horizon_steps, self.config.gamma, self.config.gate
+        options = horizon_steps, self.config.gamma, self.config.gate
         modelled_us = gate.decide(plan, *options).stall_us
         verdict = gate.decide(plan, *options, stall_us=modelled_us * stall_scale)
         return Decision(

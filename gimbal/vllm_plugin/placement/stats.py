@@ -52,7 +52,8 @@ def gimbal_routing(worker: Any) -> dict[str, Any]:
         "committed": controller.ledger.committed,
         "fallbacks": dict(controller.guard.counts),
         "level_on": not controller.guard.disabled,
-        "pressure_us": [float(p) for p in controller.pressure_us],
+        "pressure_us": controller.pressure_us,
+        "straggling_us": [float(s) for s in controller.straggling_us],
         "models": models,
     }
 
@@ -89,6 +90,7 @@ def combine(answers: Sequence[dict[str, Any]]) -> tuple[SourceCounts, np.ndarray
     counts = per_source(split_rows(rows, *shape), ranks[0]["ranks_per_source"])
     placement = np.frombuffer(first["physical_to_logical"], "<i4").reshape(shape[0], -1)
     facts = {k: v for k, v in ranks[0].items() if k not in ("models", "rank")}
+    facts["pressure_us"] = [r["pressure_us"] for r in ranks[:: ranks[0]["ranks_per_source"]]]
     facts["fallbacks"] = {str(a["rank"]): a["fallbacks"] for a in ranks if a["fallbacks"]}
     served = [(a["models"][0]["local_pairs"], a["models"][0]["pairs"]) for a in ranks]
     pairs = sum(p for _, p in served)

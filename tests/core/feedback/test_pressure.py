@@ -4,15 +4,14 @@ import pytest
 from gimbal.core.contracts import RoutingCounts, Topology
 from gimbal.core.feedback.pressure import (
     RankLoad,
-    dispatch_pressure_us,
     expert_pressure_us,
     owner_pressure_us,
     rank_straggling_us,
     sending_pressure_us,
+    wire_us_per_pair,
 )
 from gimbal.core.placement.problem import (
     GATHER_BACKEND,
-    ROUTED_BACKEND,
     CostConstants,
     PlacementProblem,
 )
@@ -68,30 +67,22 @@ def test_the_fused_kernel_part_matches_the_step_model():
     assert slowest + profile.moe.base_us == pytest.approx(moe_us(profile, active, pairs, 0.0))
 
 
-def problem(backend, counts):
+def test_an_engine_whose_ranks_hold_the_hot_expert_straggles():
     topology = Topology(4, 2, ranks_per_source=2)
-    current = np.arange(8, dtype=np.int32)[None, :]
-    constants = CostConstants(bytes_per_pair=1e3, same_node_gbps=1.0)
-    return PlacementProblem(
-        RoutingCounts(np.array(counts, dtype=float), steps=10),
+    counts = np.zeros((2, 1, 8))
+    counts[:, :, 0] = 900.0
+    problem = PlacementProblem(
+        RoutingCounts(counts, steps=10),
         topology,
-        current,
-        constants,
-        backend=backend,
+        np.arange(8, dtype=np.int32)[None, :],
+        backend=GATHER_BACKEND,
     )
+    straggling = expert_pressure_us(problem)
+    assert straggling[0] > 0
+    assert straggling[1] == 0
 
 
-def test_recorded_rows_press_the_engine_whose_pairs_leave():
-    own, away = [100, 100, 100, 100, 0, 0, 0, 0], [0, 0, 0, 0, 100, 100, 100, 100]
-    both_left = [[own], [own]]  # source 1 asks for experts on source 0's ranks
-    # 400 pairs in 10 steps, 1 us each on one link, two links: 20 us, 10 above the mean
-    np.testing.assert_allclose(dispatch_pressure_us(problem(ROUTED_BACKEND, both_left)), [0, 10])
-    at_home = [[own], [away]]
-    np.testing.assert_allclose(dispatch_pressure_us(problem(ROUTED_BACKEND, at_home)), [0, 0])
-
-
-def test_under_all_gather_dispatch_can_relieve_nothing():
-    hot = [[[900, 0, 0, 0, 0, 0, 0, 0]], [[900, 0, 0, 0, 0, 0, 0, 0]]]
-    gathered = problem(GATHER_BACKEND, hot)
-    assert expert_pressure_us(gathered)[0] > 0
-    np.testing.assert_array_equal(dispatch_pressure_us(gathered), [0, 0])
+@pytest.mark.parametrize(("nodes", "expected"), [(1, 2.0), (2, 20.0)])
+def test_a_pair_on_the_wire_is_priced_by_the_slowest_tier_in_use(nodes, expected):
+    constants = CostConstants(bytes_per_pair=4e3, same_node_gbps=2.0, other_node_gbps=0.2)
+    assert wire_us_per_pair(constants, nodes) == pytest.approx(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from gimbal.core.config import PlacementConfig
 from gimbal.vllm_plugin.guard import LevelGuard
 from gimbal.vllm_plugin.placement.controller import Controller, ModelView, Place
+from gimbal.vllm_plugin.placement.hook import _meter
 from gimbal.vllm_plugin.placement.planner import ModelFacts, Planner
 from gimbal.vllm_plugin.placement.window import to_logical
 
@@ -40,7 +42,12 @@ class Group:
     """`ranks` workers, one per rank, with the same model."""
 
     def __init__(
-        self, ranks: int, redundant: int = 0, ranks_per_source: int = 1, **config: Any
+        self,
+        ranks: int,
+        redundant: int = 0,
+        ranks_per_source: int = 1,
+        feedback: bool = False,
+        **config: Any,
     ) -> None:
         order = np.concatenate([np.arange(EXPERTS), np.arange(redundant)])
         placement = np.tile(order, (LAYERS, 1))
@@ -56,11 +63,14 @@ class Group:
                 fallback=VllmPolicy,
                 window_size=WINDOW,
                 clock_s=lambda: 0.0,
+                feedback=feedback,
             )
             for rank in range(ranks)
         ]
         for worker in self.workers:
-            worker.models.append(ModelView(model_state(placement), Planner(settings, facts)))
+            planner = Planner(settings, facts)
+            meter = _meter(planner, worker.place) if feedback else None
+            worker.models.append(ModelView(model_state(placement), planner, meter))
 
     def run_step(self, counts: np.ndarray, prefill: int = 16, decode: int = 0) -> None:
         """Every rank records `counts` [ranks, layers, experts] on each expert's first slot."""
@@ -76,6 +86,7 @@ class Group:
                 for expert in range(EXPERTS):
                     place = table.index(expert)
                     state.expert_load_window[slot, layer, place] = int(own[layer, expert])
+            worker.measure(slot)
 
     def rearrange(self) -> list[np.ndarray]:
         """One rearrangement in vLLM's order; returns each rank's map and commits it."""
@@ -109,9 +120,11 @@ class Group:
         for index, worker in enumerate(self.workers):
             current = worker.models[0].state.physical_to_logical_map.numpy().astype(np.int32)
             before, last = worker.models[0].before, worker.ledger.last
+            learned = copy.deepcopy(worker.models[0].outlook), worker.models[0].planned_step
             vote, _ = worker._propose(0, tuple(weight.shape), current)
             votes.append(self.votes[index] or vote)
             worker.models[0].before, worker.ledger.last = before, last
+            worker.models[0].outlook, worker.models[0].planned_step = learned
         maps = []
         for worker in self.workers:
             worker.vote = lambda _vote: votes

@@ -202,13 +202,13 @@ def test_records_hold_what_was_predicted_and_what_came_of_it(tmp_path):
     assert not lines[1]["committed"]
 
 
-def test_pressure_belongs_to_the_engine_whose_experts_are_hot():
+def test_straggling_belongs_to_the_engine_whose_experts_are_hot():
     group = Group(2)
     counts = np.ones((2, LAYERS, EXPERTS))
     counts[:, :, 0] = [[500.0] * LAYERS, [400.0] * LAYERS]
     for _ in range(4):
         group.run_step(counts)
     group.rearrange()
-    pressure = group.workers[0].pressure_us
-    assert pressure[0] > 0
-    assert pressure[1] == 0
+    straggling = group.workers[0].straggling_us
+    assert straggling[0] > 0
+    assert straggling[1] == 0

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -36,15 +35,13 @@ def test_layers_that_gather_logits_are_found():
     assert routes_all_tokens(SimpleNamespace(runner=runner))
 
 
-def controller(pressure, source):
-    return SimpleNamespace(
-        pressure_us=np.array(pressure), place=SimpleNamespace(source=source), pressure_news=True
-    )
+def controller(pressure_us):
+    return SimpleNamespace(pressure_us=pressure_us, pressure_news=True)
 
 
 def test_pressure_travels_with_a_real_output_once():
     empty = SimpleNamespace(req_ids=[])
-    sender = controller([1.0, 2.0], source=1)
+    sender = controller(2.0)
     attach_pressure(sender, empty)
     assert not hasattr(empty, PRESSURE)
     assert sender.pressure_news

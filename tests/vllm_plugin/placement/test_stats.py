@@ -49,6 +49,7 @@ def test_served_locally_counts_from_the_last_migration_on(group):
     assert recording.metadata["served_locally"] > 0.9
     assert recording.metadata["committed"] == 1
     assert recording.metadata["pressure_us"] == [0.0, 0.0]
+    assert len(recording.metadata["straggling_us"]) == 2
 
 
 def test_answers_that_make_no_recording(group):

@@ -44,7 +44,7 @@ And what it meets afterwards:
                tell the cost per request from the cost per context token
     admission  KV tokens or request slots it lacks on e, turned over at the rate at which e
                prefills: what does not fit waits until as much has left
-    expert     feedback weight * predicted straggling of e's expert-parallel ranks * k_e
+    expert     feedback weight * what e's experts cost above the engine they cost least * k_e
 
 R_e is a shared R, the mean over engines, where only base / R is needed. Before the first steps
 have been measured, base is 0 and c is 1: the order is then by tokens.
@@ -228,7 +228,9 @@ def _quantities(request: DispatchRequest, loads: EngineLoads) -> FloatArray:
     np.minimum(np.multiply(steps, room, out=bounded), beyond, out=bounded)
     np.subtract(beyond, longest, out=beyond)
     np.multiply(uncached, out[_WAITING], out=followed)
-    np.multiply(columns[_PRESSURE], steps, out=pressed)
+    pressure = columns[_PRESSURE]
+    # What all engines are pressed by alike cannot be avoided by choosing another one.
+    np.multiply(np.subtract(pressure, pressure[pressure.argmin()], out=pressed), steps, out=pressed)
     return out
 
 
