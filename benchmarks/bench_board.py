@@ -36,7 +36,8 @@ def waiting_scheduler(waiting: int) -> Any:
     """What `SchedulerSignals` reads of a scheduler with `waiting` requests and 64 running."""
     pool = SimpleNamespace(num_gpu_blocks=10_001, get_num_free_blocks=lambda: 5_000)
     return SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192, max_num_seqs=1024),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
+        max_num_active_reqs=1024,
         kv_cache_manager=SimpleNamespace(
             block_pool=pool, get_computed_blocks=lambda request: (None, 0, 0)
         ),

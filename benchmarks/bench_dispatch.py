@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
+from gimbal.core.compiled import compile_kernels
 from gimbal.core.config import DispatchConfig
 from gimbal.core.contracts import (
     ACCEPTED_REQUESTS,
@@ -98,6 +99,7 @@ class Server:
 
     def __init__(self, engines: int, policy: str, prompts: list[list[int]], seen: bool) -> None:
         self.dispatcher = Dispatcher(engines, DispatchConfig(policy=policy), feedback_weight=1.0)
+        compile_kernels()  # a server does so in the background
         self.dispatcher.prefixes = full_index(engines)
         self.board = busy_board(engines)
         self.prompts = prompts

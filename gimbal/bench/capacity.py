@@ -7,6 +7,10 @@ of that time, divided by it: by then prefill and decode are mixed as in steady w
 is never empty. If the server kept up (more than 90 % of the arrival rate) it was not overloaded,
 and the second phase is run again at twice the rate.
 
+Prompts that share prefixes find the more of them cached the longer a run is. A measured turn begins
+with empty caches and has so many requests; the overload is therefore cut into stretches of that
+many, and no prefix is shared beyond its stretch.
+
 Outputs longer than the span never end within it, so the decode batch is a little below its steady
 size and the figure a little high for traces with very long outputs.
 """
@@ -29,20 +33,31 @@ ATTEMPTS = 3
 
 
 def measure_capacity(
-    job: ReplayJob, replay: Callable[[ReplayJob], Replay], span_s: float = SPAN_S
+    job: ReplayJob,
+    replay: Callable[[ReplayJob], Replay],
+    span_s: float = SPAN_S,
+    turn_requests: Callable[[float], int] | None = None,
 ) -> float:
     """Requests per second that the server of `job` completes of its trace.
 
-    `replay` runs a job; it is passed in so that a test can do without a server. Raises
-    RuntimeError when nothing completes.
+    Args:
+        job: what to replay, and where.
+        replay: runs a job; it is passed in so that a test can do without a server.
+        span_s: arrivals of the overload.
+        turn_requests: requests of a turn at a server that can do so many per second; without it
+            prefixes are shared as far as `job.trace` goes.
+
+    Raises RuntimeError when nothing completes.
     """
     trace = job.trace
     now = replace(trace, requests=tuple(replace(r, arrival_s=0.0) for r in trace.requests))
     few = replace(now, requests=now.requests[:BURST_REQUESTS])
     burst = replay(replace(job, trace=few, prefix=f"{job.prefix}-burst", grace_s=span_s))
-    rate = OVERLOAD * crude_rate(burst.results)
+    crude = crude_rate(burst.results)
+    stretch = len(trace) if turn_requests is None else turn_requests(crude)
+    rate = OVERLOAD * crude
     for attempt in range(ATTEMPTS):
-        overload = set_rate(_repeated(trace, max(2, round(rate * span_s))), rate)
+        overload = set_rate(_repeated(trace, max(2, round(rate * span_s)), stretch), rate)
         run = replay(
             replace(
                 job,
@@ -78,14 +93,23 @@ def steady_rate(results: Sequence[ClientResult], span_s: float) -> float:
     return len(ended) / (span_s - begin) if span_s > 0 else 0.0
 
 
-def _repeated(trace: Trace, count: int) -> Trace:
-    """The first `count` requests; a shorter trace starts over, after its own mean gap."""
+def _repeated(trace: Trace, count: int, stretch: int) -> Trace:
+    """The first `count` requests; a shorter trace starts over, after its own mean gap.
+
+    Every `stretch` requests the prefix blocks get other names: nothing is shared across.
+    """
     rows: list[TraceRequest] = []
     shift = 0.0
     gap = trace.span_s / max(1, len(trace) - 1)
     while len(rows) < count:
         rows += [replace(r, arrival_s=r.arrival_s + shift) for r in trace.requests]
         shift = rows[-1].arrival_s + gap
-    # The starting-over copies share their prefixes with the first pass, as their hash ids say,
-    # and nothing else: the rest of a prompt depends on its position.
-    return replace(trace, requests=tuple(rows[:count]))
+    names = 1 + max((max(r.prefix_blocks, default=0) for r in trace.requests), default=0)
+    length = max(1, min(stretch, len(trace)))
+    return replace(
+        trace,
+        requests=tuple(
+            replace(r, prefix_blocks=tuple(b + i // length * names for b in r.prefix_blocks))
+            for i, r in enumerate(rows[:count])
+        ),
+    )

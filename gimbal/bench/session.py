@@ -25,7 +25,7 @@ from gimbal.workloads.prompts import Vocabulary
 
 WARM_UP_RPS = 4.0
 WARM_UP_OUTPUT = 32
-CAPACITY_REQUESTS = 500
+CAPACITY_REQUESTS = 4000
 PAPER_BASE = "vllm-legacy"
 """What the Gimbal paper compares with; ratios to it are shown beside those to today's vLLM."""
 
@@ -162,19 +162,23 @@ class BenchSession:
 
     def settle_rate(self, spec: ServerSpec, arm: Arm) -> None:
         """Turns a load into a rate, measuring the capacity of `arm` if it is not known."""
-        options = self.options
-        if options.load is None:
+        options, load = self.options, self.options.load
+        if load is None:
             return
         if self.capacity_rps is None:
             endpoint = self._prepare(Turn(0, arm, spec))
             workload = self._workload(0, endpoint, CAPACITY_REQUESTS)
             job = self._job(endpoint, workload, "capacity", (0xCA,))
             self._say(f"measuring the capacity of arm {arm.name}")
-            self.capacity_rps = measure_capacity(job, lambda j: run_replay(j, self._on_progress))
+            self.capacity_rps = measure_capacity(
+                job,
+                lambda j: run_replay(j, self._on_progress),
+                turn_requests=lambda rps: self._turn_requests(load * rps),
+            )
             endpoint.wait_idle(options.timeout_s)
-        self.rate_rps = options.load * self.capacity_rps
+        self.rate_rps = load * self.capacity_rps
         self._say(
-            f"capacity {self.capacity_rps:.2f} requests/s; load {options.load:g} is "
+            f"capacity {self.capacity_rps:.2f} requests/s; load {load:g} is "
             f"{self.rate_rps:.2f} requests/s"
         )
 
@@ -224,14 +228,17 @@ class BenchSession:
 
     def sized_workload(self) -> WorkloadOptions:
         """The workload's options with the settled rate and a number of requests."""
+        rate = self.rate_rps or self.options.trace.rate_rps or DEFAULT_RATE_RPS
+        count = self._turn_requests(rate)
+        return replace(self.options.workload, rate_rps=self.rate_rps, requests=count)
+
+    def _turn_requests(self, rate_rps: float) -> int:
+        """Requests of one turn: as many as asked for, or as arrive in its duration."""
         options, trace = self.options.workload, self.options.trace
-        count = options.requests
-        if count is None:
-            rate = self.rate_rps or trace.rate_rps or DEFAULT_RATE_RPS
-            count = max(2, round(rate * self.options.duration_s / options.scale_time))
-            if trace.has_arrivals:
-                count = min(count, len(trace))
-        return replace(options, rate_rps=self.rate_rps, requests=count)
+        if options.requests is not None:
+            return options.requests
+        count = max(2, round(rate_rps * self.options.duration_s / options.scale_time))
+        return min(count, len(trace)) if trace.has_arrivals else count
 
     def _job(
         self, endpoint: Endpoint, trace: Trace, prefix: str, salt: tuple[int, ...]

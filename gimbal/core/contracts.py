@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ class Field(IntEnum):
     EXPERT_PRESSURE_US = 17  # per step, what this engine's requests cost by where experts lie
     RUNNING_TOKENS = 18  # context tokens held by running requests
     PENDING_PREFIX_HIT_TOKENS = 19  # prompt tokens of waiting requests the prefix cache holds
-    MAX_RUNNING_REQUESTS = 20  # max_num_seqs
+    MAX_RUNNING_REQUESTS = 20  # max_num_active_seqs, or max_num_seqs without it
     DECODE_US_PER_REQUEST = 21  # learned: what one more decoding request adds to a step
     STEP_PREFILL_TOKENS = 22  # prefill tokens of the step that runs now
     QUEUE_OVERTAKES = 23  # requests admitted before one that was queued earlier
@@ -79,9 +79,10 @@ class DispatchRequest:
     domain: str | None = None  # topic, where the caller knows one (see core/feedback/affinity.py)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLoads:
+class EngineLoads(NamedTuple):
     """What the dispatcher knows at the moment it decides; one row per engine, in rank order.
+
+    Immutable; a tuple, because one is made per decision. Arrays are C-contiguous float64.
 
     Attributes:
         board: [engines, ROW_WIDTH] snapshots, columns named by `Field`.
@@ -90,10 +91,10 @@ class EngineLoads:
         inflight_requests: [engines] this front end's unfinished requests.
         inflight_tokens: [engines] prompt tokens of those.
         cached_tokens: [engines] tokens of this prompt the engine is believed to have cached.
-        age_us: [engines] age of each snapshot at the decision.
+        age_us: [engines] for how long each engine has been silent when it should not have been.
+        unacked_cached_tokens: [engines] of `unacked_tokens`, those believed cached there.
         client_count: API servers that share these engines.
         rotation: grows by one per decision; ties go to the first engine at or after it.
-        unacked_cached_tokens: [engines] of `unacked_tokens`, those believed cached there.
         prefix_reuse: share of recent prompt tokens that some engine had cached, 0 to 1.
     """
 
@@ -104,9 +105,9 @@ class EngineLoads:
     inflight_tokens: FloatArray
     cached_tokens: FloatArray
     age_us: FloatArray
+    unacked_cached_tokens: FloatArray
     client_count: int = 1
     rotation: int = 0
-    unacked_cached_tokens: FloatArray | float = 0.0
     prefix_reuse: float = 0.0
 
     def column(self, field: Field) -> FloatArray:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gimbal.core.compiled import compile_kernels
 from gimbal.core.config import DispatchConfig
 from gimbal.core.contracts import DispatchPolicy, DispatchRequest, Field, FloatArray
 from gimbal.core.cost.profile import Profile
@@ -102,9 +103,11 @@ class Simulation:
         self.dispatcher = Dispatcher(
             cluster.dp, config, feedback_weight=1.0 if arm.feedback else 0.0
         )
+        compile_kernels()
         self._domains = population.names
         homes = self._use_affinity(domains)
         self.signals = Signals(self.engines, arm.fresh_signals, cluster.stats_interval_ms * 1e3)
+        self.dispatcher.fit_prefix_index(self.signals.board)
         expected = self._expected_tokens(homes) if arm.oracle else None
         self.experts = Experts(cluster, profile, population, arm, seed, expected)
         self._update_affinity()

@@ -28,6 +28,7 @@ from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.board import Board
 from gimbal.vllm_plugin.board_slots import BoardReader
 from gimbal.vllm_plugin.dispatch_hook import FrontEnd, front_end_of
+from gimbal.vllm_plugin.engine_header import EngineHeader
 from gimbal.vllm_plugin.identity import server_board_path
 from gimbal.vllm_plugin.placement.route import routing_route
 
@@ -43,12 +44,13 @@ class GimbalEndpoints:
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Adds the routes."""
+        """Adds the routes, and the header that names a request's engine."""
         router = APIRouter(prefix="/gimbal")
         router.add_api_route("/status", _status, methods=["GET"])
         router.add_api_route("/control", _control, methods=["POST"])
         router.add_api_route("/routing", routing_route, methods=["GET"])
         app.include_router(router)
+        app.add_middleware(EngineHeader)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Finds the server's configuration and board."""

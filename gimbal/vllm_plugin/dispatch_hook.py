@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import time
 import weakref
 from collections import Counter
@@ -21,10 +22,11 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+from gimbal.core.compiled import compile_in_background
 from gimbal.core.config import GimbalConfig
 from gimbal.core.contracts import DispatchRequest, argmin_rotating
 from gimbal.core.dispatch.dispatcher import Decision, Dispatcher
-from gimbal.vllm_plugin import bridge, remote
+from gimbal.vllm_plugin import bridge, engine_header, kv_events, remote, user_session
 from gimbal.vllm_plugin.board import Board
 from gimbal.vllm_plugin.board_slots import BoardReader
 from gimbal.vllm_plugin.clock import now_us
@@ -49,15 +51,19 @@ class FrontEnd:
         client: vLLM's ``DPLBAsyncMPClient``.
         config: the server's Gimbal configuration.
         board: the server's signal board.
+        lock_step: its engines step together (`Dispatcher`).
 
     Attributes:
         policy: name of the policy in use; an operator may change it while the server runs.
         enabled: whether the level is on (an operator may switch it off and on).
         decision: the latest decision of a policy.
         receiver: brings the rows of engines on other hosts; None where there are none.
+        kv_events: keeps the prefix index in step with the engines' caches; None without events.
     """
 
-    def __init__(self, client: Any, config: GimbalConfig, board: Board) -> None:
+    def __init__(
+        self, client: Any, config: GimbalConfig, board: Board, lock_step: bool = True
+    ) -> None:
         self.config = config
         self.board = board
         self.enabled = "dispatch" in config.levels
@@ -75,8 +81,11 @@ class FrontEnd:
             front_end=client.client_index,
             client_count=client.client_count,
             feedback_weight=self._feedback_weight(config.levels),
+            lock_step=lock_step,
         )
+        compile_in_background()
         self.receiver: remote.RowReceiver | None = None
+        self.kv_events: kv_events.KvEvents | None = None
         self._control = board.control_version()
         self._control_generation = board.generation
         self._resets = 0
@@ -106,8 +115,14 @@ class FrontEnd:
             return self._vllm(client, request, described, original, "fallback")
         self._count(index, self.policy, reason)
         if self._loop is not None:
-            self._loop.call_soon(self.dispatcher.settle)  # once the request is on its way
+            self._loop.call_soon(self.settle)  # once the request is on its way
         return _pinned(client, request, index, original)
+
+    def settle(self) -> None:
+        """Brings the prefix index up to date."""
+        self.dispatcher.settle()
+        if self.kv_events is not None:
+            self.kv_events.take()
 
     def finished(self, request_ids: Any) -> None:
         """Requests that ended, by themselves or by an abort."""
@@ -203,8 +218,10 @@ class FrontEnd:
                 self.dispatcher.cache_cleared(engine)
 
     def _count(self, index: int, policy: str, reason: str) -> None:
-        self.decisions[self.first + index, policy, reason] += 1
-        self.metrics.decided(self.first + index, policy, reason)
+        engine = self.first + index
+        self.decisions[engine, policy, reason] += 1
+        self.metrics.decided(engine, policy, reason)
+        engine_header.note(engine)
 
     def status(self) -> dict[str, Any]:
         """For ``GET /gimbal/status``: what this front end does and did."""
@@ -217,6 +234,7 @@ class FrontEnd:
                 for (engine, policy, reason), count in sorted(self.decisions.items())
             ],
             "fallbacks": dict(self.guard.counts),
+            "kv_events": None if self.kv_events is None else self.kv_events.counts(),
         }
 
     def _start_refresh(self) -> None:
@@ -228,8 +246,9 @@ class FrontEnd:
         """Brings the gauges up to date, and settles what the last decision left for later."""
         rows = self.reader.read()
         ledger = self.dispatcher.ledger
-        ledger.observe(rows)
-        self.dispatcher.settle()
+        ledger.observe(rows, now_us())
+        self.settle()
+        self.dispatcher.fit_prefix_index(rows)
         self.metrics.refresh(self.first, rows, ledger.unacked[1], ledger.inflight[1], self.decision)
         self.metrics.board_state(self.board.recoveries, self.reader.torn)
         if self.guard.disabled:
@@ -254,7 +273,7 @@ def describe(request: Any) -> Described:
 
 
 def session_of(request: Any) -> str | None:
-    """The conversation: ``X-Session-ID`` or ``session_id``, or ``vllm_xargs.session_id``."""
+    """``session_id``, ``X-Session-ID``, ``vllm_xargs.session_id`` or, over HTTP, ``user``."""
     if request.session_id:
         return str(request.session_id)
     sampling = request.sampling_params
@@ -296,7 +315,16 @@ def attach(client: Any) -> FrontEnd | None:
     if reason is not None:
         logger.warning("Gimbal: the dispatch level cannot act: %s", reason)
         return None
-    front_end = FrontEnd(client, config, Board(server_board_path(client.vllm_config)))
+    board = Board(server_board_path(client.vllm_config))
+    # Engines of a dense model run on their own.
+    front_end = FrontEnd(client, config, board, client.vllm_config.model_config.is_moe)
+    if any(name in sys.modules for name in user_session.HTTP_SERVERS):
+        user_session.install()
+    sources = kv_events.endpoints(client.vllm_config, front_end.first, front_end.dispatcher.engines)
+    if sources:
+        topic = client.vllm_config.kv_events_config.topic
+        front_end.kv_events = kv_events.KvEvents(front_end.dispatcher, sources, topic)
+        logger.info("Gimbal: the prefix index follows KV events of %s", list(sources.values()))
     if client.client_index == 0 and remote.spans_hosts(client.vllm_config):
         port = remote.board_port(client.vllm_config, config.board_port)
         host = client.vllm_config.parallel_config.data_parallel_master_ip

@@ -114,7 +114,7 @@ class SchedulerSignals:
         row[Field.KV_BLOCKS_TOTAL] = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
         row[Field.KV_BLOCK_TOKENS] = scheduler.block_size
         row[Field.STEP_TOKEN_BUDGET] = config.max_num_batched_tokens
-        row[Field.MAX_RUNNING_REQUESTS] = config.max_num_seqs
+        row[Field.MAX_RUNNING_REQUESTS] = scheduler.max_num_active_reqs
         self.publish(now_us())
 
     # Events of one request, in the order of its life.

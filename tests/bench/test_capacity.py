@@ -38,6 +38,26 @@ def test_finds_the_capacity(capacity: float) -> None:
     assert measure_capacity(job(), server(capacity)) == pytest.approx(capacity, rel=0.1)
 
 
+def test_prefixes_are_shared_as_far_as_in_a_turn_and_not_beyond() -> None:
+    blocks = (7,), (7, 8), (), (7,)
+    rows = [TraceRequest(i * 0.3, 100, 2, prefix_blocks=b) for i, b in enumerate(blocks)]
+    trace = make_trace("t", rows, prefix_block_tokens=50)
+    shared = ReplayJob("http://x", "m", trace, uniform_vocabulary(0, 9), (0,), "cap")
+    runs = []
+
+    def replay(job: ReplayJob) -> Replay:
+        runs.append([r.prefix_blocks for r in job.trace.requests])
+        return server(1.0)(job)
+
+    measure_capacity(shared, replay, span_s=10.0, turn_requests=lambda rps: 3)
+    overload = runs[1]
+    assert len(overload) > 6
+    stretches = [overload[i : i + 3] for i in range(0, len(overload), 3)]
+    names = [{name for blocks in stretch for name in blocks} for stretch in stretches]
+    assert overload[0][0] == overload[1][0], "shared within a turn"
+    assert not any(a & b for i, a in enumerate(names) for b in names[:i])
+
+
 def test_nothing_completes() -> None:
     def replay(job: ReplayJob) -> Replay:
         result = ClientResult("0", 0.0, "failed", error="HTTP 400: too long")

@@ -26,9 +26,8 @@ from gimbal.core.dispatch.ledger import Ledger
 from gimbal.core.dispatch.prefix_index import PrefixIndex, PrefixMatch
 from gimbal.core.dispatch.sessions import Sessions
 
-_TIMESTAMP = int(Field.TIMESTAMP_US)
 _REUSE_RATE = 0.01
-_FRESH_US = 50_000.0  # below this age nobody asks whether the engine is idle
+_AVOIDED_TOKENS = 1e12
 _STEPS_LATE = 4.0  # an engine publishes twice per step: this much silence is not a long step
 
 
@@ -37,13 +36,13 @@ class TimedPolicy(DispatchPolicy, Protocol):
     """A policy whose cost is a sum of named times in microseconds.
 
     Attributes:
-        term_names: one name per row of `terms`.
+        term_names: one name per row of `priced` but the last.
     """
 
     term_names: tuple[str, ...]
 
-    def terms(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
-        """[terms, engines] microseconds; `costs` is their sum over terms."""
+    def priced(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
+        """[terms + 1, engines] microseconds; the last row, their sum, is `costs`."""
         ...
 
     def session_bound_us(self, request: DispatchRequest, loads: EngineLoads, engine: int) -> float:
@@ -84,6 +83,7 @@ class Dispatcher:
         client_count: API servers that share the engines.
         policy: overrides `config.policy` with an object.
         feedback_weight: multiplier of expert pressure; 0 switches that feedback off.
+        lock_step: the engines step together, as those of a Mixture-of-Experts model do.
     """
 
     def __init__(
@@ -95,18 +95,21 @@ class Dispatcher:
         client_count: int = 1,
         policy: DispatchPolicy | None = None,
         feedback_weight: float = 0.0,
+        lock_step: bool = True,
     ) -> None:
         self.use_policy(policy or _build_policy(config.policy, config, feedback_weight))
         self.ledger = Ledger(engines, front_end)
         self.prefixes = PrefixIndex(engines, config.prefix_chunks, config.prefix_chunk_tokens)
         self.sessions = Sessions(config.sessions)
         self._client_count = client_count
+        self._lock_step = lock_step
         self._max_age_us = config.max_signal_age_ms * 1e3
         # Front ends start at different engines, so that several idle ones do not march in step.
         self._rotation = engines * front_end // client_count
         self._unsettled: tuple[PrefixMatch, int] | None = None
-        self._owed_since_us = np.zeros(engines)
         self._prefix_reuse = 0.0
+        self._prefix_chunks = config.prefix_chunks
+        self._kv_tokens = 0.0
 
     def use_policy(self, policy: DispatchPolicy) -> None:
         """Decides by `policy` from now on; accounts, prefix index and sessions stay."""
@@ -138,11 +141,11 @@ class Dispatcher:
             board: [engines, ROW_WIDTH] snapshots read just now.
             now_us: the board's clock.
         """
-        self.settle()
-        self.ledger.observe(board)
+        if self._unsettled is not None:
+            self.settle()
+        oldest_us = self.ledger.observe(board, now_us)
         match = self.prefixes.match(prompt_token_ids or ())
-        loads = self._loads(board, match, now_us)
-        decision = self._decide(request, loads)
+        decision = self._decide(request, self._loads(board, match), oldest_us)
         self._enter(request, decision.engine, match, now_us)
         self._learn_reuse(request, match)
         return decision
@@ -178,12 +181,20 @@ class Dispatcher:
         self.settle()
         for gone in range(engines, self.engines):
             self.sessions.forget(gone)
-        keep = min(engines, self.engines)
-        owed = np.zeros(engines)
-        owed[:keep] = self._owed_since_us[:keep]
-        self._owed_since_us = owed
         self.ledger.resize(engines)
         self.prefixes.resize(engines)
+
+    def fit_prefix_index(self, board: FloatArray) -> None:
+        """Has the prefix index forget about when the engines of `board` run out of KV memory.
+
+        The index holds three quarters of its capacity on average. It also learns the block size.
+        """
+        tokens = float((board[:, Field.KV_BLOCKS_TOTAL] * board[:, Field.KV_BLOCK_TOKENS]).sum())
+        if tokens > 0 and tokens != self._kv_tokens:
+            self._kv_tokens = tokens
+            self.prefixes.block_tokens = max(1, int(board[0, Field.KV_BLOCK_TOKENS]))
+            chunks = int(tokens / self.prefixes.chunk_tokens / 0.75)
+            self.prefixes.set_capacity(min(chunks, self._prefix_chunks))
 
     def cache_cleared(self, engine: int) -> None:
         """The engine dropped its prefix cache (KV event AllBlocksCleared, or a restart)."""
@@ -191,59 +202,56 @@ class Dispatcher:
         self.prefixes.clear(engine)
         self.sessions.forget(engine)
 
-    def _loads(self, board: FloatArray, match: PrefixMatch, now_us: float) -> EngineLoads:
-        unacked, inflight = self.ledger.unacked, self.ledger.inflight
+    def _loads(self, board: FloatArray, match: PrefixMatch) -> EngineLoads:
+        ledger = self.ledger
         return EngineLoads(
             board,
-            unacked[0],
-            unacked[1],
-            inflight[0],
-            inflight[1],
+            ledger.unacked_requests,
+            ledger.unacked_tokens,
+            ledger.inflight_requests,
+            ledger.inflight_tokens,
             match.cached_tokens,
-            self._ages(board, now_us),
+            ledger.silent_us,
+            ledger.unacked_cached,
             self._client_count,
             self._rotation,
-            self.ledger.unacked_cached,
             self._prefix_reuse,
         )
 
-    def _ages(self, board: FloatArray, now_us: float) -> FloatArray:
-        """[engines] how old each snapshot is, 0 for an idle engine that owes none.
-
-        An idle engine takes no steps and publishes nothing: its last word stays true until it is
-        sent something, and from then on it owes an answer.
-        """
-        ages: FloatArray = now_us - board[:, _TIMESTAMP]
-        if ages[ages.argmax()] <= min(self._max_age_us, _FRESH_US):
-            return ages
-        busy = board[:, Field.WAITING_REQUESTS] + board[:, Field.RUNNING_REQUESTS] > 0
-        owes = self.ledger.unacked[0] > 0
-        since = now_us - self._owed_since_us
-        return np.where(busy, ages, np.where(owes, np.minimum(ages, since), 0.0))
-
-    def _decide(self, request: DispatchRequest, loads: EngineLoads) -> Decision:
+    def _decide(self, request: DispatchRequest, loads: EngineLoads, oldest_us: float) -> Decision:
         terms: FloatArray | None = None
         names: tuple[str, ...] = ()
         reason = "policy"
-        age_us = float(loads.age_us[loads.age_us.argmax()])
-        if self._stale(age_us, loads):
-            costs, reason = loads.inflight_tokens - loads.cached_tokens, "stale"
+        if oldest_us > self._max_age_us and oldest_us > self._limit_us(loads):
+            costs, reason = self._without_signals(loads), "stale"
         elif self._timed is not None:
-            terms, names = self._timed.terms(request, loads), self._timed.term_names
-            costs = np.add.reduce(terms)
+            priced = self._timed.priced(request, loads)
+            terms, costs, names = priced[:-1], priced[-1], self._timed.term_names
         else:
             costs = self.policy.costs(request, loads)
         engine = argmin_rotating(costs, self._rotation)
         if request.session is not None and terms is not None:
             engine, reason = self._keep_session(request, loads, costs, engine)
         cached = float(loads.cached_tokens[engine])
-        return Decision(engine, costs, names, terms, age_us, cached, reason)
+        return Decision(engine, costs, names, terms, oldest_us, cached, reason)
 
-    def _stale(self, age_us: float, loads: EngineLoads) -> bool:
-        """Overdue by the configured age, and by several steps where one step lasts that long."""
-        if age_us <= self._max_age_us:
-            return False
-        return age_us > _STEPS_LATE * float(loads.column(Field.STEP_TIME_US).max())
+    def _limit_us(self, loads: EngineLoads) -> float:
+        """Overdue is the configured age, or several steps where one step lasts that long."""
+        step_us = float(loads.column(Field.STEP_TIME_US).max())
+        return max(self._max_age_us, _STEPS_LATE * step_us)
+
+    def _without_signals(self, loads: EngineLoads) -> FloatArray:
+        """[engines] uncached prompt tokens in flight.
+
+        Engines that run on their own are avoided while they are silent: the others still serve.
+        In lock step all wait for the silent one, and what it is not sent now the others would
+        have to do later.
+        """
+        costs = loads.inflight_tokens - loads.cached_tokens
+        silent = loads.age_us > self._limit_us(loads)
+        if self._lock_step or silent.all():
+            return costs
+        return np.where(silent, costs + _AVOIDED_TOKENS, costs)
 
     def _keep_session(
         self, request: DispatchRequest, loads: EngineLoads, costs: FloatArray, best: int
@@ -260,10 +268,8 @@ class Dispatcher:
     def _enter(
         self, request: DispatchRequest, engine: int, match: PrefixMatch, now_us: float
     ) -> None:
-        if self.ledger.unacked[0, engine] == 0:
-            self._owed_since_us[engine] = now_us
         cached = float(match.cached_tokens[engine])
-        self.ledger.sent(request.request_id, engine, request.prompt_tokens, cached)
+        self.ledger.sent(request.request_id, engine, request.prompt_tokens, cached, now_us)
         self._rotation += 1
         if request.session is not None:
             self.sessions.note(request.session, engine)

@@ -23,12 +23,20 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
-import numpy.typing as npt
 
+from gimbal.core.compiled import Kernel
 from gimbal.core.contracts import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field, FloatArray
 
-BoolArray = npt.NDArray[np.bool_]
-_EPOCH, _SEQUENCE = int(Field.EPOCH), int(Field.SEQUENCE)
+_EPOCH, _SEQUENCE, _TIMESTAMP = int(Field.EPOCH), int(Field.SEQUENCE), int(Field.TIMESTAMP_US)
+_WAITING, _RUNNING = int(Field.WAITING_REQUESTS), int(Field.RUNNING_REQUESTS)
+
+# Rows of the accounts, one column per engine.
+_KNOWN_EPOCH, _SEEN, _OWED_SINCE, _SENT, _ACCEPTED, _UNACKED, _INFLIGHT = 0, 1, 2, 3, 5, 7, 9
+_UNACKED_CACHED, _SILENT, _ROWS = 11, 12, 13
+
+
+FRESH_US = 50_000.0
+"""Below this age of its snapshot nobody asks whether an engine is idle."""
 
 
 class Ledger:
@@ -38,57 +46,62 @@ class Ledger:
         unacked: [2, engines] requests and prompt tokens sent and not yet acknowledged.
         unacked_cached: [engines] of the unacknowledged tokens, those believed cached there.
         inflight: [2, engines] requests and prompt tokens sent and not yet finished.
+        silent_us: [engines] age of the snapshot; above `FRESH_US` 0 for an engine that owes none.
     """
 
     def __init__(self, engines: int, front_end: int = 0) -> None:
-        columns = (ACCEPTED_REQUESTS + front_end, ACCEPTED_TOKENS + front_end)
-        self._columns = slice(columns[0], columns[1] + 1, columns[1] - columns[0])
+        self._front_end = front_end
         self._requests: dict[str, tuple[int, int]] = {}
-        self._sent = np.zeros((2, engines))
-        self._accepted = np.zeros((2, engines))
-        self._epoch = np.zeros(engines)
-        self._seen = np.full(engines, -1.0)  # SEQUENCE of the newest snapshot used
-        self.unacked = np.zeros((2, engines))
-        self.unacked_cached = np.zeros(engines)
-        self.inflight = np.zeros((2, engines))
         # Engine -> cached tokens of its unacknowledged requests, oldest first.
         self._cached: dict[int, deque[float]] = {}
+        accounts = np.zeros((_ROWS, engines))
+        accounts[_SEEN] = -1.0  # SEQUENCE of the newest snapshot used
+        self._use(accounts)
+
+    def _use(self, accounts: FloatArray) -> None:
+        """Names the rows of `accounts` [_ROWS, engines]."""
+        self._accounts = accounts
+        self.unacked = accounts[_UNACKED : _UNACKED + 2]
+        self.inflight = accounts[_INFLIGHT : _INFLIGHT + 2]
+        self.unacked_requests, self.unacked_tokens = self.unacked
+        self.inflight_requests, self.inflight_tokens = self.inflight
+        self.unacked_cached = accounts[_UNACKED_CACHED]
+        self.silent_us = accounts[_SILENT]
 
     @property
     def engines(self) -> int:
         """Engines with an account."""
-        return self._sent.shape[1]
+        return len(self.silent_us)
 
-    def observe(self, board: FloatArray) -> None:
-        """Reads the acknowledgements in `board` [engines, ROW_WIDTH]."""
-        columns = board.T
-        fresh = columns[_SEQUENCE] > self._seen
-        if columns[_EPOCH].tobytes() != self._epoch.tobytes():
-            fresh |= self._restart(board)
-        np.copyto(self._seen, columns[_SEQUENCE], where=fresh)
-        np.copyto(self._accepted, columns[self._columns], where=fresh)
-        unacked = np.subtract(self._sent, self._accepted, out=self.unacked).ravel()
-        # argmin and an index: a reduction to a scalar costs five times as much on few engines.
-        if unacked[unacked.argmin()] < 0:
-            self._start_again(self.unacked.min(axis=0) < 0)
-        for engine in list(self._cached):
-            self._forget_cached(engine, int(self.unacked[0, engine]))
+    def observe(self, board: FloatArray, now_us: float = 0.0) -> float:
+        """Reads the acknowledgements in `board` [engines, ROW_WIDTH].
 
-    def sent(self, request_id: str, engine: int, tokens: int, cached: float = 0.0) -> None:
+        Returns the largest of `silent_us`, given the board's clock `now_us`.
+        """
+        oldest_us: float = OBSERVE.call(board, self._accounts, self._front_end, now_us)
+        if self._cached:
+            for engine in list(self._cached):
+                self._forget_cached(engine, int(self.unacked[0, engine]))
+        return oldest_us
+
+    def sent(
+        self, request_id: str, engine: int, tokens: int, cached: float = 0.0, now_us: float = 0.0
+    ) -> None:
         """Notes one request sent to `engine`; an id sent again replaces its in-flight entry.
 
         Args:
             tokens: of its prompt.
             cached: those of them the engine is believed to hold.
+            now_us: the board's clock; an engine that owed nothing owes an answer from now on.
         """
-        self.finished(request_id)
+        if request_id in self._requests:
+            self.finished(request_id)
         self._requests[request_id] = (engine, tokens)
-        for account in (self._sent, self.unacked, self.inflight):
-            account[0, engine] += 1
-            account[1, engine] += tokens
-        self._cached.setdefault(engine, deque()).append(cached)
-        if cached:
-            self.unacked_cached[engine] += cached
+        ENTER.call(self._accounts, engine, float(tokens), cached, now_us)
+        queue = self._cached.get(engine)
+        if queue is None:
+            queue = self._cached[engine] = deque()
+        queue.append(cached)
 
     def finished(self, request_id: str) -> int | None:
         """Ends a request (finished or aborted); returns its engine, None when it is not known."""
@@ -108,18 +121,11 @@ class Ledger:
     def resize(self, engines: int) -> None:
         """Opens accounts for new engines, or closes the last ones and forgets their requests."""
         keep = min(engines, self.engines)
-        cached = np.zeros(engines)
-        cached[:keep] = self.unacked_cached[:keep]
-        self.unacked_cached = cached
+        accounts = np.zeros((_ROWS, engines))
+        accounts[_SEEN] = -1.0
+        accounts[:, :keep] = self._accounts[:, :keep]
+        self._use(accounts)
         self._cached = {e: queue for e, queue in self._cached.items() if e < engines}
-        for name in ("_sent", "_accepted", "unacked", "inflight"):
-            account = np.zeros((2, engines))
-            account[:, :keep] = getattr(self, name)[:, :keep]
-            setattr(self, name, account)
-        for name, unknown in (("_epoch", 0.0), ("_seen", -1.0)):
-            known = np.full(engines, unknown)
-            known[:keep] = getattr(self, name)[:keep]
-            setattr(self, name, known)
         self._requests = {k: v for k, v in self._requests.items() if v[0] < engines}
 
     def _forget_cached(self, engine: int, unacked: int) -> None:
@@ -130,15 +136,54 @@ class Ledger:
         if not queue:
             del self._cached[engine]
 
-    def _restart(self, board: FloatArray) -> BoolArray:
-        """[engines] whose process is a new one; the first one seen is no restart."""
-        changed: BoolArray = board[:, _EPOCH] != self._epoch
-        restarted = changed & (self._epoch > 0)
-        np.copyto(self._sent, board.T[self._columns], where=restarted)
-        np.copyto(self._epoch, board[:, _EPOCH], where=changed)
-        return changed
 
-    def _start_again(self, engines: BoolArray) -> None:
-        """Opens the accounts of `engines` again at the counters they publish."""
-        np.copyto(self._sent, self._accepted, where=engines)
-        self.unacked[:, engines] = 0.0
+def _observe(board: FloatArray, accounts: FloatArray, front_end: int, now_us: float) -> float:
+    """Brings `accounts` up to date with `board`; returns the longest silence, microseconds."""
+    requests, tokens = ACCEPTED_REQUESTS + front_end, ACCEPTED_TOKENS + front_end
+    oldest_us = 0.0
+    for e in range(board.shape[0]):
+        fresh = board[e, _SEQUENCE] > accounts[_SEEN, e]
+        if board[e, _EPOCH] != accounts[_KNOWN_EPOCH, e]:
+            if accounts[_KNOWN_EPOCH, e] > 0.0:  # the first process seen is no restart
+                accounts[_SENT, e] = board[e, requests]
+                accounts[_SENT + 1, e] = board[e, tokens]
+            accounts[_KNOWN_EPOCH, e] = board[e, _EPOCH]
+            fresh = True
+        if fresh:
+            accounts[_SEEN, e] = board[e, _SEQUENCE]
+            accounts[_ACCEPTED, e] = board[e, requests]
+            accounts[_ACCEPTED + 1, e] = board[e, tokens]
+        accounts[_UNACKED, e] = accounts[_SENT, e] - accounts[_ACCEPTED, e]
+        accounts[_UNACKED + 1, e] = accounts[_SENT + 1, e] - accounts[_ACCEPTED + 1, e]
+        if accounts[_UNACKED, e] < 0.0 or accounts[_UNACKED + 1, e] < 0.0:
+            accounts[_SENT, e] = accounts[_ACCEPTED, e]
+            accounts[_SENT + 1, e] = accounts[_ACCEPTED + 1, e]
+            accounts[_UNACKED, e] = accounts[_UNACKED + 1, e] = 0.0
+        silent_us = now_us - board[e, _TIMESTAMP]
+        # An idle engine takes no steps and publishes nothing: its last word stays true until it
+        # is sent something, and from then on it owes an answer.
+        if silent_us > FRESH_US and board[e, _WAITING] + board[e, _RUNNING] <= 0.0:
+            owed_us = now_us - accounts[_OWED_SINCE, e]
+            silent_us = min(silent_us, owed_us) if accounts[_UNACKED, e] > 0.0 else 0.0
+        accounts[_SILENT, e] = silent_us
+        oldest_us = max(oldest_us, silent_us)
+    return oldest_us
+
+
+def _enter(
+    accounts: FloatArray, engine: int, tokens: float, cached_tokens: float, now_us: float
+) -> None:
+    """Adds one request sent to `engine` to `accounts`."""
+    if accounts[_UNACKED, engine] == 0.0:
+        accounts[_OWED_SINCE, engine] = now_us
+    accounts[_SENT, engine] += 1.0
+    accounts[_SENT + 1, engine] += tokens
+    accounts[_UNACKED, engine] += 1.0
+    accounts[_UNACKED + 1, engine] += tokens
+    accounts[_INFLIGHT, engine] += 1.0
+    accounts[_INFLIGHT + 1, engine] += tokens
+    accounts[_UNACKED_CACHED, engine] += cached_tokens
+
+
+OBSERVE = Kernel(_observe, "f8(f8[:,::1], f8[:,::1], i8, f8)")
+ENTER = Kernel(_enter, "void(f8[:,::1], i8, f8, f8, f8)")

@@ -1,15 +1,17 @@
 """Which engine has which prompt prefix in its KV cache: approximate, bounded, fast.
 
-A prompt is cut into chunks of `chunk_tokens`; chunk i is named by a hash chained over chunks
-0 to i, so one look-up per chunk answers "who has this whole prefix", and a miss ends the walk: a
-prompt nobody has seen costs one chunk. The tail of a prompt shorter than one chunk never counts.
-Python's own tuple hash (xxHash64 rounds in C) names a chunk: it is the cheapest way from a list of
-token ids to 64 bits that exists without a compiled extension. An accidental collision costs one
-worse choice of engine, never a wrong answer.
+A prompt is cut into chunks; chunk i is named by a hash chained over chunks 0 to i, so one look-up
+per chunk answers "who has this whole prefix", and a miss ends the walk: a prompt nobody has seen
+costs one chunk. The tail of a prompt shorter than one chunk never counts. Python's own tuple hash
+(xxHash64 rounds in C) names a chunk: it is the cheapest way from a list of token ids to 64 bits
+that exists without a compiled extension. An accidental collision costs one worse choice of engine,
+never a wrong answer.
 
-Chunks of 64 tokens: coarse enough that the walk costs less than the hashing, fine enough to see
-a short shared system prompt. vLLM's own blocks (16 tokens on GPUs) would quadruple both memory
-and walk for prefixes that save less than a millisecond.
+The first sixteen chunks have `chunk_tokens` (64): coarse enough that the walk costs less than the
+hashing, fine enough to see a short shared system prompt. vLLM's own blocks (16 tokens on GPUs)
+would quadruple both memory and walk for prefixes that save less than a millisecond. Later chunks
+are four times as long: who finds 1,024 tokens cached does not choose by another 64, and a long
+conversation is walked in half the look-ups or fewer.
 
 Memory is bounded by generations instead of by a linked list. Names are spread over many small
 shards; each holds a young and an old dictionary. A name used again moves to the young one; when
@@ -28,8 +30,9 @@ import numpy as np
 from gimbal.core.contracts import FloatArray
 
 CHUNK_TOKENS = 64
+_FINE_CHUNKS, _COARSER = 16, 4  # later chunks are so many times longer
 _NAME_BITS = (1 << 60) - 1  # two 30-bit digits: a Python int of 32 bytes instead of 40
-_MAX_SHARDS = 1024
+_MAX_SHARDS, _SHARD_CHUNKS = 1024, 64
 _MAX_BITS = 4096  # bit positions used up by clearing engines before the index starts afresh
 
 
@@ -56,17 +59,21 @@ class PrefixIndex:
     Args:
         engines: engines in rank order.
         capacity: chunks held at most; the older half is what gets dropped.
-        chunk_tokens: tokens per chunk.
+        chunk_tokens: tokens of each of the first sixteen chunks.
+
+    Attributes:
+        block_tokens: the engines' KV blocks; they reuse whole ones only.
     """
 
     def __init__(
         self, engines: int, capacity: int = 1_000_000, chunk_tokens: int = CHUNK_TOKENS
     ) -> None:
         self.chunk_tokens = chunk_tokens
-        self._shard_mask = min(_MAX_SHARDS, _power_of_two_at_most(max(1, capacity // 64))) - 1
-        shards = self._shard_mask + 1
-        self._young: list[dict[int, int]] = [{} for _ in range(shards)]
-        self._old: list[dict[int, int]] = [{} for _ in range(shards)]
+        self.block_tokens = 1
+        self._fine_tokens = _FINE_CHUNKS * chunk_tokens
+        self._shard_mask = 0
+        self._young: list[dict[int, int]] = [{}]
+        self._old: list[dict[int, int]] = [{}]
         self._bits: list[int] = []  # engine -> its mask; cleared engines get a new one
         self._next_bit = 0
         self._valid = 0
@@ -84,16 +91,29 @@ class PrefixIndex:
 
     def set_capacity(self, capacity: int) -> None:
         """Bounds the chunks held from now on, for example by the engines' whole KV memory."""
-        self._half_shard = max(1, capacity // (2 * (self._shard_mask + 1)))
+        mask = min(_MAX_SHARDS, _power_of_two_at_most(max(1, capacity // _SHARD_CHUNKS))) - 1
+        self._half_shard = max(1, capacity // (2 * (mask + 1)))
+        if mask == self._shard_mask:
+            return
+        self._shard_mask = mask
+        for shards in (self._old, self._young):
+            chunks: dict[int, int] = {}
+            for shard in shards:
+                chunks.update(shard)
+            shards[:] = [{} for _ in range(mask + 1)]
+            for name, holders in chunks.items():
+                shards[name & mask][name] = holders
 
     def match(self, tokens: Sequence[int]) -> PrefixMatch:
         """Leading tokens of the prompt `tokens` that each engine is believed to hold."""
-        size, young, old, shard_mask = self.chunk_tokens, self._young, self._old, self._shard_mask
+        young, old, shard_mask = self._young, self._old, self._shard_mask
         names: list[int] = []
         candidates, name, start = self._valid, 0, 0
         depths: list[tuple[int, int]] = []  # (tokens, engines whose match ends there)
-        for end in range(size, len(tokens) + 1, size):
-            name = hash((name, *tokens[start:end])) & _NAME_BITS
+        size, coarse_from, length = self.chunk_tokens, self._fine_tokens, len(tokens)
+        end = size
+        while end <= length:
+            name = hash((name, tuple(tokens[start:end]))) & _NAME_BITS
             names.append(name)
             shard = name & shard_mask
             holders = young[shard].get(name)
@@ -107,24 +127,20 @@ class PrefixIndex:
                     break
                 candidates = holders
             start = end
+            if end == coarse_from:
+                size *= _COARSER
+            end += size
         else:
             if start:
                 depths.append((start, candidates))
-        return PrefixMatch(self._cached(depths, len(tokens)), start, names, tokens)
+        return PrefixMatch(self._cached(depths, length), start, names, tokens)
 
     def insert(self, tokens: Sequence[int] | PrefixMatch, engine: int) -> None:
         """Notes that `engine` (will) hold the prompt; a `PrefixMatch` saves hashing it twice."""
         if isinstance(tokens, PrefixMatch):
-            names, tokens = tokens.names, tokens.tokens
+            names = self.chunk_names(tokens.tokens, tokens.names)
         else:
-            names = []
-        size = self.chunk_tokens
-        name = names[-1] if names else 0
-        start = len(names) * size
-        for end in range(start + size, len(tokens) + 1, size):
-            name = hash((name, *tokens[start:end])) & _NAME_BITS
-            names.append(name)
-            start = end
+            names = self.chunk_names(tokens)
         self.insert_hashes(names, engine)
 
     def insert_hashes(self, names: Iterable[int], engine: int) -> None:
@@ -170,13 +186,26 @@ class PrefixIndex:
             self._bits.append(self._new_bit())
         self._valid = sum(self._bits)
 
-    def chunk_names(self, tokens: Sequence[int]) -> list[int]:
-        """Names of all whole chunks of the prompt `tokens`."""
-        names, name = [], 0
-        for start in range(0, len(tokens) - self.chunk_tokens + 1, self.chunk_tokens):
-            name = hash((name, *tokens[start : start + self.chunk_tokens])) & _NAME_BITS
+    def chunk_names(self, tokens: Sequence[int], known: Sequence[int] = ()) -> list[int]:
+        """Names of all whole chunks of the prompt `tokens`, the first of which may be `known`."""
+        names = list(known)
+        fine = min(len(names), _FINE_CHUNKS)
+        start = self.chunk_tokens * (fine + _COARSER * (len(names) - fine))
+        name = names[-1] if names else 0
+        while (end := start + self.chunk_size(start)) <= len(tokens):
+            name = self.chunk_name(name, tuple(tokens[start:end]))
             names.append(name)
+            start = end
         return names
+
+    def chunk_size(self, start: int) -> int:
+        """Tokens of the chunk that begins at token `start`."""
+        return self.chunk_tokens * (1 if start < self._fine_tokens else _COARSER)
+
+    @staticmethod
+    def chunk_name(before: int, tokens: tuple[int, ...]) -> int:
+        """Name of the chunk `tokens` behind the chunk `before` (0: the first)."""
+        return hash((before, tokens)) & _NAME_BITS
 
     def _new_bit(self) -> int:
         if self._next_bit >= _MAX_BITS:
@@ -191,7 +220,7 @@ class PrefixIndex:
         cached = np.zeros(len(self._bits))
         for tokens, holders in depths:
             # The engine always computes the last token itself: it needs its logits.
-            value = min(tokens, prompt_tokens - 1)
+            value = min(tokens, prompt_tokens - 1) // self.block_tokens * self.block_tokens
             for engine, bit in enumerate(self._bits):
                 if holders & bit:
                     cached[engine] = value

@@ -44,18 +44,18 @@ class AffinityPolicy:
 
     def costs(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
         """[engines] microseconds."""
-        total: FloatArray = self.terms(request, loads).sum(axis=0)
-        return total
+        costs: FloatArray = self.priced(request, loads)[-1]
+        return costs
 
-    def terms(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
-        """[terms, engines] microseconds, rows named by `term_names`."""
+    def priced(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
+        """[terms + 1, engines] microseconds, rows named by `term_names`, and their sum."""
         row = self._domains.get(request.domain or "")
-        terms = self._inner.terms(request, loads)
-        own = np.zeros((1, terms.shape[1]))
+        priced = self._inner.priced(request, loads)
+        own = np.zeros((1, priced.shape[1]))
         if row is not None:
             tokens = request.prompt_tokens - loads.cached_tokens + self._output_tokens
             own[0] = tokens * self.us_per_token[row]
-        return np.concatenate([terms, own])
+        return np.concatenate([priced[:-1], own, priced[-1:] + own])
 
     def session_bound_us(self, request: DispatchRequest, loads: EngineLoads, engine: int) -> float:
         """The inner policy's bound: a session's cached context outweighs affinity."""

@@ -138,6 +138,18 @@ def test_a_long_step_is_not_a_stopped_engine():
     assert dispatcher.dispatch(request("b"), None, slow, NOW_US + 1.5e6).reason == "stale"
 
 
+@pytest.mark.parametrize(("lock_step", "chosen"), [(True, 1), (False, 0)])
+def test_a_silent_engine_is_avoided_where_the_others_need_not_wait_for_it(lock_step, chosen):
+    dispatcher = Dispatcher(2, DispatchConfig(max_signal_age_ms=500), lock_step=lock_step)
+    dispatcher.assigned(request("a", 100), 0)
+    rows = board(RUNNING_REQUESTS=1)
+    rows[1, Field.TIMESTAMP_US] = NOW_US - 3e6
+    decision = dispatcher.dispatch(request("b"), None, rows, NOW_US)
+    assert (decision.engine, decision.reason) == (chosen, "stale")
+    both = board(RUNNING_REQUESTS=1, TIMESTAMP_US=NOW_US - 3e6)
+    assert dispatcher.dispatch(request("c", 10), None, both, NOW_US).reason == "stale"
+
+
 def test_pinned_idle_engine_is_not_stale_at_once():
     dispatcher = Dispatcher(2, DispatchConfig(max_signal_age_ms=500))
     hour = NOW_US + 3600e6
@@ -168,6 +180,19 @@ def test_resize_up_and_down():
     dispatcher.finished("a")
     dispatcher.finished("b")
     assert dispatcher.ledger.inflight.tolist() == [[1], [128]]
+
+
+def test_prefix_index_is_as_large_as_the_engines_memory_and_counts_whole_blocks():
+    dispatcher = Dispatcher(1, DispatchConfig())
+    dispatcher.fit_prefix_index(board(1, KV_BLOCKS_TOTAL=6, KV_BLOCK_TOKENS=128))
+    for first in range(0, 100_000, 1000):
+        dispatcher.prefixes.insert(list(range(first, first + 128)), 0)
+    assert len(dispatcher.prefixes) <= 16, "768 tokens are 12 chunks, and a third"
+    tokens = list(range(200))
+    dispatcher.prefixes.insert(tokens, 0)
+    assert dispatcher.prefixes.match(tokens).cached_tokens.tolist() == [128]
+    dispatcher.fit_prefix_index(board(1, KV_BLOCKS_TOTAL=6000, KV_BLOCK_TOKENS=16))
+    assert dispatcher.prefixes.match(tokens).cached_tokens.tolist() == [192], "kept when it grows"
 
 
 def test_cleared_cache_is_no_longer_credited():

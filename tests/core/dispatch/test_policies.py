@@ -36,7 +36,7 @@ def loads(*engines, unacked=None, inflight=None, cached=None, **rest):
         inflight[1],
         np.array(cached or [0] * len(engines), dtype=float),
         np.zeros(len(engines)),
-        **rest,
+        **{"unacked_cached_tokens": np.zeros(len(engines)), **rest},
     )
 
 
@@ -101,8 +101,10 @@ def test_baseline_costs(policy, state, expected):
 def terms(state, tokens=100, **options):
     """Terms by name of the gimbal policy."""
     policy = POLICIES.build("gimbal", **{"expected_output_tokens": 0.0, **options})
-    rows = policy.terms(request(tokens), state)
+    priced = policy.priced(request(tokens), state)
+    rows = priced[:-1]
     assert rows.sum(axis=0).tolist() == pytest.approx(policy.costs(request(tokens), state).tolist())
+    assert rows.sum(axis=0).tolist() == pytest.approx(priced[-1].tolist())
     return dict(zip(policy.term_names, rows.tolist(), strict=True))
 
 

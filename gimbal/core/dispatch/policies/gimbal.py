@@ -49,9 +49,6 @@ And what it meets afterwards:
 R_e is a shared R, the mean over engines, where only base / R is needed. Before the first steps
 have been measured, base is 0 and c is 1: the order is then by tokens.
 
-Each engine's quantities are one column and each term's prices one row, so that a decision is two
-small matrix products instead of forty array operations.
-
 Source: the shape of the cost (pressure of queue, KV and experts in one score) is the Gimbal
 paper's, arXiv 2606.15177; the lock-step envelope and the pricing in time are this project's.
 `queue`, `prefill` and `followers` together are LMetric's (new + active) * requests, in time, with
@@ -60,10 +57,11 @@ waiting requests for all requests.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
 
 import numpy as np
 
+from gimbal.core.compiled import Kernel
 from gimbal.core.contracts import DispatchRequest, EngineLoads, Field, FloatArray
 
 _TERMS = (
@@ -81,36 +79,15 @@ _QUEUE, _PREFILL, _LOCKSTEP, _INTERFERENCE, _FOLLOWERS, _REUSE, _DECODE, _EXPERT
     range(len(_TERMS))
 )
 
-# Rows of an engine's quantities. The first are linear in the snapshot.
-_KV_EXCESS, _BACKLOG, _WAITING, _HEADS, _SLOT_EXCESS, _ROOM, _DECODING, _RUNNING, _CONTEXT = range(
-    9
-)
-_LINEAR_ROWS = 9
-_UNCACHED, _STEPS, _BOUNDED, _BEYOND, _FOLLOWED, _PRESSED = range(_LINEAR_ROWS, 15)
-_ROWS = 15
-
-_FIRST, _LAST = int(Field.WAITING_REQUESTS), int(Field.MAX_RUNNING_REQUESTS)
-_LINEAR = (
-    (_KV_EXCESS, Field.WAITING_PREFILL_TOKENS, 1.0),
-    (_BACKLOG, Field.WAITING_PREFILL_TOKENS, 1.0),
-    (_BACKLOG, Field.RUNNING_PREFILL_TOKENS, 1.0),
-    (_WAITING, Field.WAITING_REQUESTS, 1.0),
-    (_HEADS, Field.WAITING_REQUESTS, 1.0),
-    (_HEADS, Field.RUNNING_REQUESTS, 1.0),
-    (_SLOT_EXCESS, Field.WAITING_REQUESTS, 1.0),
-    (_SLOT_EXCESS, Field.RUNNING_REQUESTS, 1.0),
-    (_SLOT_EXCESS, Field.MAX_RUNNING_REQUESTS, -1.0),
-    (_ROOM, Field.STEP_TOKEN_BUDGET, 1.0),
-    (_ROOM, Field.DECODING_REQUESTS, -1.0),
-    (_DECODING, Field.DECODING_REQUESTS, 1.0),
-    (_RUNNING, Field.RUNNING_REQUESTS, 1.0),
-    (_CONTEXT, Field.RUNNING_TOKENS, 1.0),
-)
-# Plain integers: an IntEnum member as an index costs as much as the arithmetic on the column.
+# Plain integers, which the compiler freezes into the code.
+_WAITING, _WAITING_TOKENS = int(Field.WAITING_REQUESTS), int(Field.WAITING_PREFILL_TOKENS)
+_RUNNING, _RUNNING_PREFILL = int(Field.RUNNING_REQUESTS), int(Field.RUNNING_PREFILL_TOKENS)
+_DECODING, _RUNNING_TOKENS = int(Field.DECODING_REQUESTS), int(Field.RUNNING_TOKENS)
 _KV_USED, _KV_TOTAL, _KV_BLOCK = (
     int(f) for f in (Field.KV_BLOCKS_USED, Field.KV_BLOCKS_TOTAL, Field.KV_BLOCK_TOKENS)
 )
-_BUDGET, _PRESSURE = int(Field.STEP_TOKEN_BUDGET), int(Field.EXPERT_PRESSURE_US)
+_BUDGET, _SEATS = int(Field.STEP_TOKEN_BUDGET), int(Field.MAX_RUNNING_REQUESTS)
+_PRESSURE, _RATE = int(Field.EXPERT_PRESSURE_US), int(Field.PREFILL_TOKENS_PER_S)
 _STEP_BASE, _TOKEN, _DECODE_SLOPE = (
     int(f) for f in (Field.STEP_BASE_US, Field.PREFILL_US_PER_TOKEN, Field.DECODE_US_PER_REQUEST)
 )
@@ -140,19 +117,26 @@ class GimbalPolicy:
 
     def costs(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
         """[engines] microseconds."""
-        total: FloatArray = self.terms(request, loads).sum(axis=0)
-        return total
+        costs: FloatArray = self.priced(request, loads)[-1]
+        return costs
 
-    def terms(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
-        """[terms, engines] microseconds, rows named by `term_names`."""
-        quantities = _quantities(request, loads)
-        columns = loads.board.T
-        prices = self._prices(quantities, _speeds(columns), loads.prefix_reuse)
-        terms: FloatArray = prices.dot(quantities)
-        if _lacks(quantities, request.prompt_tokens):
-            slice_us = prices[_QUEUE, _BACKLOG]
-            terms[_ADMISSION] = _admission(request, columns, quantities, slice_us)
-        return terms
+    def priced(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
+        """[terms + 1, engines] microseconds: one row per term, and their sum."""
+        board = loads.board
+        out: FloatArray = np.empty((len(_TERMS) + 1, board.shape[0]))
+        PRICE.call(
+            board,
+            loads.unacked_requests,
+            loads.unacked_tokens,
+            loads.unacked_cached_tokens,
+            loads.cached_tokens,
+            float(request.prompt_tokens),
+            self._output_tokens,
+            loads.prefix_reuse,
+            self._feedback_weight,
+            out,
+        )
+        return out
 
     def session_bound_us(self, request: DispatchRequest, loads: EngineLoads, engine: int) -> float:
         """What prefilling the rest of the prompt costs: the most a longer hit there can save.
@@ -160,109 +144,94 @@ class GimbalPolicy:
         The prefix index holds prompts only; the answers of earlier turns, which are part of this
         prompt, are cached on the session's engine without the index knowing.
         """
-        base_us, token_us, _ = _speeds(loads.board.T)
-        budget = float(loads.board[engine, Field.STEP_TOKEN_BUDGET]) or _UNKNOWN_BUDGET
         unknown = request.prompt_tokens - float(loads.cached_tokens[engine])
+        token_us = float(loads.column(Field.PREFILL_US_PER_TOKEN).max())
+        if token_us <= 0.0:
+            return self._patience * unknown
+        budget = float(loads.board[engine, _BUDGET]) or _UNKNOWN_BUDGET
+        base_us = float(loads.column(Field.STEP_BASE_US).max())
         return self._patience * (token_us + base_us / budget) * unknown
 
-    def _prices(
-        self, quantities: FloatArray, speeds: tuple[float, float, float], prefix_reuse: float
-    ) -> FloatArray:
-        """[terms, quantities] microseconds per unit."""
-        base_us, token_us, decode_us = speeds
-        sums = np.add.reduce(quantities[_ROOM:_UNCACHED], axis=1).tolist()
-        room, decoding, running, context = sums
-        slice_us = token_us + base_us * quantities.shape[1] / room
-        decode_us *= 0.5 * self._output_tokens
-        stall_us = token_us * decoding
 
-        prices = np.zeros((len(_TERMS), _ROWS))
-        prices[_QUEUE, _BACKLOG] = slice_us
-        prices[_PREFILL, _STEPS] = base_us
-        prices[_PREFILL, _UNCACHED] = token_us
-        prices[_PREFILL, _BACKLOG] = token_us - slice_us
-        prices[_LOCKSTEP, _BOUNDED] = token_us
-        prices[_LOCKSTEP, _BACKLOG] = prices[_LOCKSTEP, _UNCACHED] = -token_us
-        prices[_INTERFERENCE, _BEYOND] = stall_us
-        prices[_FOLLOWERS, _FOLLOWED] = slice_us
-        prices[_REUSE, _UNCACHED] = prefix_reuse * (token_us + stall_us)
-        prices[_DECODE, _HEADS] = decode_us
-        prices[_DECODE, _CONTEXT] = decode_us * running / max(1.0, context)
-        prices[_EXPERT, _PRESSED] = self._feedback_weight
-        return prices
-
-
-@lru_cache(maxsize=8)
-def _linear_map(block_tokens: float) -> FloatArray:
-    """[linear quantities, snapshot columns]; KV blocks of one server all have one size."""
-    matrix = np.zeros((_LINEAR_ROWS, _LAST - _FIRST + 1))
-    for row, column, factor in _LINEAR:
-        matrix[row, column - _FIRST] = factor
-    matrix[_KV_EXCESS, _KV_USED - _FIRST] = block_tokens
-    matrix[_KV_EXCESS, _KV_TOTAL - _FIRST] = -block_tokens
-    return matrix
-
-
-def _quantities(request: DispatchRequest, loads: EngineLoads) -> FloatArray:
-    """[quantities, engines]: what the terms are priced on."""
-    columns = loads.board.T
-    out = np.empty((_ROWS, columns.shape[1]))
-    linear_map = _linear_map(float(columns[_KV_BLOCK, 0]))
-    np.dot(linear_map, columns[_FIRST : _LAST + 1], out=out[:_LINEAR_ROWS])
-    # Row views and `out=`: `rows[i] += x` would copy the row back onto itself.
-    tokens, requests = out[_KV_EXCESS : _BACKLOG + 1], out[_WAITING : _SLOT_EXCESS + 1]
-    np.add(tokens, loads.unacked_tokens, out=tokens)
-    np.add(requests, loads.unacked_requests, out=requests)
-    backlog, room = out[_BACKLOG], out[_ROOM]
-    np.subtract(backlog, loads.unacked_cached_tokens, out=backlog)
-    uncached, steps, bounded, beyond, followed, pressed = out[_LINEAR_ROWS:]
-
-    if room[room.argmin()] <= 0.0:
-        np.maximum(room, 1.0, out=room)
-        room[columns[_BUDGET] == 0] = _UNKNOWN_BUDGET
-    np.subtract(request.prompt_tokens, loads.cached_tokens, out=uncached)
-    work = backlog + uncached
-    np.ceil(np.divide(work, room, out=steps), out=steps)
-    longest = backlog[backlog.argmax()]
-    np.maximum(work, longest, out=beyond)
-    np.minimum(np.multiply(steps, room, out=bounded), beyond, out=bounded)
-    np.subtract(beyond, longest, out=beyond)
-    np.multiply(uncached, out[_WAITING], out=followed)
-    pressure = columns[_PRESSURE]
+def _price(
+    board: FloatArray,
+    unacked_requests: FloatArray,
+    unacked_tokens: FloatArray,
+    unacked_cached_tokens: FloatArray,
+    cached_tokens: FloatArray,
+    prompt_tokens: float,
+    output_tokens: float,
+    prefix_reuse: float,
+    feedback_weight: float,
+    out: FloatArray,
+) -> None:
+    """Fills `out` [terms + 1, engines]: every term in microseconds, and their sum."""
+    engines = board.shape[0]
+    base_us = token_us = decode_us = rooms = decoding = running = context = longest = 0.0
     # What all engines are pressed by alike cannot be avoided by choosing another one.
-    np.multiply(np.subtract(pressure, pressure[pressure.argmin()], out=pressed), steps, out=pressed)
-    return out
-
-
-def _speeds(columns: FloatArray) -> tuple[float, float, float]:
-    """Step base, prefill token and decode request in us: the slowest engine sets the pace."""
-    base, token, decode = columns[_STEP_BASE], columns[_TOKEN], columns[_DECODE_SLOPE]
-    token_us = float(token[token.argmax()])
+    common_us = board[0, _PRESSURE]
+    for e in range(engines):
+        row = board[e]
+        base_us = max(base_us, row[_STEP_BASE])
+        token_us = max(token_us, row[_TOKEN])
+        decode_us = max(decode_us, row[_DECODE_SLOPE])
+        common_us = min(common_us, row[_PRESSURE])
+        decoding += row[_DECODING]
+        running += row[_RUNNING]
+        context += row[_RUNNING_TOKENS]
+        room = _UNKNOWN_BUDGET
+        if row[_BUDGET] != 0.0:
+            room = max(1.0, row[_BUDGET] - row[_DECODING])
+        backlog = row[_WAITING_TOKENS] + row[_RUNNING_PREFILL]
+        backlog += unacked_tokens[e] - unacked_cached_tokens[e]
+        rooms += room
+        longest = max(longest, backlog)
+        # Kept for the second pass, which replaces them.
+        out[_PREFILL, e], out[_QUEUE, e] = room, backlog
     if token_us <= 0.0:
-        return 0.0, 1.0, 1.0
+        base_us, token_us, decode_us = 0.0, 1.0, 1.0
     # A decoding request is at least one token of the step.
-    return float(base[base.argmax()]), token_us, max(float(decode[decode.argmax()]), token_us)
+    decode_us = 0.5 * output_tokens * max(decode_us, token_us)
+    slice_us = token_us + base_us * engines / rooms
+    stall_us = token_us * decoding
+    heads_per_token = running / max(1.0, context)
+
+    for e in range(engines):
+        row = board[e]
+        room, backlog = out[_PREFILL, e], out[_QUEUE, e]
+        waiting = row[_WAITING] + unacked_requests[e]
+        uncached = prompt_tokens - cached_tokens[e]
+        work = backlog + uncached
+        steps = math.ceil(work / room)
+        fullest = max(work, longest)
+
+        out[_QUEUE, e] = slice_us * backlog
+        out[_PREFILL, e] = base_us * steps + token_us * work - slice_us * backlog
+        out[_LOCKSTEP, e] = token_us * (min(steps * room, fullest) - work)
+        out[_INTERFERENCE, e] = stall_us * (fullest - longest)
+        out[_FOLLOWERS, e] = slice_us * uncached * waiting
+        out[_REUSE, e] = prefix_reuse * (token_us + stall_us) * uncached
+        heads = waiting + row[_RUNNING] + row[_RUNNING_TOKENS] * heads_per_token
+        out[_DECODE, e] = decode_us * heads
+        out[_EXPERT, e] = feedback_weight * (row[_PRESSURE] - common_us) * steps
+
+        lack = 0.0  # tokens
+        if row[_KV_TOTAL] > 0.0:
+            held = (row[_KV_USED] - row[_KV_TOTAL]) * row[_KV_BLOCK]
+            held += row[_WAITING_TOKENS] + unacked_tokens[e]
+            lack = max(lack, held + prompt_tokens)
+        if row[_SEATS] > 0.0:
+            mean_tokens = row[_RUNNING_TOKENS] / max(row[_RUNNING], 1.0)
+            lack = max(lack, (waiting + row[_RUNNING] + 1.0 - row[_SEATS]) * mean_tokens)
+        out[_ADMISSION, e] = lack * (1e6 / row[_RATE] if row[_RATE] > 0.0 else slice_us)
+
+        total = 0.0
+        for term in range(out.shape[0] - 1):
+            total += out[term, e]
+        out[-1, e] = total
 
 
-def _lacks(quantities: FloatArray, prompt_tokens: int) -> bool:
-    """Whether any engine has no room for the request now."""
-    kv, slots = quantities[_KV_EXCESS], quantities[_SLOT_EXCESS]
-    fits: bool = kv[kv.argmax()] + prompt_tokens <= 0.0 and slots[slots.argmax()] + 1.0 <= 0.0
-    return not fits
-
-
-def _admission(
-    request: DispatchRequest, columns: FloatArray, quantities: FloatArray, slice_us: float
-) -> FloatArray:
-    """[engines] us until KV memory and a request slot are free for the request."""
-    kv = quantities[_KV_EXCESS] + request.prompt_tokens
-    slots = quantities[_SLOT_EXCESS] + 1.0
-    mean_tokens = quantities[_CONTEXT] / np.maximum(quantities[_RUNNING], 1.0)
-    tokens = np.maximum(
-        np.where(columns[Field.KV_BLOCKS_TOTAL] > 0, kv, 0.0),
-        np.where(columns[Field.MAX_RUNNING_REQUESTS] > 0, slots, 0.0) * mean_tokens,
-    )
-    rate = columns[Field.PREFILL_TOKENS_PER_S]
-    us_per_token = np.where(rate > 0, 1e6 / np.maximum(rate, 1e-9), slice_us)
-    lack: FloatArray = np.maximum(tokens, 0.0) * us_per_token
-    return lack
+PRICE = Kernel(
+    _price,
+    "void(f8[:,::1], f8[::1], f8[::1], f8[::1], f8[::1], f8, f8, f8, f8, f8[:,::1])",
+)

@@ -1,0 +1,78 @@
+"""Small numeric functions that run as they are, and compiled once there has been time for it.
+
+numba takes about a second to import and to compile even a small function (less when its cache on
+disk has it). A request must never wait for that: a `Kernel` is called from the first moment on and
+runs the plain function until the compiled one is there. Both are the same source, so there is one
+definition of each formula and a decision does not depend on which of the two made it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+logger = logging.getLogger("vllm.gimbal")
+
+_KERNELS: list[Kernel] = []
+_lock = threading.Lock()
+_started = False
+
+
+class Kernel:
+    """A function over arrays and floats, and its compiled form.
+
+    Args:
+        function: the plain definition: loops and scalars, no other Python objects.
+        signature: its types in numba's notation; arguments must have exactly these, so that no
+            call can start a compilation.
+
+    Attributes:
+        plain: `function`.
+        call: what to call now: `plain`, later the compiled form.
+    """
+
+    def __init__(self, function: Callable[..., Any], signature: str) -> None:
+        self.plain = function
+        self.signature = signature
+        self.call = function
+        _KERNELS.append(self)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `call` is the compiled form."""
+        return self.call is not self.plain
+
+    def compile(self) -> None:
+        """Compiles, or loads numba's cache; `call` is the compiled form afterwards."""
+        if not self.compiled:
+            import numba
+
+            self.call = numba.njit(self.signature, cache=True)(self.plain)
+
+
+def compile_kernels() -> None:
+    """Compiles every kernel defined so far and waits for it; for batch work like a simulation."""
+    with _lock:
+        for kernel in list(_KERNELS):
+            kernel.compile()
+
+
+def compile_in_background() -> None:
+    """Compiles every kernel defined so far, once per process, while the plain forms serve."""
+    global _started
+    with _lock:
+        if _started:
+            return
+        _started = True
+    threading.Thread(target=_compile_or_log, name="gimbal-compile", daemon=True).start()
+
+
+def _compile_or_log() -> None:
+    try:
+        compile_kernels()
+    except Exception:  # slower decisions, and nothing else
+        logger.warning(
+            "Gimbal: kernels could not be compiled; decisions stay slower", exc_info=True
+        )

@@ -1,0 +1,93 @@
+"""An engine's own KV blocks in the prefix index's terms.
+
+An engine that reports what its cache takes in and drops names blocks by its own hashes, and gives
+a block's tokens and its predecessor. The index names longer chunks. A chunk is held once the block
+that ends it is stored, and gone once that block is removed: engines evict the end of a prefix
+before its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from gimbal.core.dispatch.prefix_index import PrefixIndex
+
+
+class _Block(NamedTuple):
+    """Where a prompt's walk stands behind one block."""
+
+    begun_at: int  # position of the first token of the chunk that is not complete
+    name: int  # of the last complete chunk
+    tail: tuple[int, ...]  # tokens of the incomplete one
+    ended: tuple[int, ...]  # names of chunks that this block completed
+
+
+_START = _Block(0, 0, (), ())
+
+
+class BlockNames:
+    """The blocks one engine holds.
+
+    Args:
+        index: whose chunks are named.
+        capacity: blocks remembered at most; a table that outgrows it starts again, since then
+            removals were lost.
+    """
+
+    def __init__(self, index: PrefixIndex, capacity: int = 1_000_000) -> None:
+        self._index = index
+        self._capacity = capacity
+        self._blocks: dict[Hashable, _Block] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def stored(
+        self,
+        parent: Hashable | None,
+        hashes: Sequence[Hashable],
+        tokens: Sequence[int],
+        block_tokens: int,
+    ) -> list[int]:
+        """Names of the chunks that consecutive new blocks complete.
+
+        Args:
+            parent: the block before the first one; None at the beginning of a prompt. Blocks
+                behind an unknown one cannot be named and are left out.
+            hashes: the engine's names of the blocks.
+            tokens: [len(hashes) * block_tokens] their tokens.
+        """
+        before = _START if parent is None else self._blocks.get(parent)
+        if before is None:
+            return []
+        if len(self._blocks) + len(hashes) > self._capacity:
+            self._blocks.clear()
+        names: list[int] = []
+        for number, block in enumerate(hashes):
+            own = tokens[number * block_tokens : (number + 1) * block_tokens]
+            before = self._blocks[block] = self._advance(before, own)
+            names += before.ended
+        return names
+
+    def removed(self, hashes: Sequence[Hashable]) -> list[int]:
+        """Names of the chunks that are incomplete without these blocks."""
+        names: list[int] = []
+        for block in hashes:
+            known = self._blocks.pop(block, None)
+            if known is not None:
+                names += known.ended
+        return names
+
+    def clear(self) -> None:
+        """The engine dropped everything."""
+        self._blocks.clear()
+
+    def _advance(self, before: _Block, tokens: Sequence[int]) -> _Block:
+        start, name, tail = before.begun_at, before.name, (*before.tail, *tokens)
+        ended = []
+        while len(tail) >= (size := self._index.chunk_size(start)):
+            name = self._index.chunk_name(name, tail[:size])
+            ended.append(name)
+            start, tail = start + size, tail[size:]
+        return _Block(start, name, tail, tuple(ended))
