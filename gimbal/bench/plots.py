@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gimbal.bench.charts import Bars, Chart, Heat, Lines, colour_of
+from gimbal.bench.charts import Bars, Chart, Heat, Lines, colour_of, limits, log_ticks
 from gimbal.bench.svg import heat_colours, standalone
 from gimbal.core.errors import InputError
 
@@ -82,20 +82,28 @@ def _save_png(chart: Chart, path: Path) -> None:
 
 
 def _draw_lines(axes: Any, chart: Lines) -> None:
+    if not chart.series:
+        axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
+        return
     for name, (x, y) in chart.series.items():
         style = {"linestyle": "none", "marker": "o"} if chart.points else {"linewidth": 1.5}
         marks = {} if chart.points or len(x) > 12 else {"marker": "o", "markersize": 3}
         axes.plot(x, y, label=name, color=colour_of(chart.names, name), **style, **marks)
     if chart.points:
         axes.axline((0, 0), slope=1, color="0.7", linewidth=0.8)
-    if chart.log_x:
-        axes.set_xscale("log")
-    if chart.log_y:
-        axes.set_yscale("log")
+    x_low, x_high, y_low, y_high = limits(chart)
+    for axis, log, low, high in (
+        ("x", chart.log_x, x_low, x_high),
+        ("y", chart.log_y, y_low, y_high),
+    ):
+        if log:
+            ticks = log_ticks(low, high)
+            axes.set(**{f"{axis}scale": "log", f"{axis}lim": (low, high)})
+            axes.set(**{f"{axis}ticks": ticks, f"{axis}ticklabels": [f"{t:g}" for t in ticks]})
+            getattr(axes, f"{axis}axis").minorticks_off()
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
     axes.grid(alpha=0.3)
-    if chart.series:
-        axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="upper left")
 
 
 def _draw_bars(axes: Any, chart: Bars) -> None:

@@ -209,7 +209,8 @@ def heat_colours(chart: Heat) -> tuple[npt.NDArray[np.uint8], float, float]:
     share: FloatArray = np.clip((chart.values - middle) / reach, -1.0, 1.0)[..., None]
     white, red, blue = np.array([245, 245, 245]), np.array([178, 24, 43]), np.array([33, 102, 172])
     colours = white + np.abs(share) * (np.where(share > 0, red, blue) - white)
-    return colours.astype(np.uint8), middle - reach, middle + reach
+    low = max(middle - reach, float(chart.values.min()))
+    return colours.astype(np.uint8), low, middle + reach
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:

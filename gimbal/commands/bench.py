@@ -294,12 +294,18 @@ class _Bench:
 def _keep_rearrangements(
     records: list[tuple[Any, Path]], arms: list[Any], share: bool, writer: Any
 ) -> None:
-    """Copies what the servers recorded of their experts into the run, under the arm's name."""
+    """Copies what the servers recorded of their experts into the run, under the arm's name.
+
+    Of a server that several placing arms share nobody can say which of them moved what.
+    """
     from gimbal.records.schema import PlacementRecord, RebalanceRecord
     from gimbal.records.store import FILES, read_records
 
-    names = {arm.server(share): arm.name for arm in arms if "placement" in arm.levels}
+    owners = [(arm.server(share), arm.name) for arm in arms if "placement" in arm.levels]
+    names = dict(owners)
     for spec, directory in records:
+        if [own for own, _ in owners].count(spec) != 1:
+            continue
         for kind in (RebalanceRecord, PlacementRecord):
             path = directory / FILES[kind]
             if path.exists():

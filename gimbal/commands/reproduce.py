@@ -35,7 +35,7 @@ command.add_command(live)
     help="directory of finished cells and the report; a stopped run continues from it",
 )
 @click.option("--jobs", type=click.IntRange(1), help="processes (default: all CPUs)")
-@click.option("--seeds", type=click.IntRange(1), help="seeds per cell (default: 5; quick: 2)")
+@click.option("--seeds", type=click.IntRange(1), help="seeds per cell (default: 8; quick: 4)")
 @click.option("--requests", type=click.IntRange(10), help="requests per cell")
 @click.option("--scenarios", help="comma-separated; default: all (see docs/reproduction.md)")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")

@@ -10,6 +10,7 @@ import numpy as np
 from gimbal.core.contracts import FloatArray, IntArray, Placer, RoutingCounts, Topology
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import migration_us
+from gimbal.core.placement.typical import at_typical_step, typical_share
 from gimbal.records.placements import placement_record
 from gimbal.records.schema import PlacementRecord, RebalanceRecord
 from gimbal.sim import kernels
@@ -190,17 +191,12 @@ class Experts:
     def _recorded_counts(self) -> RoutingCounts:
         expected = np.einsum("sd,dlx->slx", self._window, self.population.share)
         drawn = self._rng.poisson(expected).astype(float)
-        return RoutingCounts(drawn, steps=max(1, round(self._steps_in_window * self._typical)))
+        return at_typical_step(RoutingCounts(drawn, steps=self._steps_in_window), self._typical)
 
     @property
     def _typical(self) -> float:
-        """Steps as large as the one the average token is in, over steps of the window.
-
-        Prefill comes in few large steps, bound by pairs, between many small ones that are bound by
-        distinct experts: the mean of both never runs, and what a better balance saves lies in the
-        large ones. A plan is made for the step of the average token, and its gain spread over all.
-        """
-        return float(self._window.sum() ** 2 / self._squares / self._steps_in_window)
+        """Of the window, see `typical_share`."""
+        return typical_share(self._window.sum(), self._squares, self._steps_in_window)
 
     def _propose(self, counts: RoutingCounts, horizon: int) -> tuple[IntArray, GateDecision | None]:
         """The next placement, and what the gain gate said (None for placers without one)."""

@@ -59,13 +59,13 @@ class Matrix:
     distributions: tuple[str, ...] = DISTRIBUTIONS
     loads: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2)
     arms: tuple[str, ...] = ARMS
-    seeds: int = 5
+    seeds: int = 8
     requests: int = 3000
     trace: str = "burstgpt"
     capacity_requests: int = 3000
 
 
-QUICK = Matrix(loads=(0.3, 0.9, 1.2), seeds=2, requests=1200, capacity_requests=1500)
+QUICK = Matrix(loads=(0.3, 0.9, 1.2), seeds=4, requests=1200, capacity_requests=1500)
 
 
 @dataclass(frozen=True, slots=True)

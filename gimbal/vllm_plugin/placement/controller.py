@@ -262,9 +262,9 @@ class Controller:
                 return (Verdict.NOT_READY, 0), None
             if not counts.routing.counts.any():
                 return (Verdict.KEEP, 0), None
-            scale = stall_us / self._modelled_us if stall_us and self._modelled_us else 1.0
-            routing, windows = self._expected(view, counts)
-            decision = view.planner.decide(routing, topology, current, scale, windows)
+            slow = stall_us / self._modelled_us if stall_us and self._modelled_us else 1.0
+            rows, windows = self._expected(view, counts)
+            decision = view.planner.decide(rows, topology, current, slow, windows, counts.typical)
             wrong = verify.problems(decision.placement, topology, *shape)
             if decision.commit and wrong is not None:
                 logger.error("Gimbal: refusing a placement: %s", wrong)
@@ -316,7 +316,9 @@ class Controller:
         if view.before is None or not counts.routing.counts.any():
             return
         topology = self.place.topology(current.shape[1])
-        gain = view.planner.gain_us_per_step(counts.routing, topology, view.before, current)
+        gain = view.planner.gain_us_per_step(
+            counts.routing, topology, view.before, current, counts.typical
+        )
         view.before = None
         self.ledger.amend(realized_gain_us_per_step=gain)
         if self.place.rank == 0 and self.ledger.last is not None:
@@ -348,8 +350,7 @@ class Controller:
                 local_share_after=decision.local_share_after,
             )
         )
-        counts = self.models[index].counts
-        if counts is not None:
+        if (counts := self.models[index].counts) is not None:
             pairs, planned = counts.routing.counts.sum(axis=0), decision.placement
             self.ledger.snapshot(pairs, current, planned, self.place.ranks)
         if self.place.rank == 0:

@@ -19,6 +19,7 @@ from gimbal.core.placement.problem import (
     PlacementProblem,
 )
 from gimbal.core.placement.replica_split import near_split
+from gimbal.core.placement.typical import at_typical_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +141,18 @@ class Planner:
         current: IntArray,
         stall_scale: float = 1.0,
         windows: float = 1.0,
+        typical: float = 1.0,
     ) -> Decision:
         """Plans from `current`.
 
-        `windows` is over how many intervals the gain may be counted.
+        `windows` is over how many intervals the gain may be counted, `typical` for which step is
+        planned (`core.placement.typical`).
         `stall_scale` is what the last migration took over what the model had predicted for it:
         the next prediction is corrected by it.
         """
-        horizon_steps = round(self.horizon_steps * windows)
-        problem = self.problem(routing, topology, current, horizon_steps)
+        horizon_steps = max(1, round(self.horizon_steps * windows * typical))
+        larger = at_typical_step(routing, typical)
+        problem = self.problem(larger, topology, current, horizon_steps)
         plan = self._plan(problem)
         options = horizon_steps, self.config.gamma, self.config.gate
         modelled_us = gate.decide(plan, *options).stall_us
@@ -157,7 +161,7 @@ class Planner:
             placement=plan.physical_to_logical,
             commit=verdict.commit,
             reason=verdict.reason,
-            gain_us_per_step=verdict.gain_us_per_step,
+            gain_us_per_step=verdict.gain_us_per_step * typical,
             stall_us=verdict.stall_us,
             modelled_stall_us=modelled_us,
             moved_slots=plan.moved_slots,
@@ -193,12 +197,17 @@ class Planner:
         return priced(problem, proposed)
 
     def gain_us_per_step(
-        self, routing: RoutingCounts, topology: Topology, before: IntArray, after: IntArray
+        self,
+        routing: RoutingCounts,
+        topology: Topology,
+        before: IntArray,
+        after: IntArray,
+        typical: float = 1.0,
     ) -> float:
         """What `after` saves against `before` on these counts, migration left out."""
-        problem = self.problem(routing, topology, before)
+        problem = self.problem(at_typical_step(routing, typical), topology, before)
         old, new = objective.evaluate(problem, before), objective.evaluate(problem, after)
-        return old.load + old.comm - new.load - new.comm
+        return typical * (old.load + old.comm - new.load - new.comm)
 
 
 def priced(problem: PlacementProblem, proposed: IntArray) -> heuristic.PlacementPlan:

@@ -11,12 +11,14 @@ from enum import Enum
 import numpy as np
 
 from gimbal.core.contracts import FloatArray, RoutingCounts
+from gimbal.core.placement.typical import typical_share
 
 PLANES = 4
 """Arrays [layers, experts] of a row: vLLM's own sum, decayed pairs, decayed pairs of decodes,
 decayed number of steps in which the expert was active."""
-SCALARS = 3
-"""Numbers behind a row's planes: decayed steps, recorded steps, the last rearrangement's stall."""
+SCALARS = 4
+"""Numbers behind a row's planes: decayed steps, recorded steps, the last rearrangement's stall,
+decayed sum over steps of squared pairs."""
 
 
 class Sources(Enum):
@@ -38,6 +40,7 @@ class RankRows:
         steps: [ranks] decayed steps with tokens; recorded: [ranks] rows of the window in use.
         stall_us: [ranks] what the last rearrangement took, 0 before the first. Gathered because
             planning must see the same figure on every rank.
+        squares: [ranks] decayed sum over steps of a step's squared pairs, all layers together.
     """
 
     raw: FloatArray
@@ -47,6 +50,7 @@ class RankRows:
     steps: FloatArray
     recorded: FloatArray
     stall_us: FloatArray
+    squares: FloatArray
 
 
 def row_length(layers: int, experts: int) -> int:
@@ -84,11 +88,13 @@ class SourceCounts:
         routing: [sources, layers, experts] for the placer; one source when `sources` is UNKNOWN.
         decode: share of `routing.counts` that belongs to decodes, same shape.
         sources: how the rows were read.
+        typical: share of steps as large as the average token's, see `core.placement.typical`.
     """
 
     routing: RoutingCounts
     decode: FloatArray
     sources: Sources
+    typical: float = 1.0
 
 
 def per_source(rows: RankRows, ranks_per_source: int) -> SourceCounts:
@@ -114,7 +120,20 @@ def per_source(rows: RankRows, ranks_per_source: int) -> SourceCounts:
     routing = RoutingCounts(fold(rows.pairs) * scale, np.clip(1.0 - missed, 0.0, 1.0), steps)
     if not rows.raw.any():
         routing = replace(routing, active=None)
-    return SourceCounts(routing, fold(rows.decode_pairs) * scale, sources)
+    typical = _typical(rows, sources, ranks_per_source)
+    return SourceCounts(routing, fold(rows.decode_pairs) * scale, sources, typical)
+
+
+def _typical(rows: RankRows, sources: Sources, ranks_per_source: int) -> float:
+    """Ranks of an engine have large steps together, engines at different times."""
+    steps = float(rows.steps.max())
+    sums, roots = rows.pairs.sum(axis=(1, 2)), np.sqrt(rows.squares)
+    if sources is Sources.UNKNOWN:
+        return typical_share(float(sums[0]), float(rows.squares[0]), steps)
+    sums = sums.reshape(-1, ranks_per_source).sum(axis=1)
+    squares = roots.reshape(-1, ranks_per_source).sum(axis=1) ** 2
+    others = (sums.sum() ** 2 - (sums**2).sum()) / max(steps, 1e-9)
+    return typical_share(float(sums.sum()), float(squares.sum() + others), steps)
 
 
 def fold_missed(probability: FloatArray, sources: Sources, ranks_per_source: int) -> FloatArray:

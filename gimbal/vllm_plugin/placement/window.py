@@ -73,6 +73,7 @@ def reduce_window(
     index = _logical_index(model_state.physical_to_logical_map, experts)
     planes = torch.zeros((3, layers, experts), dtype=torch.float64, device=window.device)
     weights = torch.from_numpy(np.stack([weight, decode_weight])).to(window.device)
+    squares = torch.zeros((), dtype=torch.float64, device=window.device)
     for start in range(0, window.shape[0], CHUNK_ROWS):
         if not weight[start : start + CHUNK_ROWS].any():
             continue
@@ -81,10 +82,12 @@ def reduce_window(
         both = weights[:, start : start + CHUNK_ROWS]
         planes[:2] += torch.einsum("kt,tle->kle", both, logical)
         planes[2] += torch.einsum("t,tle->le", both[0], (logical > 0).to(torch.float64))
+        squares += both[0] @ logical.sum(dim=(1, 2)) ** 2
     scalars = torch.tensor(
         [weight.sum(), notes.recorded, stall_us], dtype=torch.float64, device=window.device
     )
-    return torch.cat([raw.to(torch.float64).reshape(-1), planes.reshape(-1), scalars])
+    row = [raw.to(torch.float64).reshape(-1), planes.reshape(-1), scalars, squares.reshape(1)]
+    return torch.cat(row)
 
 
 def to_logical(rows: Any, index: Any, experts: int) -> Any:

@@ -92,3 +92,17 @@ def test_gain_on_later_counts_is_zero_for_equal_maps():
 def test_bad_configuration_is_named(change, message):
     with pytest.raises(InputError, match=message):
         check_config(PlacementConfig(**change))
+
+
+def test_the_gain_lies_in_the_large_steps_and_is_spread_over_all():
+    """A hot rank that a mean step hides: its weights are read anyway."""
+    counts = np.full((1, 1, 8), 2e4)
+    counts[:, :, :4] = 4e4
+    routing = RoutingCounts(counts, steps=1000)
+    topology = Topology(2, 4)
+    before = np.arange(8, dtype=np.int32)[None]
+    after = np.array([[0, 1, 4, 5, 2, 3, 6, 7]], dtype=np.int32)
+    planner = Planner(PlacementConfig(backend="allgather_reducescatter"), QWEN3)
+    mean = planner.gain_us_per_step(routing, topology, before, after)
+    large = planner.gain_us_per_step(routing, topology, before, after, typical=0.01)
+    assert large > 2 * mean > 0

@@ -18,12 +18,13 @@ ONE = RNG.integers(1, 9, (2, 3)).astype(float)
 OTHER = ONE[::-1] + 1.0
 
 
-def rows(raw, steps, active=None):
+def rows(raw, steps, active=None, squares=0.0):
     raw = np.asarray(raw, dtype=float)
     active = np.zeros_like(raw) if active is None else np.asarray(active, dtype=float)
     planes = np.stack([raw, raw * 2.0, raw, active], axis=1)
     flat = planes.reshape(len(raw), -1)
-    scalars = np.stack([np.asarray(steps, float), np.full(len(raw), 4.0), np.zeros(len(raw))], 1)
+    none = np.zeros(len(raw))
+    scalars = np.stack([np.asarray(steps, float), none + 4.0, none, none + squares], axis=1)
     return split_rows(np.concatenate([flat, scalars], axis=1), *raw.shape[1:])
 
 
@@ -81,3 +82,22 @@ def test_decayed_steps_are_rounded_without_changing_pairs_per_step():
     counts = per_source(rows([ONE, OTHER], [2.4, 1.0]), 1)
     assert counts.routing.steps == 2
     np.testing.assert_allclose(counts.routing.counts[0] / 2, 2 * ONE / 2.4)
+
+
+# 100 steps; a rank's pairs (twice its raw counts) lie in ten of them, evenly.
+LUMPY = np.full((2, 3), 50.0)
+
+
+@pytest.mark.parametrize(
+    ("raw", "ranks_per_source", "expected"),
+    [
+        ([LUMPY], 1, 0.1),
+        # ranks of an engine in the same steps; two engines in steps of their own
+        ([LUMPY, LUMPY * 2], 2, 0.1),
+        ([LUMPY, LUMPY * 1.01], 1, 1 / (0.5 * 10 + 0.5)),
+    ],
+)
+def test_large_steps_coincide_within_an_engine_only(raw, ranks_per_source, expected):
+    squares = [10 * (2 * np.sum(r) / 10) ** 2 for r in raw]
+    counts = per_source(rows(raw, [100] * len(raw), squares=squares), ranks_per_source)
+    assert counts.typical == pytest.approx(expected, rel=1e-3)

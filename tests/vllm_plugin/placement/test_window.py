@@ -36,6 +36,7 @@ def test_replicas_of_an_expert_add_up():
     assert rows.active_steps[0, 0].tolist() == [1, 1, 1]
     assert rows.steps.tolist() == [1.0]
     assert rows.stall_us.tolist() == [7.0]
+    assert rows.squares.tolist() == [rows.pairs.sum() ** 2]
 
 
 def test_old_steps_fade_and_unwritten_slots_do_not_count():
