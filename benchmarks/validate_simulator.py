@@ -1,6 +1,6 @@
 """The simulator against real runs: ``make validate``.
 
-    python benchmarks/validate_simulator.py [--data DIR] [--runs DIR ... --profile FILE]
+    python benchmarks/validate_simulator.py [--data DIR] [--runs DIR ...] [--profile FILE]
 
 Without options: the published runs of Qwen3-30B-A3B whose kernel tables the profiles were fitted
 to, none of whose requests were. With --runs: directories written by ``gimbal bench --out`` on a
@@ -14,28 +14,29 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gimbal.bench.compare import compare
 from gimbal.bench.metrics import Slo, samples, summarize
-from gimbal.core.cost.profile import load_profile
+from gimbal.core.cost.profile import Profile, load_profile, slowed
 from gimbal.records.schema import RequestRecord
 from gimbal.records.store import RunReader
 from gimbal.sim.arms import Arm, get_arm
+from gimbal.sim.cells import gaps_ms
 from gimbal.sim.cluster import Cluster, load_cluster
-from gimbal.sim.routing import make_population
+from gimbal.sim.routing import make_population, named_population
 from gimbal.sim.run import Simulation
 from gimbal.workloads.trace import Trace, TraceRequest, make_trace
 
 RTX_RUN = "llmservingsim_qwen3_30b/bench_vllm_requests.jsonl"
-LIVE_ARMS = {
-    "vllm": Arm("vllm"),
-    "gimbal-queue": Arm("gimbal-queue", ordering="gimbal"),
-    "gimbal-dispatch": Arm("gimbal-dispatch", "gimbal", True),
-}
+
+
+SPEED_ROUNDS = 4
 
 
 def row(name: str, unit: str, real: float, predicted: float, target: float | None) -> bool:
@@ -93,7 +94,9 @@ def validate_h100() -> None:
     cluster, profile = load_cluster("h100x1-tp1")
     trace = make_trace("random", [TraceRequest(0.0, 2048, 1024) for _ in range(100)])
     arm = get_arm("round-robin")
-    run = Simulation(trace, cluster, profile, make_population(profile), arm, concurrency=10).run()
+    # Random token ids are one domain: nothing in them differs from request to request.
+    population = named_population("one-domain", profile)
+    run = Simulation(trace, cluster, profile, population, arm, concurrency=10).run()
     got = samples(run.records)
     header("Qwen3-30B-A3B, 1x H100, TP1, vLLM of August 2025 (vLLM PR 23151), no target set")
     row("TTFT mean", "ms", 267.0, got.ttft_ms.mean(), None)
@@ -111,37 +114,94 @@ def live_trace(records: Sequence[RequestRecord]) -> Trace:
     return make_trace("live", rows)
 
 
-def validate_live(directory: Path, profile_path: Path, cluster: Cluster) -> bool:
+def live_arm(name: str, spec: Mapping[str, Any]) -> Arm:
+    """The simulated policy set of a measured arm, from what ``run.json`` says of it."""
+    dispatches = "dispatch" in spec["levels"]
+    policy = spec["policy"] if dispatches else None
+    ordering = spec["queue_ordering"] if "queue" in spec["levels"] else None
+    return Arm(name, policy or "vllm", dispatches, ordering or "fcfs")
+
+
+def mean_gap_ms(records: Sequence[RequestRecord]) -> float:
+    """Mean time between two tokens of a request."""
+    gaps = np.concatenate([np.diff(r.token_times_s) for r in records])
+    return float(gaps.mean()) * 1e3
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One measured run and its predictions.
+
+    Attributes:
+        predicted: at the calibrated speed.
+        paced: with every time scaled so that the mean gap between tokens is the measured one.
+        slowness: that scale: how much slower the run's steps were than predicted.
+    """
+
+    measured: list[RequestRecord]
+    predicted: list[RequestRecord]
+    paced: list[RequestRecord]
+    slowness: float
+
+
+def replay(run: list[RequestRecord], arm: Arm, cluster: Cluster, profile: Profile) -> Replay:
+    """Simulates a measured run as calibrated, and again with the step time it turned out to have.
+
+    The second tells an error of the step time, or a machine whose speed has changed since it was
+    calibrated, from an error of the engine model: its TTFT is a prediction, its TPOT is not.
+    """
+    population = named_population(cluster.routing, profile)
+    trace = live_trace(run)
+    first = result = Simulation(trace, cluster, profile, population, arm).run()
+    slowness = 1.0
+    for _ in range(SPEED_ROUNDS):
+        gap_ms = gaps_ms(result.step_us, result.step_decodes)["mean"]
+        assert gap_ms is not None
+        slowness *= mean_gap_ms(run) / gap_ms
+        result = Simulation(trace, cluster, slowed(profile, slowness), population, arm).run()
+    return Replay(run, first.records, result.records, slowness)
+
+
+def validate_live(directory: Path, cluster: Cluster, profile: Profile) -> bool:
     """Replays every run of `directory`; targets TPOT 5 %, mean TTFT 15 %."""
-    profile = load_profile(profile_path)
-    population = make_population(profile)
     info, records = RunReader(directory).info(), RunReader(directory).requests()
-    names = [name for name in info.arms if name in LIVE_ARMS]
-    real_runs: dict[str, list[list[RequestRecord]]] = {}
-    sim_runs: dict[str, list[list[RequestRecord]]] = {}
-    for name in names:
-        real_runs[name], sim_runs[name] = [], []
-        for repeat in sorted({r.repeat for r in records if r.arm == name}):
-            run = [r for r in records if r.arm == name and r.repeat == repeat]
-            real_runs[name].append(run)
-            arm = LIVE_ARMS[name]
-            simulated = Simulation(live_trace(run), cluster, profile, population, arm).run()
-            sim_runs[name].append(simulated.records)
+    replays: dict[str, list[Replay]] = {}
+    for name, spec in info.arms.items():
+        runs = [
+            [r for r in records if r.arm == name and r.repeat == repeat and r.status == "ok"]
+            for repeat in sorted({r.repeat for r in records if r.arm == name})
+        ]
+        replays[name] = [replay(run, live_arm(name, spec), cluster, profile) for run in runs]
     good = True
     load = (info.result or {}).get("load")
-    for name in names:
-        real, got = summarize(real_runs[name], Slo()), summarize(sim_runs[name], Slo())
-        header(f"{directory.name}: arm {name}, load {load}")
-        for metric, statistic, target in (
-            ("ttft_ms", "mean", 0.15),
-            ("ttft_ms", "p99", None),
-            ("tpot_ms", "mean", 0.05),
-        ):
-            title = f"{metric[:4].upper()} {statistic}"
-            pair = real[metric][statistic], got[metric][statistic]  # type: ignore[index]
-            good &= row(title, "ms", *pair, target)
-        good &= row("requests/s", "", real["throughput_rps"], got["throughput_rps"], None)  # type: ignore[arg-type]
-    return good & _ranking(real_runs, sim_runs)
+    for name, done in replays.items():
+        slow = ", ".join(f"{r.slowness:.2f}" for r in done)
+        header(f"{directory.name}: arm {name}, load {load}; steps slower by {slow}")
+        real = summarize([r.measured for r in done], Slo())
+        got = summarize([r.predicted for r in done], Slo())
+        paced = summarize([r.paced for r in done], Slo())
+        good &= _compare(real, got, "ttft_ms", "mean", 0.15)
+        _compare(real, paced, "ttft_ms", "mean", None, ", measured step")
+        _compare(real, got, "ttft_ms", "p50", None)
+        _compare(real, got, "ttft_ms", "p99", None)
+        good &= _compare(real, got, "tpot_ms", "mean", 0.05)
+        _compare(real, got, "tpot_ms", "p99", None)
+        row("requests/s", "", real["throughput_rps"], got["throughput_rps"], None)
+    measured = {name: [r.measured for r in done] for name, done in replays.items()}
+    predicted = {name: [r.predicted for r in done] for name, done in replays.items()}
+    return good & _ranking(measured, predicted)
+
+
+def _compare(
+    real: Mapping[str, Any],
+    got: Mapping[str, Any],
+    metric: str,
+    statistic: str,
+    target: float | None,
+    note: str = "",
+) -> bool:
+    title = f"{metric[:4].upper()} {statistic}{note}"
+    return row(title, "ms", real[metric][statistic], got[metric][statistic], target)
 
 
 def _ranking(
@@ -175,8 +235,9 @@ def main() -> None:
     )
     parser.add_argument("--data", default=os.environ.get("GIMBAL_DATA", "../shared/data"))
     parser.add_argument("--runs", nargs="*", type=Path, default=[])
-    parser.add_argument("--profile", type=Path, help="of the machine that --runs was measured on")
-    parser.add_argument("--kv-tokens", type=int, default=100_000)
+    parser.add_argument(
+        "--profile", type=Path, help="of the machine of --runs (default: the packaged cpu-demo)"
+    )
     args = parser.parse_args()
     good = True
     if (Path(args.data) / RTX_RUN).exists():
@@ -184,16 +245,11 @@ def main() -> None:
     else:
         print(f"{args.data}: no recorded run there; set GIMBAL_DATA to validate against it")
     validate_h100()
-    cluster = Cluster(
-        name="cpu-demo",
-        profile=str(args.profile or ""),
-        dp=2,
-        max_num_batched_tokens=512,
-        max_num_seqs=256,
-        kv_tokens=args.kv_tokens,
-    )
+    cluster, profile = load_cluster("cpu-demo")
+    if args.profile is not None:
+        profile = load_profile(args.profile)
     for directory in args.runs:
-        good &= validate_live(directory, args.profile, cluster)
+        good &= validate_live(directory, cluster, profile)
     print("\nevery target met" if good else "\ntargets missed: see the lines marked MISS or WRONG")
 
 

@@ -8,9 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gimbal.bench.charts import Bars, Chart, Heat, Lines, colour_of, limits, log_ticks
 from gimbal.bench.svg import heat_colours, standalone
 from gimbal.core.errors import InputError
+
+SHOWN_STEPS = 800
+FIT_BINS = 14
 
 
 def pyplot() -> Any:
@@ -26,20 +31,34 @@ def pyplot() -> Any:
 
 
 def plot_fit(measured_ms: Sequence[float], predicted_ms: Sequence[float], path: Path) -> None:
-    """Predicted against measured step times on log axes, with the diagonal."""
+    """Predicted against measured step times: a sample of steps, and means and spread by bin.
+
+    The bins are of predicted time: a mean on the diagonal says that steps like these are right on
+    average, the bar (10th to 90th percentile) how much the machine itself scatters.
+    """
     plt = pyplot()
+    measured, predicted = np.asarray(measured_ms), np.asarray(predicted_ms)
     figure, axes = plt.subplots(figsize=(5.5, 5), layout="constrained")
-    axes.scatter(measured_ms, predicted_ms, s=6, alpha=0.35, edgecolors="none")
-    limits = [min(measured_ms) * 0.9, max(measured_ms) * 1.1]
+    shown = slice(None, None, max(1, len(measured) // SHOWN_STEPS))
+    axes.scatter(predicted[shown], measured[shown], s=5, alpha=0.3, edgecolors="none")
+    edges = np.quantile(predicted, np.linspace(0, 1, FIT_BINS + 1))
+    which = np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, FIT_BINS - 1)
+    for part in (which == b for b in range(FIT_BINS)):
+        if part.any():
+            x, mean = predicted[part].mean(), measured[part].mean()
+            low, high = np.quantile(measured[part], [0.1, 0.9])
+            axes.plot([x, x], [low, high], color="C1", linewidth=1.5)
+            axes.plot([x], [mean], "o", color="C1", markersize=5)
+    limits = [np.quantile(measured, 0.001) * 0.9, np.quantile(measured, 0.999) * 1.1]
     axes.plot(limits, limits, color="0.4", linewidth=1)
     axes.set(
         xscale="log",
         yscale="log",
         xlim=limits,
         ylim=limits,
-        xlabel="measured step time, ms",
-        ylabel="predicted step time, ms",
-        title=f"{len(measured_ms)} steps",
+        xlabel="predicted step time, ms",
+        ylabel="measured step time, ms",
+        title=f"{len(measured)} steps; means and 10 to 90 % by bin",
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import platform
 import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from gimbal.bench.calibration_load import PhaseTimes
+    from gimbal.bench.client import Replay
+    from gimbal.bench.client_process import ReplayJob
+    from gimbal.bench.endpoint import Endpoint
+    from gimbal.workloads.trace import Trace
+
+PHASES = "phases.json"
+"""Beside the step records of a calibration: where its requests spent their time."""
+ENGINE_TIMES = ("vllm:request_queue_time_seconds_sum", "vllm:request_prefill_time_seconds_sum")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,6 +44,9 @@ from rich.console import Console
 @click.option("--dp", default=2, show_default=True, help="data-parallel size of the server")
 @click.option("--tp", default=1, show_default=True, help="tensor-parallel size of the server")
 @click.option("--kv-tokens", default=0, help="KV cache of one engine in tokens, if known")
+@click.option(
+    "--keep-steps", type=click.Path(path_type=Path), help="folder to keep the step records in"
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="predicted against measured steps")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 @click.argument("server_arguments", nargs=-1, type=click.UNPROCESSED)
@@ -53,24 +72,22 @@ def command(**values: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="gimbal-steps-") as scratch:
         directory, model_dir = values["from_steps"], values["model_dir"]
         if directory is None:
-            directory = Path(scratch)
+            directory = values["keep_steps"] or Path(scratch)
+            directory.mkdir(parents=True, exist_ok=True)
             model_dir = _drive(values, directory, console)
         if model_dir is None:
             raise InputError("--from-steps: give the served model's folder by --model-dir")
         samples = _samples(directory)
+        api_us = _front_end_us(directory, samples)
+        if (directory / PHASES).exists():
+            samples = _warm(samples)
+        layout = Layout(values["dp"], values["tp"])
+        model = model_shape(_read_config(model_dir), str(model_dir / "config.json"))
         try:
-            fit = fit_steps(samples)
+            fit = fit_steps(samples, model, layout.ep)
         except ValueError as error:
             raise InputError(f"{directory}: {error}") from None
-    layout = Layout(values["dp"], values["tp"])
-    profile = profile_from_fit(
-        fit,
-        values["name"],
-        platform.processor() or platform.machine(),
-        model_shape(_read_config(model_dir), str(model_dir / "config.json")),
-        layout,
-        values["kv_tokens"],
-    )
+    profile = profile_from_fit(fit, values["name"], _machine(), layout, values["kv_tokens"], api_us)
     out = values["out"] or Path(f"{values['name']}.yaml")
     out.write_text(dump_profile(profile), encoding="utf-8")
     if values["plot"] is not None:
@@ -115,6 +132,29 @@ def _samples(directory: Path) -> list[Any]:
     return join_steps([list(read_records(file, StepRecord)) for file in files])
 
 
+def _front_end_us(directory: Path, samples: list[Any]) -> float:
+    """Time outside the engine, from the requests of a calibration; 0 for other records."""
+    from gimbal.bench.calibration_load import PhaseTimes, front_end_us
+
+    path = directory / PHASES
+    if not path.exists():
+        return 0.0
+    phases = [PhaseTimes(**row) for row in json.loads(path.read_text())]
+    return round(front_end_us(phases, samples), 1)
+
+
+def _warm(samples: list[Any]) -> list[Any]:
+    from gimbal.bench.calibration_load import WARM_UP_S
+
+    return [s for s in samples if s.time_s - samples[0].time_s > WARM_UP_S]
+
+
+def _machine() -> str:
+    """Processor and cores, as a profile names them."""
+    name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, no GPU"
+
+
 def _read_config(model_dir: Path) -> dict[str, Any]:
     from gimbal.core.errors import InputError
 
@@ -143,9 +183,8 @@ def _estimate(values: dict[str, Any]) -> None:
 
 
 def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
-    """Serves, sends phases of different step compositions, stops; returns the model's folder."""
+    """Serves, sends the phases of `calibration_load`, stops; returns the model's folder."""
     from gimbal.bench.arms import ServerSpec
-    from gimbal.bench.calibration_load import phases
     from gimbal.bench.client_process import ReplayJob, run_replay
     from gimbal.bench.servers import ServerPool
     from gimbal.workloads.prompts import read_vocabulary
@@ -153,20 +192,74 @@ def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
     arguments = (*(("--demo",) if values["demo"] else ()), *values["server_arguments"])
     # FCFS and vLLM's own placement: a step's cost must not depend on Gimbal's choices.
     config = {"levels": ["dispatch"], "step_records": str(directory)}
-    spec = ServerSpec((), json.dumps(config))
     pool = ServerPool(arguments, directory, 1, lambda text: console.print(text, highlight=False))
     try:
-        endpoint = pool.get(spec).endpoint
+        endpoint = pool.get(ServerSpec((), json.dumps(config))).endpoint
         model = endpoint.model()
-        vocabulary = read_vocabulary(Path(values["model_dir"] or model.root))
-        context = model.max_model_len or 4096
-        for number, (title, trace) in enumerate(phases(context)):
-            console.print(f"calibrating: {title}", highlight=False)
-            job = ReplayJob(
-                endpoint.url, model.name, trace, vocabulary, (0xCA1, number), f"cal{number}"
-            )
-            run_replay(job)
+        folder = Path(values["model_dir"] or model.root)
+        vocabulary = read_vocabulary(folder)
+
+        def job(trace: Trace, number: int) -> ReplayJob:
+            salt = (0xCA1, number)
+            return ReplayJob(endpoint.url, model.name, trace, vocabulary, salt, f"cal{number}")
+
+        def replay(one: ReplayJob) -> Replay:
+            result = run_replay(one)
             endpoint.wait_idle()
+            return result
+
+        def say(text: str) -> None:
+            console.print(f"calibrating: {text}", highlight=False)
+
+        phases = _send(endpoint, model.max_model_len or 4096, job, replay, say)
+        text = json.dumps([dataclasses.asdict(phase) for phase in phases])
+        (directory / PHASES).write_text(text, encoding="utf-8")
     finally:
         pool.close()
-    return Path(values["model_dir"] or model.root)
+    return folder
+
+
+def _send(
+    endpoint: Endpoint,
+    context: int,
+    job: Callable[[Trace, int], ReplayJob],
+    replay: Callable[[ReplayJob], Replay],
+    say: Callable[[str], None],
+) -> list[PhaseTimes]:
+    """Sends every phase; returns the times of those that time the front end."""
+    from gimbal.bench import calibration_load as load
+    from gimbal.bench.capacity import measure_capacity
+
+    say("warming up; what rate the server sustains")
+    typical = load.mixed(context, 400, 1.0, 0)
+    capacity = measure_capacity(job(typical, 0), replay, span_s=load.WARM_UP_S)
+    phases = []
+    for number, share in enumerate(load.LOADS, 1):
+        rate = share * capacity
+        say(f"prefill and decode mixed, {rate:.1f} requests/s")
+        count = max(20, round(rate * load.MIXED_SPAN_S))
+        one = job(load.mixed(context, count, rate, number), number)
+        phase = _timed(endpoint, partial(replay, one))
+        if share <= load.FRONT_END_LOAD:
+            phases.append(phase)
+        if number == len(load.LOADS) // 2:
+            say("decode batches by size and context")
+            replay(job(load.batches(context), 100))
+    say("one prompt at a time")
+    replay(job(load.alone(context), 101))
+    return phases
+
+
+def _timed(endpoint: Endpoint, run: Callable[[], Replay]) -> PhaseTimes:
+    """Runs a phase; returns where its requests spent the time to their first tokens."""
+    from gimbal.bench.calibration_load import PhaseTimes
+    from gimbal.bench.endpoint import counter_differences
+
+    before, began_s = endpoint.counters(ENGINE_TIMES), time.monotonic()
+    results = [r for r in run().results if r.token_times_s]
+    ended_s = time.monotonic()
+    spent = counter_differences(before, endpoint.counters(ENGINE_TIMES))
+    engine_s = sum(sum(by_engine.values()) for by_engine in spent.values())
+    ttft_s = sum(r.token_times_s[0] - r.sent_s for r in results)
+    count = max(1, len(results))
+    return PhaseTimes(ttft_s / count * 1e6, engine_s / count * 1e6, began_s, ended_s, len(results))

@@ -60,7 +60,7 @@ def _simulate(values: dict[str, Any]) -> dict[str, Any]:
     from gimbal.sim.capacity import capacity_rps
     from gimbal.sim.cells import POPULATION_SEED, Cell, run_cells
     from gimbal.sim.cluster import load_cluster
-    from gimbal.sim.routing import make_population
+    from gimbal.sim.routing import named_population
     from gimbal.workloads import build_workload, load_trace
 
     workload = read_workload_options(values)
@@ -75,7 +75,7 @@ def _simulate(values: dict[str, Any]) -> dict[str, Any]:
     base = next((arm for arm in arms if arm.name == "vllm"), arms[0])
     cluster, profile = load_cluster(values["cluster"])
     trace = load_trace(values["trace_name"])
-    population = make_population(profile, seed=POPULATION_SEED)
+    population = named_population(cluster.routing, profile, POPULATION_SEED)
     capacity = None
     if values["load"] is not None:
         sample = build_workload(trace, workload, seed, population.names)

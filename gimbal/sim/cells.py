@@ -15,7 +15,7 @@ from gimbal.core.contracts import FloatArray
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.sim.arms import Arm
 from gimbal.sim.cluster import load_cluster
-from gimbal.sim.routing import make_population
+from gimbal.sim.routing import named_population
 from gimbal.sim.run import SimResult, Simulation
 from gimbal.workloads import Trace
 
@@ -63,7 +63,7 @@ class CellResult:
 def run_cell(cell: Cell) -> CellResult:
     """Simulates one cell; the same cell gives the same result, byte for byte."""
     cluster, profile = load_cluster(cell.cluster)
-    population = make_population(profile, seed=POPULATION_SEED)
+    population = named_population(cluster.routing, profile, POPULATION_SEED)
     result = Simulation(cell.trace, cluster, profile, population, cell.arm, cell.seed).run()
     return cell_result(result, cell.arm.name, cell.repeat, cluster.dp)
 

@@ -31,7 +31,7 @@ class Cluster:
         stats_interval_ms: the coordinator forwards request counts at most this often.
         eplb_step_interval, eplb_window_size: steps, as in vLLM's --eplb-config.
         eplb_async: experts move layer by layer beside the steps instead of stalling one.
-        routing: name of the routing population (see `gimbal.sim.routing`).
+        routing: name of the routing population (see `gimbal.sim.routing.named_population`).
     """
 
     name: str

@@ -165,7 +165,7 @@ class Engine:
                     break
                 if request.index in self.running:  # not preempted by an earlier one
                     budget -= self._prefill(request, budget, batch)
-            if len(self.waiting):
+            if self.waiting.is_dynamic:
                 self.waiting.refresh(self._queue_state(now_s))
             while budget > 0 and len(self.running) < self.seats and len(self.waiting):
                 entry = self.waiting.peek(now_s)

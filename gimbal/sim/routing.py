@@ -15,6 +15,7 @@ import numpy as np
 from gimbal.core.contracts import FloatArray, IntArray, Topology
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import expected_active
+from gimbal.core.errors import InputError, nearest
 
 GRID = np.unique(np.round(np.geomspace(1, 65536, 49)))
 """Token counts at which A is tabulated; between them it is interpolated in log n."""
@@ -57,6 +58,27 @@ def make_population(
     share *= model.top_k / share.sum(axis=2, keepdims=True)
     names = tuple(f"domain-{d}" for d in range(domains))
     return Population(np.minimum(share, 1.0), names)
+
+
+ROUTINGS = ("domains", "one-domain", "even")
+
+
+def named_population(name: str, profile: Profile, seed: int = 0) -> Population:
+    """The population called `name`; raises InputError for any other.
+
+    ``domains`` is `make_population`'s default; ``one-domain`` the same with one domain, for a
+    workload that is one data set; ``even`` has all experts as popular and no noise, for a profile
+    whose constants hold the imbalance of the server they were measured on.
+    """
+    if name == "domains":
+        return make_population(profile, seed=seed)
+    if name == "one-domain":
+        return make_population(profile, domains=1, seed=seed)
+    if name == "even":
+        model = profile.model
+        share = np.full((1, model.layers, model.experts), model.top_k / model.experts)
+        return Population(share, ("all",), burstiness=0.0)
+    raise InputError(f"unknown routing {name!r}{nearest(name, ROUTINGS)}")
 
 
 def linear_placement(layers: int, experts: int, topology: Topology) -> IntArray:

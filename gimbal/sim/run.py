@@ -113,8 +113,11 @@ class Simulation:
         self._update_affinity()
         self._packed = pack(profile)
         self._shape: FloatArray = np.zeros((cluster.dp, 5))
+        # Engines count their tokens by domain in the very rows that a step is priced from.
         self._tokens: FloatArray = np.zeros((cluster.dp, len(domains)))
         self._decodes: FloatArray = np.zeros((cluster.dp, len(domains)))
+        for engine, tokens, decodes in zip(self.engines, self._tokens, self._decodes, strict=True):
+            engine.domain_tokens, engine.domain_decodes = tokens, decodes
         self._step_us: list[float] = []
         self._step_decodes: list[int] = []
 
@@ -202,16 +205,14 @@ class Simulation:
 
     def _duration_us(self, batches: Sequence[StepBatch]) -> float:
         shape = self._shape
-        for row, tokens, decodes, batch, engine in zip(
-            shape, self._tokens, self._decodes, batches, self.engines, strict=True
-        ):
-            row[0] = batch.tokens or 1  # a rank without tokens runs a dummy batch of one
-            row[1] = batch.kv_tokens
-            row[2] = batch.prefill_pairs
-            row[3] = batch.prefill_kv_tokens
-            row[4] = batch.sampled
-            tokens[:] = engine.domain_tokens
-            decodes[:] = engine.domain_decodes
+        for row, batch in zip(shape, batches, strict=True):
+            row[:] = (
+                batch.tokens or 1,  # a rank without tokens runs a dummy batch of one
+                batch.kv_tokens,
+                batch.prefill_pairs,
+                batch.prefill_kv_tokens,
+                batch.sampled,
+            )
         experts_us = self.experts.step_us(self._tokens, self._decodes)
         duration_us = kernels.device_us(shape, experts_us, self._packed)
         before_us = self.experts.step_before_us(self._tokens)

@@ -1,3 +1,5 @@
+import pytest
+
 from gimbal.records.schema import StepRecord
 from gimbal.records.steps import join_steps
 
@@ -16,3 +18,19 @@ def test_engines_that_overlap_are_one_step_and_an_absent_one_ran_a_dummy():
     assert (together.decode_kv_tokens, together.requests, together.prefill_pairs) == (700, 7, 9.0)
     assert (decode.rank_tokens, decode.group_tokens) == (5, 6)
     assert (prefill.rank_tokens, prefill.group_tokens) == (20, 21)
+
+
+def test_a_step_lasts_from_the_end_of_the_one_before_unless_there_was_a_pause():
+    one = [record(0, 0.000, 10.0), record(0, 0.0115, 10.0), record(0, 0.3, 12.0)]
+    other = [record(1, 0.002, 9.0), record(1, 0.012, 10.5)]
+    durations = [s.duration_us for s in join_steps([one, other])]
+    assert durations == [
+        pytest.approx(11_000),  # to the end of the slower engine
+        pytest.approx(11_500),  # with the 0.5 ms between the steps
+        pytest.approx(12_000),
+    ]
+
+
+def test_decodes_count_per_rank_and_over_all():
+    (sample,) = join_steps([[record(0, 0.0, decodes=5)], [record(1, 0.0, decodes=7, prefill=3)]])
+    assert (sample.requests, sample.group_requests, sample.prefill) == (7, 12, True)

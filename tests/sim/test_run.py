@@ -8,7 +8,13 @@ import pytest
 from gimbal.core.errors import InputError
 from gimbal.sim.arms import ARMS, get_arm
 from gimbal.sim.cluster import cluster_names, load_cluster
-from gimbal.sim.routing import Population, RoutingTables, linear_placement, make_population
+from gimbal.sim.routing import (
+    Population,
+    RoutingTables,
+    linear_placement,
+    make_population,
+    named_population,
+)
 from gimbal.sim.run import Simulation
 from gimbal.workloads.trace import TraceRequest, make_trace
 
@@ -105,7 +111,11 @@ def _jensen_shannon(a, b):
 def test_packaged_clusters_load(name):
     cluster, profile = load_cluster(name)
     assert cluster.name == name
-    assert profile.model.layers == 48
+    assert profile.model.layers == (4 if name == "cpu-demo" else 48)
+    assert named_population(cluster.routing, profile).share.shape[1:] == (
+        profile.model.layers,
+        profile.model.experts,
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,6 +123,7 @@ def test_packaged_clusters_load(name):
     [
         (lambda: load_cluster("h100x4"), "did you mean 'h100x4-paper'"),
         (lambda: get_arm("gimball"), "did you mean 'gimbal'"),
+        (lambda: named_population("evn", PROFILE), "did you mean 'even'"),
         (
             lambda: run("vllm", make_trace("t", [TraceRequest(0, 2_000_000, 1)])),
             "request 0 needs 2000001 tokens of KV",

@@ -2,11 +2,18 @@
 
 A lock-step step lasts as long as its slowest rank's own work plus what all ranks share:
 
-    duration = base + t * max_r T_r + q * max_r pairs_r + k * max_r KV_r + s * max_r S_r + g * G
+    duration = base + t * max_r T_r + q * max_r pairs_r + k * max_r KV_r + s * max_r D_r
+             + S * sum_r D_r + g * G + e * A(G) + p * [any prefill]
 
-with T tokens, pairs the attention pairs of prefill chunks, KV the context read by decodes and S
-the requests of rank r, and G the tokens of all ranks, whose experts run on all ranks. Errors are
-relative, so that short steps count as much as long ones; every third step is held out.
+with T tokens, pairs the attention pairs of prefill chunks, KV the context read by decodes and D
+the decoding requests of rank r, G the tokens of all ranks, whose experts run on all ranks, and A
+the distinct experts that G tokens hit on a rank. A is what bends: a decode batch pays for every
+expert it wakes up, and once all are awake another token costs little. The sum over all ranks' D is
+the front end, which writes out every token: on a machine whose engines leave it no core of its own
+it takes its time from theirs.
+
+Squared errors are taken relative to the prediction, so that short steps count as much as long
+ones and the mean, not the typical, duration is predicted; every third step is held out.
 """
 
 from __future__ import annotations
@@ -27,42 +34,71 @@ from gimbal.core.cost.profile import (
     Term,
 )
 
-FEATURES = ("base", "rank_token", "prefill_pair", "decode_kv_token", "request", "group_token")
+FEATURES = (
+    "base",
+    "rank_token",
+    "prefill_pair",
+    "decode_kv_token",
+    "request",
+    "group_request",
+    "group_token",
+    "active_expert",
+    "prefill_step",
+)
 HELD_OUT = 3
-CLIP_QUANTILE = 0.99
-"""Steps slower than this quantile of their residual (a rearrangement, a pause) are left out."""
+STALL = 8.0
+"""A step this many times longer than its prediction was a pause of the machine: left out."""
+ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class StepSample:
     """One lock-step step over all DP ranks; see the module for the symbols."""
 
+    time_s: float
     duration_us: float
     rank_tokens: float
     prefill_pairs: float
     decode_kv_tokens: float
     requests: float
+    group_requests: float
     group_tokens: float
+    prefill: bool
 
-    def features(self) -> tuple[float, ...]:
+    def features(self, model: ModelShape, ranks: int) -> tuple[float, ...]:
+        """In the order of `FEATURES`."""
         return (
             1.0,
             self.rank_tokens,
             self.prefill_pairs,
             self.decode_kv_tokens,
             self.requests,
+            self.group_requests,
             self.group_tokens,
+            active_experts(self.group_tokens, model) / ranks,
+            float(self.prefill),
         )
+
+
+def active_experts(tokens: float, model: ModelShape) -> float:
+    """Expected distinct experts of one layer that `tokens` tokens hit when all are as popular."""
+    return float(model.experts * (1.0 - (1.0 - model.top_k / model.experts) ** tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class StepFit:
-    """Attributes:
-    coefficients_us: by name in `FEATURES`.
-    error: mean absolute relative error on held-out steps; `bias` their mean relative error.
-    steps, held_out: how many were fitted and how many were not.
+    """A fit and how well it does on the steps it never saw.
+
+    Attributes:
+        coefficients_us: by name in `FEATURES`.
+        error: mean absolute relative error on held-out steps, of which much is the machine's own
+            scatter; `p90_error` its 90th percentile.
+        bias: error of their summed duration: what a run of many steps is off by.
+        steps, held_out: how many were fitted and how many were not.
     """
 
+    model: ModelShape
+    ranks: int
     coefficients_us: dict[str, float]
     error: float
     bias: float
@@ -73,30 +109,42 @@ class StepFit:
     def predict_us(self, samples: Sequence[StepSample]) -> FloatArray:
         """[samples] predicted durations."""
         weights = np.array([self.coefficients_us[name] for name in FEATURES])
-        predicted: FloatArray = np.array([s.features() for s in samples]) @ weights
+        predicted: FloatArray = _matrix(samples, self.model, self.ranks) @ weights
         return predicted
 
 
-def fit_steps(samples: Sequence[StepSample]) -> StepFit:
-    """Fits the module's formula; raises ValueError with fewer than 50 steps."""
+def _matrix(samples: Sequence[StepSample], model: ModelShape, ranks: int) -> FloatArray:
+    return np.array([s.features(model, ranks) for s in samples])
+
+
+def fit_steps(samples: Sequence[StepSample], model: ModelShape, ranks: int) -> StepFit:
+    """Fits the module's formula; raises ValueError with fewer than 50 steps.
+
+    Args:
+        ranks: EP ranks that share the experts.
+    """
     if len(samples) < 50:
         raise ValueError(f"{len(samples)} steps are too few to calibrate from (50 at least)")
-    x = np.array([s.features() for s in samples])
+    x = _matrix(samples, model, ranks)
     y = np.array([s.duration_us for s in samples])
     held = np.arange(len(y)) % HELD_OUT == 1
-    used = ~held
-    for _ in range(3):
-        theta = _nonnegative(x[used] / y[used, None], np.ones(int(used.sum())))
-        residual = np.abs(x @ theta / y - 1)
-        used = ~held & (residual <= np.quantile(residual[~held], CLIP_QUANTILE))
-    relative = x[held] @ theta / y[held] - 1
+    used, scale = ~held, y
+    for _ in range(ROUNDS):
+        theta = _nonnegative(x[used] / scale[used, None], y[used] / scale[used])
+        scale = np.maximum(x @ theta, 1.0)
+        used = ~held & (y < STALL * scale)
+    judged = held & (y < STALL * scale)
+    predicted = x[judged] @ theta
+    error = np.abs(predicted / y[judged] - 1)
     return StepFit(
+        model,
+        ranks,
         {name: float(f"{value:.5g}") for name, value in zip(FEATURES, theta, strict=True)},
-        float(np.abs(relative).mean()),
-        float(relative.mean()),
-        float(np.quantile(np.abs(relative), 0.9)),
+        float(error.mean()),
+        float(predicted.sum() / y[judged].sum() - 1),
+        float(np.quantile(error, 0.9)),
         int(used.sum()),
-        int(held.sum()),
+        int(judged.sum()),
     )
 
 
@@ -128,22 +176,38 @@ def _nonnegative(x: FloatArray, y: FloatArray) -> FloatArray:
 
 
 def profile_from_fit(
-    fit: StepFit, name: str, machine: str, model: ModelShape, layout: Layout, kv_tokens: int
+    fit: StepFit,
+    name: str,
+    machine: str,
+    layout: Layout,
+    kv_tokens: int,
+    api_us: float = 0.0,
+    api_token_us: float = 0.0,
 ) -> Profile:
     """The profile whose step time is `fit`, spread evenly over the model's layers.
 
-    What all ranks share is the experts' work: it becomes microseconds per token-expert pair, so
-    that a rank with more pairs than the mean costs more, as it does on the machine.
+    What all ranks share is the experts' work: it becomes microseconds per token-expert pair and
+    per active expert, so that a rank with more of them costs more, as it does on the machine. The
+    imbalance that the calibrated server had is inside those constants already: a cluster that
+    is meant to repeat it has ``routing: even``.
+
+    Args:
+        api_us, api_token_us: see `Profile`.
     """
-    c, layers = fit.coefficients_us, model.layers
+    c, model = fit.coefficients_us, fit.model
+    layers = model.layers
     source = f"{fit.steps} recorded steps"
     pairs_per_token = model.top_k / layout.ep
+
+    def term(per_unit_us: float) -> Term:
+        return Term(per_unit_us, 0.0, 0.0, source, fit.error)
+
     return Profile(
         name=name,
         machine=machine,
         model=model,
         layout=layout,
-        per_rank_token=(Term(c["rank_token"] / layers, 0.0, 0.0, source, fit.error),),
+        per_rank_token=(term(c["rank_token"] / layers),),
         per_group_token=(),
         attention=AttentionTerm(
             per_decode_kv_token_us=c["decode_kv_token"] / layers,
@@ -154,14 +218,14 @@ def profile_from_fit(
         ),
         moe=MoeTerm(
             base_us=0.0,
-            per_active_expert_us=0.0,
+            per_active_expert_us=c["active_expert"] / layers,
             per_pair_us=c["group_token"] / layers / pairs_per_token,
             per_group_token_us=0.0,
             norm=1.0,
             source=source,
             error=fit.error,
         ),
-        per_step=(Term(c["request"], 0.0, 0.0, source, fit.error),),
+        per_step=(term(c["request"]),),
         interconnect=Interconnect(
             same_node_bytes_per_us=5e3,
             other_node_bytes_per_us=1e3,
@@ -170,11 +234,15 @@ def profile_from_fit(
             source="estimate",
         ),
         host_us=c["base"],
+        host_prefill_us=c["prefill_step"],
+        host_per_group_request_us=c["group_request"],
         launch_layer_us=0.0,
         graph_tokens=0,
+        api_us=api_us,
+        api_token_us=api_token_us,
         kv_tokens=kv_tokens,
         notes=(
-            f"held-out steps: mean relative error {fit.error:.1%}, bias {fit.bias:+.1%}, "
-            f"P90 {fit.p90_error:.1%}",
+            f"held-out steps: mean relative error {fit.error:.1%}, P90 {fit.p90_error:.1%}, "
+            f"error of their sum {fit.bias:+.1%}",
         ),
     )

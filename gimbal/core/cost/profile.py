@@ -122,7 +122,11 @@ class Profile:
         per_group_token: per layer, x = tokens of all DP ranks (dispatch and combine).
         attention, moe: per layer, see their classes.
         per_step: once per step, x = requests that sample (LM head, sampler).
-        host_us, host_per_request_us: scheduler and input preparation that the device waits for.
+        host_us, host_per_request_us: scheduler and input preparation that the device waits for;
+            per request that samples on the busiest rank.
+        host_per_group_request_us: per request that samples, over all ranks: a front end that has
+            no core of its own.
+        host_prefill_us: once per step in which any rank prefills.
         launch_layer_us: kernel launches of one layer without CUDA graphs; the step lasts at least
             layers * launch_layer_us when its tokens exceed `graph_tokens`.
         graph_tokens: largest step that a CUDA graph covers (0: eager throughout).
@@ -144,6 +148,8 @@ class Profile:
     interconnect: Interconnect
     host_us: float = 0.0
     host_per_request_us: float = 0.0
+    host_per_group_request_us: float = 0.0
+    host_prefill_us: float = 0.0
     launch_layer_us: float = 0.0
     graph_tokens: int = 0
     api_us: float = 0.0
@@ -182,6 +188,29 @@ def parse_profile(values: Any, where: str) -> Profile:
         first = error.errors()[0]
         dotted = ".".join(str(part) for part in first["loc"])
         raise InputError(f"profile {where}: {dotted}: {first['msg'].lower()}") from None
+
+
+def slowed(profile: Profile, factor: float) -> Profile:
+    """The same machine running `factor` times as slow: every time grows, every rate shrinks."""
+    slower: Profile = _slowed(profile, factor)
+    return slower
+
+
+def _slowed(value: Any, factor: float) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_slowed(item, factor) for item in value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    changed = {}
+    for spec in dataclasses.fields(value):
+        own = getattr(value, spec.name)
+        if spec.name.endswith("_per_us"):
+            changed[spec.name] = own / factor
+        elif spec.name.endswith("_us"):
+            changed[spec.name] = own * factor
+        else:
+            changed[spec.name] = _slowed(own, factor)
+    return dataclasses.replace(value, **changed)
 
 
 def dump_profile(profile: Profile) -> str:

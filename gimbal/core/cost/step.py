@@ -105,9 +105,8 @@ def step_time(
     total = device_us(shape, experts, packed)
     dense, attention, collective = layer_parts_us(shape, packed)
     layers = profile.model.layers
-    sampled = float(batch.sampled.max())
-    sampling = sum(t.at(sampled) for t in profile.per_step)
-    host = profile.host_us + profile.host_per_request_us * sampled
+    sampling = sum(t.at(float(batch.sampled.max())) for t in profile.per_step)
+    host = host_time_us(shape, packed)
     busy = layers * (dense + attention + collective) + experts + sampling
     return StepTime(
         dense_us=layers * dense,
@@ -123,7 +122,7 @@ def step_time(
 # The functions below are plain loops over arrays, so that the simulator can compile the very
 # same code with numba; nothing else in them is allowed that numba cannot compile.
 
-_ATTENTION, _MISC = 6, 5
+_ATTENTION, _MISC = 6, 7
 
 
 def pack(profile: Profile) -> FloatArray:
@@ -145,6 +144,8 @@ def pack(profile: Profile) -> FloatArray:
         profile.launch_layer_us,
         profile.host_us,
         profile.host_per_request_us,
+        profile.host_per_group_request_us,
+        profile.host_prefill_us,
     )
     return np.array([*map(len, groups), *flat, *attention, *misc], dtype=np.float64)
 
@@ -200,6 +201,22 @@ def layer_parts_us(shape: FloatArray, packed: FloatArray) -> tuple[float, float,
     return dense, attention, collective
 
 
+def host_time_us(shape: FloatArray, packed: FloatArray) -> float:
+    """What a step waits for the host and the front end; arguments as `device_us`."""
+    misc = len(packed) - _MISC
+    most = 0.0
+    total = 0.0
+    prefill = False
+    for rank in range(len(shape)):
+        most = max(most, shape[rank, 4])
+        total += shape[rank, 4]
+        prefill = prefill or shape[rank, 2] > 0.0
+    time = packed[misc + 3] + packed[misc + 4] * most + packed[misc + 5] * total
+    if prefill:
+        time += packed[misc + 6]
+    return float(time)
+
+
 def device_us(shape: FloatArray, experts_us: float, packed: FloatArray) -> float:
     """The whole step, given its fused-expert time summed over layers.
 
@@ -220,7 +237,7 @@ def device_us(shape: FloatArray, experts_us: float, packed: FloatArray) -> float
     device += terms_us(ranks_terms + group_terms, step_terms, sampled, packed)
     if most > packed[misc + 1]:
         device = max(device, layers * packed[misc + 2])
-    return float(device + packed[misc + 3] + packed[misc + 4] * sampled)
+    return float(device + host_time_us(shape, packed))
 
 
 def expected_active(share: FloatArray, tokens: float) -> FloatArray:

@@ -5,7 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gimbal.core.cost.profile import dump_profile, load_profile, parse_profile, profile_names
+from gimbal.core.cost.profile import (
+    dump_profile,
+    load_profile,
+    parse_profile,
+    profile_names,
+    slowed,
+)
 from gimbal.core.cost.step import BatchShape, expected_active, migration_us, step_time
 from gimbal.core.errors import InputError
 
@@ -38,6 +44,13 @@ def test_worked_steps_of_the_paper_layout(batch, gpu_ms):
     device_only = dataclasses.replace(H100, host_us=0, host_per_request_us=0, launch_layer_us=0)
     got = step_time(device_only, batch, *balanced(batch.tokens.sum())).total_us / 1e3
     assert got == pytest.approx(gpu_ms, rel=0.20)
+
+
+def test_a_machine_half_as_fast_takes_twice_as_long():
+    batch = shape((300, 20), kv=(0, 4000), pairs=(4e4, 0), sampled=(1, 20))
+    slow = step_time(slowed(H100, 2.0), batch, *balanced(320)).total_us
+    assert slow == pytest.approx(2 * step_time(H100, batch, *balanced(320)).total_us)
+    assert migration_us(slowed(H100, 2.0), 100, 4) == pytest.approx(2 * migration_us(H100, 100, 4))
 
 
 def test_the_slowest_rank_sets_the_step():
