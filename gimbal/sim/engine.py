@@ -125,7 +125,12 @@ class Engine:
         request.computed = cached
         self.accepted_requests += 1
         self.accepted_tokens += request.prompt_tokens
-        queued = QueuedRequest(request.request_id, now_s, request.prompt_tokens - cached)
+        queued = QueuedRequest(
+            request.request_id,
+            now_s,
+            request.prompt_tokens - cached,
+            served_before_tokens=self.served_prefill_tokens,
+        )
         request.entry = self.waiting.add(queued, request, self._queue_state(now_s))
 
     def _queue_state(self, now_s: float) -> QueueState:

@@ -16,6 +16,9 @@ from gimbal.core.contracts import (
 from gimbal.core.cost.online import OnlineStepCost
 from gimbal.sim.engine import Engine, StepBatch
 
+SMOOTHING = 0.2
+"""Weight of a new prefill rate, as an engine on a server weighs it."""
+
 
 class Signals:
     """Keeps the board that a dispatcher reads.
@@ -44,14 +47,16 @@ class Signals:
     def step_done(self, batches: Sequence[StepBatch], duration_us: float) -> None:
         """Learns from one finished step (every engine saw the same duration)."""
         self._dirty = True
-        if not self._fresh:
-            return
-        fullest = max(b.prefill_tokens for b in batches)
-        for engine, cost, batch in zip(self._engines, self.costs, batches, strict=True):
-            cost.observe(batch.prefill_tokens, batch.decodes, duration_us, fullest)
-            if duration_us > 0:
-                rate = batch.prefill_tokens / duration_us * 1e6
-                engine.prefill_rate += 0.1 * (rate - engine.prefill_rate)
+        fullest = 0
+        for engine, batch in zip(self._engines, batches, strict=True):
+            if batch.prefill_tokens:  # the queue's orderings read it, whatever dispatch sees
+                fullest = max(fullest, batch.prefill_tokens)
+                rate = batch.prefill_tokens / max(duration_us, 1.0) * 1e6
+                weight = SMOOTHING if engine.prefill_rate else 1.0
+                engine.prefill_rate += weight * (rate - engine.prefill_rate)
+        if self._fresh:
+            for cost, batch in zip(self.costs, batches, strict=True):
+                cost.observe(batch.prefill_tokens, batch.decodes, duration_us, fullest)
 
     def read(self, now_us: float) -> FloatArray:
         """The board as a front end sees it at `now_us`."""

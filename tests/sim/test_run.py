@@ -64,6 +64,13 @@ def test_asynchronous_scheduling_admits_one_step_later():
     assert ttft(run("round-robin", trace, sync))[1] < ttft(run("round-robin", trace))[1]
 
 
+def test_hrrn_lets_long_prompts_through_that_sjf_holds_back():
+    rows = [TraceRequest(i * 0.004, 16_000 if i == 60 else 2000, 2) for i in range(400)]
+    overload = make_trace("overload", rows)
+    long_wait = {arm: ttft(run(arm, overload))[60] for arm in ("vllm", "hrrn", "sjf")}
+    assert long_wait["vllm"] < long_wait["hrrn"] < long_wait["sjf"]
+
+
 def test_a_hot_rank_slows_every_step():
     share = np.zeros((1, PROFILE.model.layers, PROFILE.model.experts))
     share[..., :8] = 1.0  # every token goes to the eight experts of rank 0
