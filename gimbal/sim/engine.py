@@ -99,6 +99,7 @@ class Engine:
         self.waiting: WaitingHeap[SimRequest] = WaitingHeap(ordering, max_wait_s)
         self.running: dict[int, SimRequest] = {}  # by request index, in order of admission
         self.prefilling: list[SimRequest] = []
+        self.remaining_prefill_tokens = 0  # of `prefilling`
         self.decodes = 0
         self.kv_tokens = 0  # context tokens of decodes
         self.used_blocks = 0  # blocks of running requests
@@ -199,6 +200,7 @@ class Engine:
         request.admitted = self._admissions
         self.running[request.index] = request
         self.prefilling.append(request)
+        self.remaining_prefill_tokens += request.target - request.computed
         self.used_blocks += self._blocks_for(request.computed)
 
     def _prefill(self, request: SimRequest, budget: int, batch: StepBatch) -> int:
@@ -211,6 +213,7 @@ class Engine:
                 return 0
         self.used_blocks += grown
         request.computed = before + chunk
+        self.remaining_prefill_tokens -= chunk
         self.served_prefill_tokens += chunk
         self.domain_tokens[request.domain] += chunk
         batch.prefill_tokens += chunk
@@ -242,6 +245,7 @@ class Engine:
             self.used_blocks -= self._blocks_for(victim.computed)
             if victim in self.prefilling:
                 self.prefilling.remove(victim)
+                self.remaining_prefill_tokens -= victim.target - victim.computed
         else:
             context = victim.computed + self.step - victim.decode_from_step
             if batch is not None:
@@ -325,10 +329,6 @@ class Engine:
     def set_prefix_block_tokens(self, tokens: int) -> None:
         """Tokens one entry of ``prefix_blocks`` stands for."""
         self._cache_tokens_per_block = max(tokens, self.block_tokens)
-
-    @property
-    def remaining_prefill_tokens(self) -> int:
-        return sum(r.target - r.computed for r in self.prefilling)
 
     @property
     def busy(self) -> bool:

@@ -20,6 +20,29 @@ SMOOTHING = 0.2
 """Weight of a new prefill rate, as an engine on a server weighs it."""
 
 
+_SEQUENCE = int(Field.SEQUENCE)
+_COLUMNS = np.array(
+    [
+        Field.TIMESTAMP_US,
+        Field.WAITING_REQUESTS,
+        Field.WAITING_PREFILL_TOKENS,
+        Field.RUNNING_REQUESTS,
+        Field.RUNNING_PREFILL_TOKENS,
+        Field.DECODING_REQUESTS,
+        Field.KV_BLOCKS_USED,
+        Field.PREEMPTIONS,
+        Field.RUNNING_TOKENS,
+        Field.STEP_BASE_US,
+        Field.DECODE_US_PER_REQUEST,
+        Field.PREFILL_US_PER_TOKEN,
+        Field.PREFILL_TOKENS_PER_S,
+        ACCEPTED_REQUESTS,
+        ACCEPTED_TOKENS,
+    ]
+)
+"""What `Signals` fills in, in the order in which it does: one assignment per row."""
+
+
 class Signals:
     """Keeps the board that a dispatcher reads.
 
@@ -82,19 +105,21 @@ class Signals:
 
     def _fill(self, now_us: float) -> None:
         for row, engine, cost in zip(self.board, self._engines, self.costs, strict=True):
-            row[Field.SEQUENCE] += 1
-            row[Field.TIMESTAMP_US] = now_us
-            row[Field.WAITING_REQUESTS] = len(engine.waiting)
-            row[Field.WAITING_PREFILL_TOKENS] = engine.waiting.waiting_tokens
-            row[Field.RUNNING_REQUESTS] = len(engine.running)
-            row[Field.RUNNING_PREFILL_TOKENS] = engine.remaining_prefill_tokens
-            row[Field.DECODING_REQUESTS] = engine.decodes
-            row[Field.KV_BLOCKS_USED] = engine.used_blocks
-            row[Field.PREEMPTIONS] = engine.preemptions
-            row[Field.RUNNING_TOKENS] = engine.kv_tokens
-            row[Field.STEP_BASE_US] = cost.step_base_us(engine.decodes)
-            row[Field.DECODE_US_PER_REQUEST] = cost.decode_us_per_request
-            row[Field.PREFILL_US_PER_TOKEN] = cost.prefill_us_per_token
-            row[Field.PREFILL_TOKENS_PER_S] = engine.prefill_rate
-            row[ACCEPTED_REQUESTS] = engine.accepted_requests
-            row[ACCEPTED_TOKENS] = engine.accepted_tokens
+            row[_SEQUENCE] += 1
+            row[_COLUMNS] = (
+                now_us,
+                len(engine.waiting),
+                engine.waiting.waiting_tokens,
+                len(engine.running),
+                engine.remaining_prefill_tokens,
+                engine.decodes,
+                engine.used_blocks,
+                engine.preemptions,
+                engine.kv_tokens,
+                cost.step_base_us(engine.decodes),
+                cost.decode_us_per_request,
+                cost.prefill_us_per_token,
+                engine.prefill_rate,
+                engine.accepted_requests,
+                engine.accepted_tokens,
+            )

@@ -27,7 +27,8 @@ def recount(engine):
     blocks = sum(-(-context(engine, r) // BLOCK) for r in running)
     decoding = [r for r in running if r.decode_from_step != NEVER]
     kv = sum(context(engine, r) + 1 for r in decoding)
-    return blocks, len(decoding), kv
+    left = sum(r.target - r.computed for r in engine.prefilling)
+    return blocks, len(decoding), kv, left
 
 
 requests = st.lists(
@@ -53,7 +54,8 @@ def test_counters_match_a_recount_and_every_request_ends(specs, blocks, budget, 
         assert len(engine.running) <= seats
         assert batch.decodes == engine.decodes
         finished += engine.finish_step(batch, float(step))
-        assert (engine.used_blocks, engine.decodes, engine.kv_tokens) == recount(engine)
+        counted = engine.used_blocks, engine.decodes, engine.kv_tokens
+        assert (*counted, engine.remaining_prefill_tokens) == recount(engine)
         if not pending and not engine.busy:
             break
     assert sorted(r.index for r in finished) == list(range(len(specs)))
