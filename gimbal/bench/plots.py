@@ -49,13 +49,13 @@ def plot_fit(measured_ms: Sequence[float], predicted_ms: Sequence[float], path: 
             low, high = np.quantile(measured[part], [0.1, 0.9])
             axes.plot([x, x], [low, high], color="C1", linewidth=1.5)
             axes.plot([x], [mean], "o", color="C1", markersize=5)
-    limits = [np.quantile(measured, 0.001) * 0.9, np.quantile(measured, 0.999) * 1.1]
-    axes.plot(limits, limits, color="0.4", linewidth=1)
+    ends = [np.quantile(measured, 0.001) * 0.9, np.quantile(measured, 0.999) * 1.1]
+    axes.plot(ends, ends, color="0.4", linewidth=1)
     axes.set(
         xscale="log",
         yscale="log",
-        xlim=limits,
-        ylim=limits,
+        xlim=ends,
+        ylim=ends,
         xlabel="predicted step time, ms",
         ylabel="measured step time, ms",
         title=f"{len(measured)} steps; means and 10 to 90 % by bin",
