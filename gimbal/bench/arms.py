@@ -1,8 +1,9 @@
 """Arms: named sets of server flags and Gimbal configuration.
 
-Which engine a request goes to and how an engine orders its queue can be switched while a server
-runs, so arms that differ in nothing else share one. Flags, other configuration, and the levels
-`placement` and `feedback` (which leave experts where they moved them) need a server of their own.
+Which engine a request goes to and how an engine orders its queue (nearly all of section `queue`)
+can be switched while a server runs, so arms that differ in nothing else share one. Flags, other
+configuration, and the levels `placement` and `feedback` (which leave experts where they moved
+them) need a server of their own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from gimbal.core.config import LEVELS
 from gimbal.core.errors import InputError, nearest
 
 SWITCHABLE = ("dispatch", "queue")
+_QUEUE_FIXED = ("ordering", "priority_tokens")
+"""Keys of section `queue` that a running server does not change."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,14 @@ class Arm:
             settings["policy"] = self.policy
         if "queue" in self.levels:
             settings["queue_ordering"] = self.queue_ordering
+            settings["queue"] = {
+                key: value for key, value in self._queue().items() if key not in _QUEUE_FIXED
+            }
         return settings
+
+    def _queue(self) -> Mapping[str, Any]:
+        section = self.config.get("queue", {})
+        return section if isinstance(section, Mapping) else {}
 
     def server(self, shared: bool) -> ServerSpec:
         """The server this arm runs on; equal for arms that may share it."""
@@ -57,6 +67,10 @@ class Arm:
         if shared:
             values["levels"] = [x for x in LEVELS if x in SWITCHABLE or x in self.levels]
             values["admin"] = True
+            fixed = {key: value for key, value in self._queue().items() if key in _QUEUE_FIXED}
+            values.pop("queue", None)
+            if fixed:
+                values["queue"] = fixed
         else:
             values["levels"] = list(self.levels)
             if "dispatch" in self.levels:

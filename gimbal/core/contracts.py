@@ -54,7 +54,7 @@ class Field(IntEnum):
     QUEUE_KV_PASSES = 25  # times a request was offered ahead of a head without KV blocks
     QUEUE_YIELDS = 26  # steps in which a running prefill left budget to shorter newcomers
     QUEUE_OLDEST_WAIT_US = 27  # longest wait of a request that waits now
-    QUEUE_OLDEST_BOUND_US = 28  # what the ordering's bound allowed that request, when it came
+    QUEUE_OLDEST_BOUND_US = 28  # what the ordering's bound allowed it, when it came; 0: no bound
     QUEUE_FALLBACKS = 29  # times the queue level fell back to vLLM's behaviour
 
 

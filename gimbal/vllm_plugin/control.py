@@ -19,7 +19,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 
 import gimbal
-from gimbal.core.config import LEVELS, GimbalConfig
+from gimbal.core.config import LEVELS, GimbalConfig, parse_config
 from gimbal.core.contracts import Field
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.errors import InputError, nearest
@@ -34,7 +34,10 @@ from gimbal.vllm_plugin.placement.route import routing_route
 
 SWITCHABLE = ("dispatch", "queue", "feedback")
 """Levels that can be switched while the server runs, if it was started with them."""
-_KEYS = ("levels", "policy", "queue_ordering", "reset")
+_KEYS = ("levels", "policy", "queue_ordering", "queue", "reset")
+_QUEUE_FIXED = ("ordering", "priority_tokens")
+"""Keys of section `queue` that a message's ``queue`` may not hold: `queue_ordering` says the one,
+and the classes of requests that wait already depend on the other."""
 
 
 class GimbalEndpoints:
@@ -132,7 +135,20 @@ def check_control(values: Any, config: GimbalConfig) -> dict[str, Any]:
             if not isinstance(name, str) or name not in known:
                 raise InputError(f"control: {key}: unknown {name!r}{nearest(str(name), known)}")
             kept[board_key] = name
+    if "queue" in values:
+        kept["queue"] = _check_queue(values["queue"])
     return kept
+
+
+def _check_queue(changes: Any) -> dict[str, Any]:
+    """Keys of section `queue` that differ from the server's configuration from now on."""
+    if not isinstance(changes, Mapping):
+        raise InputError(f"control: queue: a mapping is expected, got {changes!r}")
+    for key in _QUEUE_FIXED:
+        if key in changes:
+            raise InputError(f"control: queue: {key} cannot be changed here")
+    checked = dataclasses.asdict(parse_config({"queue": dict(changes)}, "control").queue)
+    return {key: checked[key] for key in changes}
 
 
 def _check_levels(levels: Any, config: GimbalConfig) -> list[str]:

@@ -19,6 +19,13 @@ class EngineFacts:
         self.scheduler = scheduler
         self.pool = scheduler.kv_cache_manager.block_pool
         self.watermark = int(getattr(scheduler.kv_cache_manager, "watermark_blocks", 0))
+        # Most tokens that must fit at once, read once: this is asked at every admission.
+        self._most_tokens = int(
+            scheduler.max_model_len
+            if scheduler.scheduler_reserve_full_isl
+            else min(scheduler.max_model_len, scheduler.max_num_scheduled_tokens)
+        )
+        self._block_tokens = int(scheduler.block_size)
 
     def field(self, field: Field) -> float:
         """One column of this engine's own snapshot; 0 without signals."""
@@ -49,14 +56,11 @@ class EngineFacts:
         Shared-prefix blocks that are in use need no free one; they are looked up only when the
         request would not fit otherwise.
         """
-        scheduler = self.scheduler
-        tokens = min(request.num_tokens, scheduler.max_model_len)
-        if not scheduler.scheduler_reserve_full_isl:
-            tokens = min(tokens, scheduler.max_num_scheduled_tokens)
-        needed = -(-tokens // scheduler.block_size)
-        if scheduler.running:
+        tokens = min(request.num_tokens, self._most_tokens)
+        needed: int = -(-tokens // self._block_tokens)
+        if self.watermark and self.scheduler.running:
             needed += self.watermark
         if needed > free and request.num_computed_tokens == 0:
-            groups = scheduler.kv_cache_manager.get_computed_blocks(request)[0].blocks
+            groups = self.scheduler.kv_cache_manager.get_computed_blocks(request)[0].blocks
             needed -= sum(block.ref_cnt > 0 for group in groups[:1] for block in group)
-        return int(needed)
+        return needed

@@ -9,6 +9,8 @@ every chunk it is about to schedule). vLLM's ``schedule()`` itself is untouched.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from math import isinf
 from typing import Any
 
 from gimbal.core.config import GimbalConfig
@@ -41,12 +43,13 @@ class QueueLevel:
     Attributes:
         queue: what replaces ``scheduler.waiting``.
         ordering: name of the ordering in force.
+        config: section `queue` in force; `configured` is what the server was started with.
         guard: counts failures; when it is disabled the level leaves every step to vLLM.
     """
 
     def __init__(self, scheduler: Any, config: GimbalConfig) -> None:
         self.scheduler = scheduler
-        self.config = config.queue
+        self.config = self.configured = config.queue
         self.levels = config.levels
         self.guard = LevelGuard("queue")
         self.board = _board(scheduler)
@@ -65,7 +68,7 @@ class QueueLevel:
         parallel = scheduler.vllm_config.parallel_config
         engines, rank = parallel.data_parallel_size, parallel.data_parallel_index
         reader = None
-        if self.board is not None and engines > 1 and self.config.protect_decodes:
+        if self.board is not None and engines > 1:
             reader = BoardReader(self.board, engines)
         self.planner = StepPlanner(scheduler, self.config, self.queue, self.facts, reader, rank)
         self._use(self.ordering)
@@ -78,6 +81,7 @@ class QueueLevel:
     def _use(self, name: str) -> None:
         """Puts the ordering `name` in force, with what belongs to it; InputError if unknown."""
         ordering, config, queue = self._build(name), self.config, self.queue
+        self.planner.config = config
         ours = isinstance(ordering, GimbalOrdering)
         queue.bound_s = ordering.bound_s if isinstance(ordering, GimbalOrdering) else None
         queue.use_ordering(ordering, (config.max_wait_s or None) if ours else None)
@@ -90,7 +94,7 @@ class QueueLevel:
         self.protect = ours and config.protect_decodes
 
     def _follow(self) -> None:
-        """Takes up a new control message of the board: ``levels`` and ``ordering``."""
+        """Takes up a new control message of the board: ``levels``, ``ordering``, ``queue``."""
         board = self.board
         if board is None:
             return
@@ -100,15 +104,19 @@ class QueueLevel:
         self._control = version
         control = board.read_control()
         self.active = "queue" in control.get("levels", self.levels)
-        name = control.get("ordering", self.config.ordering) if self.active else OFF
-        if name == self.ordering:
+        changes = control.get("queue", {}) if self.active else {}
+        config = replace(self.configured, **changes)
+        name = control.get("ordering", config.ordering) if self.active else OFF
+        if name == self.ordering and config == self.config:
             return
+        before, self.config = self.config, config
         try:
             self._use(name)
-        except InputError as error:
+        except (InputError, ValueError) as error:
+            self.config = before
             logger.warning("Gimbal: the queue's ordering stays %s: %s", self.ordering, error)
         else:
-            logger.info("Gimbal: queue ordering %s", name)
+            logger.info("Gimbal: queue ordering %s %s", name, changes or "")
 
     def begin_step(self, throttled: bool) -> tuple[int, dict[str, int]]:
         """Before vLLM schedules: the step's token budget, and caps of running prefills.
@@ -143,7 +151,8 @@ class QueueLevel:
             queue.passes,
             self.planner.yields,
             0.0 if oldest is None else (queue.clock() - oldest.queued_s) * 1e6,
-            0.0 if oldest is None else oldest.bound_s * 1e6,
+            # 0 for no promise: an infinity would be no JSON in the status.
+            0.0 if oldest is None or isinf(oldest.bound_s) else oldest.bound_s * 1e6,
             sum(self.guard.counts.values()),
         )
 

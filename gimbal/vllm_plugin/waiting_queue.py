@@ -112,6 +112,10 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         return request
 
     def peek_request(self) -> Request:
+        offered = self._offered
+        if offered is not None:  # within a pass vLLM asks again until something changes
+            self._peeked = offered.item
+            return offered.item
         if not self._all:
             raise IndexError("peek from an empty waiting queue")
         request: Request = self._guarded("peek_request", self._peek)
@@ -197,8 +201,7 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
 
     def _peek(self) -> Request:
         # Within a pass vLLM pops what it peeked at; every change of the queue asks anew.
-        if self._offered is None:
-            self._offered = self._choose()
+        self._offered = self._choose()
         return self._offered.item
 
     def _choose(self) -> Entry[Request]:

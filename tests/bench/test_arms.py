@@ -1,5 +1,6 @@
 """Arms: built-in and from files, which share a server, and in what order they run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,11 @@ def test_arms_from_a_file(tmp_path: Path) -> None:
     assert small.flags == ("--max-num-batched-tokens", "256")
     assert small.policy == "lmetric"
     assert tuned.config == {"queue": {"max_wait_s": 5}}
-    assert tuned.switches() == {"levels": ["queue"], "queue_ordering": "sjf"}
+    expected = {"levels": ["queue"], "queue_ordering": "sjf", "queue": {"max_wait_s": 5}}
+    assert tuned.switches() == expected
+    assert tuned.server(shared=True) == BUILTIN_ARMS["vllm"].server(shared=True)
+    own = parse_config(json.loads(tuned.server(shared=False).config_json)).queue
+    assert (own.ordering, own.max_wait_s) == ("sjf", 5.0)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +72,6 @@ def test_levels_are_those_of_the_arm_gimbal_alone() -> None:
 
 
 def test_own_servers_get_a_configuration_that_gimbal_accepts() -> None:
-    import json
-
     for arm in BUILTIN_ARMS.values():
         config = parse_config(json.loads(arm.server(shared=False).config_json))
         assert config.levels == arm.levels

@@ -35,6 +35,10 @@ CONFIG = parse_config({"levels": ["dispatch", "queue", "placement"]})
         ({"policy": "gimball"}, "policy: unknown 'gimball' (did you mean 'gimbal'?)"),
         ({"policy": 3}, "policy: unknown 3"),
         ({"queue_ordering": "fcf"}, "did you mean 'fcfs'?"),
+        ({"queue": 3}, "queue: a mapping is expected"),
+        ({"queue": {"max_wait": 3}}, "did you mean 'max_wait_s'?"),
+        ({"queue": {"tpot_factor": "x"}}, "queue.tpot_factor"),
+        ({"queue": {"priority_tokens": 3}}, "priority_tokens cannot be changed"),
         ({"levels": "queue"}, "a list is expected"),
         ({"levels": ["que", "placement"]}, "unknown 'que'"),
         ({"levels": ["feedback", "placement"]}, "started without 'feedback'"),
@@ -52,6 +56,7 @@ def test_what_reaches_the_board() -> None:
     expected = {"levels": ["dispatch", "placement"], "policy": "vllm", "ordering": "sjf"}
     assert check_control(values, CONFIG) == expected
     assert check_control({"reset": True}, CONFIG) == {}
+    assert check_control({"queue": {"max_wait_s": 5}}, CONFIG) == {"queue": {"max_wait_s": 5.0}}
 
 
 class Engine:

@@ -238,6 +238,19 @@ def test_counters_travel_with_the_snapshot(build):
     assert row[Field.QUEUE_OLDEST_WAIT_US] > 0
 
 
+def test_an_ordering_without_a_bound_publishes_none_as_zero(build):
+    from gimbal.core.contracts import Field
+
+    scheduler = build({"queue": {"ordering": "sjf"}}, seats=1)
+    run(scheduler, [(0, real.request("a", 900))])
+    scheduler.add_request(real.request("b", 900))
+    scheduler.add_request(real.request("c", 900))
+    scheduler.gimbal_queue.publish()
+    row = scheduler.gimbal_signals.row
+    assert row[Field.QUEUE_OLDEST_WAIT_US] > 0
+    assert row[Field.QUEUE_OLDEST_BOUND_US] == 0
+
+
 def test_control_message_switches_ordering_and_level(build):
     scheduler = build({})
     level, board = scheduler.gimbal_queue, scheduler.gimbal_queue.board
@@ -251,6 +264,23 @@ def test_control_message_switches_ordering_and_level(build):
         scheduler.schedule()
         assert level.ordering == expected
     assert level.in_batch
+
+
+def test_control_message_changes_the_queue_section_and_takes_it_back(build):
+    scheduler = build({})
+    level, board = scheduler.gimbal_queue, scheduler.gimbal_queue.board
+    board.write_control({"queue": {"overtake_factor": 3.0, "protect_decodes": True}})
+    scheduler.schedule()
+    assert level.queue.heap.ordering.overtake_factor == 3.0
+    assert level.protect
+    assert level.planner.config.protect_decodes
+    board.write_control({"queue": {"overtake_factor": 0.5}})  # refused: the last one stays
+    scheduler.schedule()
+    assert level.queue.heap.ordering.overtake_factor == 3.0
+    board.write_control({})
+    scheduler.schedule()
+    assert level.queue.heap.ordering.overtake_factor == level.configured.overtake_factor
+    assert not level.protect
 
 
 def test_an_unknown_ordering_is_refused_at_start(build):

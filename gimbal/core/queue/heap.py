@@ -69,6 +69,7 @@ class WaitingHeap(Generic[T]):
         self.promotions = 0
         self.overtakes = 0
         self.epoch = 0
+        self._none_late_until_s = float("-inf")  # before it nobody has waited past the limit
         self._dynamic = ordering if isinstance(ordering, DynamicOrdering) else None
         self._heap: list[tuple] = []
         self._by_age: dict[int, list[tuple[float, int, Entry[T]]]] = {}  # per priority class
@@ -118,13 +119,16 @@ class WaitingHeap(Generic[T]):
     def peek(self, now_s: float) -> Entry[T]:
         """The next entry; raises IndexError when empty."""
         head = self._head()
-        if self.max_wait_s is None or head.lane == FRONT:
+        if self.max_wait_s is None or now_s <= self._none_late_until_s or head.lane == FRONT:
             return head
         oldest = self._oldest_of(self._level(head.request))
-        if oldest is None or oldest is head or now_s - oldest.queued_s <= self.max_wait_s:
-            return head
-        oldest.promoted = True
-        return oldest
+        if oldest is not None and now_s - oldest.queued_s > self.max_wait_s:
+            oldest.promoted = oldest is not head
+            return oldest
+        first = self.oldest()
+        if first is not None:
+            self._none_late_until_s = first.queued_s + self.max_wait_s
+        return head
 
     def pop(self, now_s: float) -> Entry[T]:
         """Takes the next entry; raises IndexError when empty."""
@@ -133,8 +137,9 @@ class WaitingHeap(Generic[T]):
     def take(self, entry: Entry[T]) -> Entry[T]:
         """Takes a waiting entry for service: a pop that may come from behind the head."""
         oldest = self._oldest_of(self._level(entry.request))
-        entry.overtook = oldest is not None and oldest.sequence < entry.sequence
-        self.overtakes += entry.overtook
+        if oldest is not None and oldest.sequence < entry.sequence:
+            entry.overtook = True
+            self.overtakes += 1
         self.promotions += entry.promoted
         return self._detach(entry)
 
@@ -187,6 +192,7 @@ class WaitingHeap(Generic[T]):
         """
         self.ordering = ordering
         self.max_wait_s = max_wait_s
+        self._none_late_until_s = float("-inf")
         self.epoch += 1
         self._dynamic = ordering if isinstance(ordering, DynamicOrdering) else None
         entries = sorted(self._entries.values(), key=lambda e: (e.queued_s, e.sequence))
@@ -252,6 +258,9 @@ class WaitingHeap(Generic[T]):
         self.waiting_tokens += entry.request.uncached_tokens
         entry.rank = self._rank(entry)
         heapq.heappush(self._heap, entry.rank)
+        if self.max_wait_s is not None:
+            late_s = entry.queued_s + self.max_wait_s
+            self._none_late_until_s = min(self._none_late_until_s, late_s)
         if not entry.in_age_heap:
             entry.in_age_heap = True
             ages = self._by_age.setdefault(self._level(entry.request), [])
