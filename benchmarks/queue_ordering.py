@@ -4,18 +4,20 @@
 
 Two engines in lock step, chunked prefill, vLLM's dispatch by request counts. A step lasts ``25 ms
 + 0.5 ms per prefill token + 0.5 ms per decode`` of its slowest engine, as on a slow CPU;
-``--step-ms 11 0.063 0.9`` is the demo model on two cores, where decoding is the larger part. The
+``--step-ms 10 0.08 0.45`` is the demo model on two cores, where decoding is the larger part. The
 queue, the orderings and the budget rules are the product's own. Prints mean and P99 TTFT and mean
-TPOT, each also relative to FCFS, over the aging parameters. The seeds are kept apart from those
-of reported results. A tool for choosing defaults, not a result.
+TPOT, each also relative to FCFS, over the aging parameters and over vLLM's static settings. The
+seeds are kept apart from those of reported results. A tool for choosing defaults, not a result.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gimbal.core.contracts import QueuedRequest, QueueOrdering, QueueState
@@ -59,6 +61,11 @@ class Engine:
     def load(self) -> int:
         return len(self.heap) + len(self.jobs)
 
+    def work_ms(self) -> float:
+        """Prefill that waits or runs, and four steps of every request, as time."""
+        tokens = self.heap.waiting_tokens + sum(j.left for j in self.jobs)
+        return STEP_MS[1] * tokens + 4 * STEP_MS[2] * self.load()
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -68,6 +75,10 @@ class Arm:
     in_batch: bool = False
     tpot_factor: float | None = None
     max_wait_s: float | None = None
+    by_tokens: bool = False  # dispatch by prefill work and decodes, not by request counts
+    budget: int = BUDGET  # vLLM's --max-num-batched-tokens
+    long_prefill: int = 0  # vLLM's --long-prefill-token-threshold
+    interval: int = 1  # vLLM's --prefill-schedule-interval
 
 
 def running_key(job: Job) -> float:
@@ -75,11 +86,14 @@ def running_key(job: Job) -> float:
     return job.entry.key - (job.entry.request.uncached_tokens - job.left)
 
 
-def step(engine: Engine, arm: Arm, now_s: float, others: int) -> float:
+def step(engine: Engine, arm: Arm, now_s: float, others: int, number: int) -> float:
     """One engine's part of a step; returns how long it takes."""
     decodes = [j for j in engine.jobs if j.left == 0]
     prefills = [j for j in engine.jobs if j.left > 0]
-    budget = BUDGET - len(decodes)
+    budget = arm.budget - len(decodes)
+    if number % arm.interval and decodes:
+        budget = 0
+    longest = arm.long_prefill if arm.long_prefill and engine.load() > 1 else budget
     if arm.tpot_factor is not None:
         backlog = engine.heap.waiting_tokens + sum(j.left for j in prefills)
         cost = StepCost(STEP_MS[0] + STEP_MS[2] * len(decodes), STEP_MS[1])
@@ -105,13 +119,13 @@ def step(engine: Engine, arm: Arm, now_s: float, others: int) -> float:
         )
     spent = 0
     for job, share in zip(prefills, shares, strict=True):
-        grant = min(share, budget - spent)
+        grant = min(share, budget - spent, longest)
         job.left -= grant
         spent += grant
     while spent < budget and len(engine.heap) and len(engine.jobs) < SEATS:
         entry = engine.heap.pop(now_s)
         tokens, output = entry.request.uncached_tokens, entry.item
-        grant = min(tokens, budget - spent)
+        grant = min(tokens, budget - spent, longest)
         spent += grant
         engine.served += tokens
         engine.jobs.append(Job(entry, tokens - grant, output))
@@ -122,7 +136,8 @@ def step(engine: Engine, arm: Arm, now_s: float, others: int) -> float:
 def simulate(requests: list[tuple[float, int, int]], arm: Arm) -> tuple[list[float], list[float]]:
     """TTFT of each request and TPOT of those with more than one token, seconds."""
     engines = [Engine(WaitingHeap(arm.ordering(), arm.max_wait_s)) for _ in range(ENGINES)]
-    now_s, following, left = 0.0, 0, len(requests)
+    now_s, following, left, number = 0.0, 0, len(requests), 0
+    load = Engine.work_ms if arm.by_tokens else Engine.load
     ttft = [0.0] * left
     tpot = []
     while left:
@@ -130,16 +145,18 @@ def simulate(requests: list[tuple[float, int, int]], arm: Arm) -> tuple[list[flo
             now_s = max(now_s, requests[following][0])
         while following < len(requests) and requests[following][0] <= now_s:
             arrival_s, tokens, output = requests[following]
-            engine = min(engines, key=Engine.load)
+            engine = min(engines, key=load)
             state = QueueState(now_s, engine.rate, len(engine.heap), 0, engine.served)
             queued = QueuedRequest(str(following), arrival_s, tokens, 0, engine.served)
             engine.heap.add(queued, output, state)
             following += 1
         before = [e.prefilled for e in engines]
         elapsed_s = max(
-            step(e, arm, now_s, max(before[:i] + before[i + 1 :])) for i, e in enumerate(engines)
+            step(e, arm, now_s, max(before[:i] + before[i + 1 :]), number)
+            for i, e in enumerate(engines)
         )
         now_s += elapsed_s
+        number += 1
         for engine in engines:
             if engine.prefilled >= BUDGET // 4:
                 engine.rate += 0.1 * (engine.prefilled / elapsed_s - engine.rate)
@@ -191,7 +208,7 @@ def measure(arm: Arm, pairs: list[Pair], rate_rps: float, count: int) -> list[fl
 
 
 def arms(max_wait_s: float) -> dict[str, Arm]:
-    """Baselines, the curve over the aging parameters, and decode protection."""
+    """Baselines, the curve over the aging parameters, decode protection, static settings."""
 
     def aged(overtake: float, backlog: float) -> Callable[[], QueueOrdering]:
         return lambda: GimbalOrdering(overtake, backlog)
@@ -207,6 +224,13 @@ def arms(max_wait_s: float) -> dict[str, Arm]:
         protected = f"decodes within {factor:g}x"
         found[f"gimbal F=10 B=4, {protected}"] = Arm(aged(10.0, 4.0), True, factor, max_wait_s)
         found[f"fcfs, {protected}"] = Arm(lambda: ORDERINGS.build("fcfs"), False, factor)
+    for overtake in (5.0, 10.0, 20.0, 50.0):
+        name = f"gimbal F={overtake:g} B=4, and dispatch"
+        found[name] = Arm(aged(overtake, 4.0), True, None, max_wait_s, by_tokens=True)
+    fcfs = found["fcfs"]
+    found |= {f"static budget {b}": replace(fcfs, budget=b) for b in (128, 192, 256, 384, 1024)}
+    found |= {f"static long prefill {t}": replace(fcfs, long_prefill=t) for t in (64, 128, 256)}
+    found |= {f"static interval {n}": replace(fcfs, interval=n) for n in (2, 3, 4)}
     return found
 
 
@@ -227,15 +251,29 @@ def plot(path: Path, results: dict[tuple[str, float], dict[str, list[float]]]) -
     figure.savefig(path, dpi=150)
 
 
+def keep(path: Path, rows: dict[str, list[float]]) -> None:
+    """The arms in the form of `gimbal bench --json`, FCFS as `vllm`."""
+    arms = {
+        "vllm" if name == "fcfs" else name: {
+            "ttft_ms": {"mean": mean * 1e3, "p99": p99 * 1e3},
+            "tpot_ms": {"mean": tpot * 1e3},
+        }
+        for name, (mean, p99, tpot) in rows.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"arms": arms}), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", action="append", help="burstgpt, azure-conv (default: both)")
     parser.add_argument("--load", action="append", type=float, help="default 0.7, 0.9, 1.2")
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--max-wait-s", type=float, default=60.0)
-    parser.add_argument("--only", default="", help="only arms whose name contains this, and fcfs")
+    parser.add_argument("--only", default="", help="only arms whose name matches this, and fcfs")
     parser.add_argument("--step-ms", type=float, nargs=3, metavar=("BASE", "PREFILL", "DECODE"))
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path, help="folder for files that pareto.py reads")
     options = parser.parse_args()
     STEP_MS[:] = options.step_ms or STEP_MS
     results: dict[tuple[str, float], dict[str, list[float]]] = {}
@@ -247,7 +285,7 @@ def main() -> None:
             print(f"{'':34}{'mean TTFT':>16}{'P99 TTFT':>16}{'TPOT':>16}")
             rows = results[trace, load] = {}
             for name, arm in arms(options.max_wait_s).items():
-                if name != "fcfs" and options.only not in name:
+                if name != "fcfs" and not re.search(options.only, name):
                     continue
                 rows[name] = measure(arm, pairs, load * capacity, options.requests)
                 cells = (
@@ -256,6 +294,9 @@ def main() -> None:
                 print(f"{name:34}" + "".join(cells), flush=True)
     if options.plot:
         plot(options.plot, results)
+    if options.json:
+        for (trace, load), rows in results.items():
+            keep(options.json / f"{trace}-{load}.json", rows)
 
 
 def lengths_of(trace: str) -> list[Pair]:
