@@ -70,7 +70,7 @@ def plot(panels: Mapping[str, list[Point]], ours: tuple[str, ...], unit: str, ou
     from gimbal.bench.plots import pyplot
 
     plt = pyplot()
-    plt.rcParams["svg.hashsalt"] = "gimbal"  # the same points give the same file
+    plt.rcParams |= {"svg.hashsalt": "gimbal", "svg.fonttype": "none"}  # same points, same file
     figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.8), layout="constrained")
     for axis, (statistic, points) in zip(axes, panels.items(), strict=True):
         mine = [p for p in points if p.name.startswith(ours)]

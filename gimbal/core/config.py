@@ -60,10 +60,10 @@ class QueueConfig:
     pass_s: float = option(1.0, "seconds a request without KV blocks may be passed")
     protect_decodes: bool = option(False, "bound the prefill that rides along with decodes")
     tpot_factor: float = option(
-        5.0, "how much longer than a decode-only step one with prefill may be (protect_decodes)"
+        2.5, "how much longer than a decode-only step one with prefill may be (protect_decodes)"
     )
-    throughput_loss: float = option(
-        0.1, "share of prefill throughput that protecting decodes may cost under backlog"
+    patience_steps: float = option(
+        8.0, "steps in which a backlog is to be prefilled whatever that takes (protect_decodes)"
     )
 
 

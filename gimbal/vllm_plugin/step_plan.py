@@ -36,7 +36,7 @@ class StepPlanner:
     Args:
         scheduler: vLLM's scheduler; only read.
         queue: its waiting queue.
-        others: rows of the engines in lock step with this one, or None.
+        group: rows of the engines in lock step with this one, itself included, or None.
         rank: this engine's row there.
     """
 
@@ -46,14 +46,14 @@ class StepPlanner:
         config: QueueConfig,
         queue: GimbalRequestQueue,
         facts: EngineFacts,
-        others: BoardReader | None = None,
+        group: BoardReader | None = None,
         rank: int = 0,
     ) -> None:
         self.scheduler = scheduler
         self.config = config
         self.queue = queue
         self.facts = facts
-        self.others = others
+        self.group = group
         self.rank = rank
         self.yields = 0
         self._steps = 0
@@ -106,15 +106,13 @@ class StepPlanner:
         decode_tokens = self._decode_tokens(decoding)
         if decoding <= 0 or decode_tokens >= budget_tokens:
             return budget_tokens
-        backlog = facts.field(Field.WAITING_PREFILL_TOKENS) + facts.running_prefill_tokens()
         prefill_tokens = protected_prefill_tokens(
             StepCost(facts.field(Field.STEP_BASE_US), facts.field(Field.PREFILL_US_PER_TOKEN)),
             budget_tokens - decode_tokens,
             decoding,
-            int(backlog),
-            self._others_prefill_tokens(),
+            self._backlog_tokens(),
             tpot_factor=self.config.tpot_factor,
-            throughput_loss=self.config.throughput_loss,
+            patience_steps=self.config.patience_steps,
             min_tokens=scheduler.block_size,
         )
         return decode_tokens + prefill_tokens
@@ -122,13 +120,16 @@ class StepPlanner:
     def _decode_tokens(self, decoding: int) -> int:
         return decoding * (1 + int(self.scheduler.num_spec_tokens))
 
-    def _others_prefill_tokens(self) -> int:
-        """Most prefill tokens that another engine's running step holds."""
-        if self.others is None:
-            return 0
-        column = self.others.read()[:, Field.STEP_PREFILL_TOKENS]
-        column[self.rank] = 0.0
-        return int(column.max())
+    def _backlog_tokens(self) -> int:
+        """Prefill that waits or runs, on the engine of the group that has most."""
+        facts = self.facts
+        own = facts.field(Field.WAITING_PREFILL_TOKENS) + facts.running_prefill_tokens()
+        if self.group is None:
+            return int(own)
+        rows = self.group.read()
+        backlog = rows[:, Field.WAITING_PREFILL_TOKENS] + rows[:, Field.RUNNING_PREFILL_TOKENS]
+        backlog[self.rank] = own
+        return int(backlog.max())
 
     def _newcomers(self) -> list[PrefillCandidate]:
         """Waiting requests, in order, for whom there is a seat and KV space in this step."""

@@ -3,7 +3,9 @@
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -210,7 +212,7 @@ def test_priorities_come_first(build):
 def test_decode_protection_bounds_prefill_beside_decodes(build):
     from gimbal.core.contracts import Field
 
-    options = {"protect_decodes": True, "tpot_factor": 3.0, "throughput_loss": 0.1}
+    options = {"protect_decodes": True, "tpot_factor": 3.0}
     scheduler = build({"queue": options})
     learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
     scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
@@ -220,6 +222,27 @@ def test_decode_protection_bounds_prefill_beside_decodes(build):
     assert counts[0] == {"decodes": 50}
     assert counts[2] == {"decodes": 1, "long": 100}
     assert scheduler.max_num_scheduled_tokens == 512
+
+
+def test_decode_protection_goes_by_the_fullest_engine_of_the_group(build):
+    from gimbal.core.contracts import ROW_WIDTH, Field
+
+    scheduler = build({"queue": {"protect_decodes": True, "tpot_factor": 3.0}})
+    learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
+    scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
+    rows = np.zeros((2, ROW_WIDTH))
+    rows[1, Field.WAITING_PREFILL_TOKENS] = rows[1, Field.RUNNING_PREFILL_TOKENS] = 800.0
+    scheduler.gimbal_queue.planner.group = SimpleNamespace(read=rows.copy)
+    requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 600))]
+    # The other engine has 1,600 tokens: an eighth of them, where its own 600 would give 100.
+    assert run(scheduler, requests)[2] == {"decodes": 1, "long": 200}
+
+
+def test_no_patience_at_all_is_refused(build):
+    from gimbal.core.errors import InputError
+
+    with pytest.raises(InputError, match="patience_steps must be above 0"):
+        build({"queue": {"patience_steps": 0.0}})
 
 
 def test_counters_travel_with_the_snapshot(build):

@@ -3,8 +3,8 @@
 `share_prefill_budget` serves running prefills and waiting requests in one order, that of their
 keys: a long running prompt leaves the budget to shorter newcomers, and because the keys are those
 of the ordering, what it can lose is bounded by the ordering's own theorem.
-`protected_prefill_tokens` bounds how much prefill rides along with decodes. All engines of a
-lock-step group wait for the slowest, so tokens below what another engine prefills anyway are free.
+`protected_prefill_tokens` bounds how much prefill rides along with decodes, by the backlog of the
+whole lock-step group: its engines wait for the slowest, so they had better stall together.
 """
 
 from __future__ import annotations
@@ -63,33 +63,32 @@ def protected_prefill_tokens(
     budget_tokens: int,
     decoding: int,
     backlog_tokens: int,
-    others_prefill_tokens: int,
     *,
     tpot_factor: float,
-    throughput_loss: float,
+    patience_steps: float,
     min_tokens: int,
-    patience_steps: int = 8,
 ) -> int:
     """Prefill tokens a step may carry beside `decoding` requests.
 
-    The step may last `tpot_factor` times a decode-only step: ``(factor - 1) * base / c`` tokens.
-    A backlog that this would not clear within `patience_steps` steps raises it to p with
-    ``p / (base + c p) = (1 - loss) * B / (base + c B)``: prefill throughput stays within `loss`
-    of what the whole budget B gives. What another engine of the lock-step group prefills in this
-    step (`others_prefill_tokens`) is allowed in any case: this engine would wait for it idle.
+    Two allowances, the larger counts: what keeps the step within `tpot_factor` times a decode-only
+    step, ``(factor - 1) * base / c``; and what clears the backlog within `patience_steps` steps, so
+    that a burst is not held back in order to protect few decodes from it.
+
+    Args:
+        cost: of this engine's steps.
+        budget_tokens: what decodes leave of the step's token budget.
+        decoding: requests that decode in this step.
+        backlog_tokens: prefill that waits or runs, on the engine of the lock-step group that has
+            most: engines that wait for each other choose the same bound and stall together, and
+            less here would not make the step shorter.
+        tpot_factor, patience_steps: see above; at least 1 and above 0.
+        min_tokens: never fewer.
 
     Returns:
         From 1 to `budget_tokens`; all of it when nothing decodes or no cost is known yet.
     """
     if decoding == 0 or cost.base_us <= 0.0 or cost.prefill_us_per_token <= 0.0:
         return budget_tokens
-    base_tokens = cost.base_us / cost.prefill_us_per_token
-    allowed = (tpot_factor - 1.0) * base_tokens
-    if backlog_tokens > allowed * patience_steps:
-        kept = 1.0 - throughput_loss
-        # p (base + cB) = kept B (base + c p), in tokens: base / c = base_tokens.
-        keep = kept * budget_tokens * base_tokens
-        keep /= base_tokens + budget_tokens * (1.0 - kept)
-        allowed = max(allowed, keep)
-    allowed = max(allowed, others_prefill_tokens, min_tokens, 1)
+    within_factor = (tpot_factor - 1.0) * cost.base_us / cost.prefill_us_per_token
+    allowed = max(within_factor, backlog_tokens / patience_steps, min_tokens, 1)
     return int(min(allowed, budget_tokens))
