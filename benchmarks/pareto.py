@@ -70,29 +70,34 @@ def plot(panels: Mapping[str, list[Point]], ours: tuple[str, ...], unit: str, ou
     from gimbal.bench.plots import pyplot
 
     plt = pyplot()
+    from matplotlib.ticker import LogFormatter
+
     plt.rcParams |= {"svg.hashsalt": "gimbal", "svg.fonttype": "none"}  # same points, same file
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.8), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 4.5), layout="constrained")
+    numbers = {p.name: n for n, p in enumerate(next(iter(panels.values())), start=1)}
     for axis, (statistic, points) in zip(axes, panels.items(), strict=True):
-        mine = [p for p in points if p.name.startswith(ours)]
-        rest = [p for p in points if not p.name.startswith(ours)]
-        edge = front(rest)
+        edge = front(p for p in points if not p.name.startswith(ours))
         axis.step(
             [p.ttft for p in edge], [p.tpot for p in edge], where="post", color="0.6", linewidth=1
         )
-        for group, colour in ((rest, "tab:gray"), (mine, "tab:blue")):
-            axis.plot([p.ttft for p in group], [p.tpot for p in group], "o", color=colour)
-            for p in group:
-                axis.annotate(
-                    p.name,
-                    (p.ttft, p.tpot),
-                    fontsize=7,
-                    color=colour,
-                    xytext=(4, 4),
-                    textcoords="offset points",
-                )
+        for p in points:
+            colour = "tab:blue" if p.name.startswith(ours) else "0.3"
+            label = f"{numbers[p.name]}  {p.name}"
+            axis.plot(p.ttft, p.tpot, "o", color=colour, markersize=4, label=label)
+            axis.annotate(
+                str(numbers[p.name]),
+                (p.ttft, p.tpot),
+                fontsize=7,
+                color=colour,
+                xytext=(3, 3),
+                textcoords="offset points",
+            )
         title = "mean" if statistic == "mean" else "P99"
         axis.set(xscale="log", xlabel=f"{title} TTFT, {unit}", ylabel=f"mean TPOT, {unit}")
-        axis.margins(0.15)
+        axis.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
+        axis.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=7, markerscale=0.8)
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
     plt.close(figure)
 

@@ -237,9 +237,8 @@ def arms(max_wait_s: float) -> dict[str, Arm]:
             tpot_factor=factor,
             patience_steps=patience,
         )
-    found["gimbal, and dispatch, 1024"] = replace(
-        found["gimbal F=10 B=4, and dispatch"], budget=1024
-    )
+    both = found["gimbal F=10 B=4, and dispatch"]
+    found |= {f"gimbal, and dispatch, {b}": replace(both, budget=b) for b in (256, 384, 1024)}
     fcfs = found["fcfs"]
     found |= {f"static budget {b}": replace(fcfs, budget=b) for b in (128, 192, 256, 384, 1024)}
     found |= {f"static long prefill {t}": replace(fcfs, long_prefill=t) for t in (64, 128, 256)}
