@@ -24,13 +24,17 @@ ENGINE_HEADER = "x-gimbal-engine"
 
 @dataclass(frozen=True, slots=True)
 class ClientRequest:
-    """One request ready to send; `body` is encoded before the clock starts."""
+    """One request ready to send; `body` is encoded before the clock starts.
+
+    `pinned_engine` asks vLLM for one data-parallel engine, whatever its dispatch would choose.
+    """
 
     request_id: str
     arrival_s: float
     body: bytes
     expected_tokens: int
     session: str | None = None
+    pinned_engine: int | None = None
 
 
 @dataclass(slots=True)
@@ -161,6 +165,8 @@ class Client:
         headers = {"Content-Type": "application/json", "X-Request-Id": request.request_id}
         if request.session is not None:
             headers["X-Session-ID"] = request.session
+        if request.pinned_engine is not None:
+            headers["X-data-parallel-rank"] = str(request.pinned_engine)
         result = ClientResult(request.request_id, time.perf_counter() - self._start)
         self._open += 1
         self._peak = max(self._peak, self._open)

@@ -37,6 +37,7 @@ class ReplayJob:
         prefix: request ids are ``{prefix}-{index}``.
         timeout_s: limit of one request.
         grace_s: how long open streams may go on after the last arrival.
+        pin_engines: when not 0, the n-th domain of the vocabulary goes to engine n modulo this.
     """
 
     url: str
@@ -47,13 +48,16 @@ class ReplayJob:
     prefix: str
     timeout_s: float = 600.0
     grace_s: float = 600.0
+    pin_engines: int = 0
 
 
 def encode_requests(job: ReplayJob) -> list[ClientRequest]:
     """Bodies of all requests, written before the clock starts."""
     writer = PromptWriter(job.trace, job.vocabulary, job.salt)
+    names = list(job.vocabulary.names)
     requests = []
     for index, request in enumerate(job.trace.requests):
+        pinned = job.pin_engines and request.domain in names
         body: dict[str, Any] = {
             "model": job.model,
             "prompt": writer.prompt(index),
@@ -73,6 +77,7 @@ def encode_requests(job: ReplayJob) -> list[ClientRequest]:
                 encoded,
                 request.output_tokens,
                 request.session,
+                names.index(str(request.domain)) % job.pin_engines if pinned else None,
             )
         )
     return requests

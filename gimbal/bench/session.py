@@ -47,6 +47,7 @@ class BenchOptions:
         slo: what goodput counts.
         share: arms that can be switched at run time share a server.
         timeout_s: limit of one request.
+        pin_engines: see `ReplayJob`.
     """
 
     trace: Trace
@@ -61,6 +62,7 @@ class BenchOptions:
     slo: Slo = field(default_factory=Slo)
     share: bool = True
     timeout_s: float = 600.0
+    pin_engines: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +254,7 @@ class BenchSession:
             prefix,
             self.options.timeout_s,
             self.options.timeout_s,
+            self.options.pin_engines,
         )
 
     def _warm_up(self, endpoint: Endpoint, workload: Trace, salt: tuple[int, ...]) -> None:

@@ -35,6 +35,12 @@ from gimbal.commands.workload_options import read_workload_options, workload_opt
 @click.option("--load", type=float, help="rate as a fraction of the capacity measured first")
 @click.option("--capacity", type=float, help="requests per second that --load is a fraction of")
 @click.option("--warm-up", default=16, show_default=True, help="requests before each turn")
+@click.option(
+    "--pin-domains",
+    default=0,
+    metavar="ENGINES",
+    help="send each domain of the demo model to one of so many engines, past dispatch",
+)
 @click.option("--slo", default="", help="what goodput counts: ttft_ms=2000,tpot_ms=200,e2e_ms=...")
 @click.option(
     "--share/--no-share",
@@ -186,6 +192,8 @@ class _Bench:
         for name in ("load", "capacity", "timeout", "duration"):
             if v[name] is not None and not v[name] > 0:
                 raise InputError(f"--{name} {v[name]:g}: expected a number > 0")
+        if v["pin_domains"] < 0:
+            raise InputError(f"--pin-domains {v['pin_domains']}: expected a number of engines")
         for name in ("repeat", "resident"):
             if v[name] < 1:
                 raise InputError(f"--{name} {v[name]}: expected a whole number >= 1")
@@ -215,6 +223,7 @@ class _Bench:
             slo=parse_slo(v["slo"]),
             share=share,
             timeout_s=v["timeout"],
+            pin_engines=v["pin_domains"],
         )
         return options, arms, share and arms[0].name != "server"
 

@@ -42,9 +42,10 @@ def install() -> None:
     module._commit_eplb_maps_for_layer = _commit_layer(module._commit_eplb_maps_for_layer)
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from gimbal.vllm_plugin.placement.stats import gimbal_routing
+    from gimbal.vllm_plugin.placement.stats import gimbal_experts_map, gimbal_routing
 
     WorkerBase.gimbal_routing = gimbal_routing
+    WorkerBase.gimbal_experts_map = gimbal_experts_map
 
 
 def controller_of(state: Any) -> Controller | None:

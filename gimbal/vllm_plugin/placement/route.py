@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from gimbal.core.errors import InputError
-from gimbal.vllm_plugin.placement.stats import to_file
+from gimbal.vllm_plugin.placement.stats import map_in_force, to_file
 from gimbal.workloads.routing import write_routing
 
 RPC_TIMEOUT_S = 30.0
@@ -16,16 +17,21 @@ RPC_TIMEOUT_S = 30.0
 
 
 async def routing_route(request: Request) -> Response:
-    """``GET /gimbal/routing``: the recording as ``.npz``; asks every worker of every engine."""
+    """``GET /gimbal/routing``: the recording as ``.npz``; asks every worker of every engine.
+
+    With ``?map=1`` only the map in force, as JSON, which a server without the level has as well.
+    """
     operator = request.app.state.gimbal_operator
     if operator is None:
         return JSONResponse({"error": "Gimbal is not enabled on this server"}, 404)
     core = operator.engine_client.engine_core
-    engines = await core.call_utility_all_async(
-        "collective_rpc", "gimbal_routing", RPC_TIMEOUT_S, (), {}
-    )
-    answers = [worker for workers in engines for worker in workers]
+    only_map = bool(request.query_params.get("map"))
+    method = "gimbal_experts_map" if only_map else "gimbal_routing"
+    engines = await core.call_utility_all_async("collective_rpc", method, RPC_TIMEOUT_S, (), {})
+    answers: list[dict[str, Any]] = [worker for workers in engines for worker in workers]
     try:
+        if only_map:
+            return JSONResponse(map_in_force(answers))
         recording = to_file(answers)
     except InputError as error:
         return JSONResponse({"error": str(error)}, 409)

@@ -58,6 +58,25 @@ def gimbal_routing(worker: Any) -> dict[str, Any]:
     }
 
 
+def gimbal_experts_map(worker: Any) -> dict[str, Any]:
+    """One worker's answer: the first model's map, level on or off; {} without EPLB."""
+    state = getattr(worker.model_runner, "eplb_state", None)
+    models = list(getattr(state, "model_states", {}).values())
+    if not models:
+        return {}
+    return {"physical_to_logical": models[0].physical_to_logical_map.cpu().tolist()}
+
+
+def map_in_force(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The one map of all workers; raises InputError where there is none or they differ."""
+    maps = [a["physical_to_logical"] for a in answers if a]
+    if not maps:
+        raise InputError("EPLB is off (--enable-eplb): experts never move")
+    if any(other != maps[0] for other in maps[1:]):
+        raise InputError("workers answered between two steps of a rearrangement: ask again")
+    return {"ranks": len(answers), "physical_to_logical": maps[0]}
+
+
 def served_locally(controller: Any, model_state: Any) -> tuple[int, int]:
     """(pairs this rank sent to its own engine's ranks, all its pairs) since experts last moved.
 
