@@ -42,6 +42,7 @@ def command(
     from --gimbal-config, then vLLM's --additional-config '{"gimbal": {...}}', then --levels;
     later ones win.
     """
+    from gimbal.vllm_plugin.placement import compiling
     from gimbal.vllm_plugin.serve.plan import plan_server
     from gimbal.vllm_plugin.serve.supervisor import Supervisor
 
@@ -56,4 +57,6 @@ def command(
         words = [f"{name}={shlex.quote(value)}" for name, value in plan.environment.items()]
         click.echo(" ".join([*words, shlex.join(plan.command)]))
         return
+    if plan.places_experts:
+        compiling.in_background()  # the supervisor ends every process below this one
     sys.exit(Supervisor(plan, verbose=verbose, console=Console(soft_wrap=True)).run())

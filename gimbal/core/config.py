@@ -80,6 +80,9 @@ class PlacementConfig:
         "auto", "all2all: bytes depend on placement; allgather_reducescatter: they do not"
     )
     replicas: str = option("near", "near: nearest replica first within balance; even: vLLM's hash")
+    profile: str = option(
+        "", "cost profile, by name or file; empty: the machine's packaged one, scaled to the model"
+    )
     half_life_steps: float = option(1000.0, "recorded steps lose half their weight in so many")
     records: str = option("", "directory for one record per rearrangement; empty: none")
 

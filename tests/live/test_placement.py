@@ -19,32 +19,44 @@ import pytest
 from gimbal.commands.stats import fetch, summarize
 from gimbal.demo.manifest import DemoManifest, load_manifest
 
-RECORDS = Path(tempfile.gettempdir()) / "gimbal-live-placement"
 CONFIG = {
-    "placement": {
-        "backend": "all2all",
-        "beta": 20.0,
-        "gamma": 0.05,
-        "gate": 0.3,
-        "half_life_steps": 200,
-        "records": str(RECORDS),
-    }
+    "backend": "all2all",
+    "beta": 20.0,
+    "gamma": 0.05,
+    "gate": 0.3,
+    "half_life_steps": 200,
 }
 EPLB = {"window_size": 60, "step_interval": 80, "num_redundant_experts": 4}
-FLAGS = (
-    "--enable-eplb",
-    "--eplb-config",
-    json.dumps(EPLB | {"use_async": False}),
-    "--additional-config",
-    json.dumps({"gimbal": CONFIG}),
-)
+
+
+def records_of(tp: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"gimbal-live-placement-tp{tp}"
+
+
+def layout(tp: int) -> Any:
+    """The test's parameter for DP=2, TP=`tp`, with its server."""
+    config = {"gimbal": {"placement": CONFIG | {"records": str(records_of(tp))}}}
+    flags = (
+        "--enable-eplb",
+        "--eplb-config",
+        json.dumps(EPLB | {"use_async": False}),
+        "--tensor-parallel-size",
+        str(tp),
+        "--additional-config",
+        json.dumps(config),
+    )
+    mark = pytest.mark.server(*flags, levels="placement")
+    return pytest.param(records_of(tp), marks=mark, id=f"DP2-TP{tp}-EP{2 * tp}")
+
+
 DOMAIN_OF_ENGINE = (("ember", "harbor"), ("meadow", "quartz"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_old_records() -> None:
     """Before the server starts: its workers remember where in the file their last line is."""
-    RECORDS.joinpath("rebalances.jsonl").unlink(missing_ok=True)
+    for tp in (1, 2):
+        records_of(tp).joinpath("rebalances.jsonl").unlink(missing_ok=True)
 
 
 def complete(server: Any, prompt: list[int], engine: int, tokens: int) -> dict[str, Any]:
@@ -76,8 +88,8 @@ def load(server: Any, manifest: DemoManifest, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.live
-@pytest.mark.server(*FLAGS, levels="placement")
-def test_experts_move_to_who_asks_and_texts_stay(server: Any) -> None:
+@pytest.mark.parametrize("records_dir", [layout(1), layout(2)])
+def test_experts_move_to_who_asks_and_texts_stay(server: Any, records_dir: Path) -> None:
     models = json.loads(urllib.request.urlopen(f"{server.url}/models", timeout=10).read())
     manifest = load_manifest(Path(models["data"][0]["root"]))
     rng = np.random.default_rng(0)
@@ -87,13 +99,13 @@ def test_experts_move_to_who_asks_and_texts_stay(server: Any) -> None:
     for _ in range(30):
         load(server, manifest, rng)
         # Two more rounds after the first migration: its successor judges what it gained.
-        path = RECORDS / "rebalances.jsonl"
+        path = records_dir / "rebalances.jsonl"
         settled += path.exists() and '"committed":true' in path.read_text()
         if settled == 3:
             break
     after = [complete(server, prompt, i % 2, 16) for i, prompt in enumerate(fixed)]
 
-    lines = RECORDS.joinpath("rebalances.jsonl").read_text().splitlines()
+    lines = records_dir.joinpath("rebalances.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     committed = [r for r in records if r["committed"]]
     assert committed, [r["reason"] for r in records]

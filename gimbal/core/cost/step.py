@@ -74,6 +74,26 @@ class StepTime:
         )
 
 
+def rank_moe_us(
+    active: FloatArray,
+    pairs: FloatArray,
+    group_tokens: FloatArray | float,
+    base_us: float,
+    per_active_us: float,
+    per_pair_us: float,
+    per_token_us: float,
+    norm: float,
+) -> FloatArray:
+    """Fused-expert time of one layer on ranks with `active` distinct experts and `pairs` pairs.
+
+    The one definition of `MoeTerm`'s formula: element by element over arrays of any shape, and
+    compiled for single ranks where the placement search needs it.
+    """
+    reads, products = per_active_us * active, per_pair_us * pairs
+    work = reads + products if norm == 1.0 else (reads**norm + products**norm) ** (1.0 / norm)
+    return base_us + per_token_us * group_tokens + work
+
+
 def moe_us(profile: Profile, active: FloatArray, pairs: FloatArray, group_tokens: float) -> float:
     """Sum over layers of the slowest rank's fused-expert time.
 
@@ -83,11 +103,8 @@ def moe_us(profile: Profile, active: FloatArray, pairs: FloatArray, group_tokens
         group_tokens: tokens of all DP ranks in the step.
     """
     m = profile.moe
-    work = ((m.per_active_expert_us * active) ** m.norm + (m.per_pair_us * pairs) ** m.norm) ** (
-        1.0 / m.norm
-    )
-    per_layer = m.base_us + m.per_group_token_us * group_tokens
-    return float(work.max(axis=1).sum() + per_layer * len(work))
+    constants = (m.base_us, m.per_active_expert_us, m.per_pair_us, m.per_group_token_us, m.norm)
+    return float(rank_moe_us(active, pairs, group_tokens, *constants).max(axis=1).sum())
 
 
 def step_time(

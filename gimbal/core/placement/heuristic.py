@@ -75,30 +75,27 @@ class PlacementPlan:
         return (self.after.total - self.lower_bound_us) / max(self.lower_bound_us, 1e-12)
 
 
-def plan(problem: PlacementProblem, threads: int = 1) -> PlacementPlan:
-    """Plans a placement; never costs more than keeping the current one.
-
-    Args:
-        problem: validated on construction.
-        threads: above 1, layers are solved in parallel by numba; the result is the same.
-    """
+def plan(problem: PlacementProblem) -> PlacementPlan:
+    """Plans a placement; never costs more than keeping the current one."""
     priced = objective.prices(problem)
-    start = _start(problem)
-    placement, comm = _solve(problem, priced, start, -1, threads)
-    before = objective.layer_costs(problem, priced, problem.current, comm[:, 0])
-    after = objective.layer_costs(problem, priced, placement, comm[:, 1])
-    unusable = ~usable(problem)
-    keep = (_total(before) - _total(after) <= _tolerance(before)) & ~unusable
+    placement, facts, notes = _solve(problem, priced, _start(problem), -1)
+    before, after = _terms(problem, priced, facts[:, 0]), _terms(problem, priced, facts[:, 1])
+    usable_now = usable(problem) if problem.group_locked else notes[:, 1] == 0.0
+    keep = (_total(before) - _total(after) <= _tolerance(before)) & usable_now
     if problem.max_received is not None:
         placement, keep = _within_budget(problem, priced, placement, before, after, keep)
-        after = objective.layer_costs(problem, priced, placement)
-    placement = np.where(keep[:, None], problem.current, placement).astype(np.int32)
-    after = (
-        np.where(keep, before[0], after[0]),
-        np.where(keep, before[1], after[1]),
-        np.where(keep, before[2], after[2]),
-    )
-    return _report(problem, priced, placement, before, after, comm[:, 2])
+        placement = np.where(keep[:, None], problem.current, placement).astype(np.int32)
+        return price(problem, placement)
+    placement = np.where(keep[:, None], problem.current, placement)
+    facts[keep, 1] = facts[keep, 0]
+    return _report(problem, priced, placement, facts, notes[:, 0])
+
+
+def _terms(problem: PlacementProblem, priced: Prices, facts: FloatArray) -> Terms:
+    """Costs of the placement that the kernel's `facts` [layers, 6] describe."""
+    received = facts[:, 2]
+    migration = priced.receive_us * received + priced.change_us * (received > 0)
+    return problem.alpha * facts[:, 0], facts[:, 1], migration
 
 
 def _total(terms: Terms) -> FloatArray:
@@ -128,7 +125,7 @@ def usable(problem: PlacementProblem) -> NDArray[np.bool_]:
 
 def _start(problem: PlacementProblem) -> IntArray:
     """[layers, slots] where the search starts: the placement in force, unless groups forbid it."""
-    current = np.ascontiguousarray(problem.current, dtype=np.int32)
+    current = np.require(problem.current, np.int32, ["C", "W"])
     if not problem.group_locked:
         return current
     from gimbal.core.placement.eplb import eplb_placement
@@ -167,9 +164,8 @@ def _within_budget(
             continue
         keep[layer] = True
         if rest is None and budget > 0 and not problem.group_locked:
-            rest, comm = _solve(problem, priced, _start(problem), budget, 1)
-            costs = objective.layer_costs(problem, priced, rest, comm[:, 1])
-            spent = objective.received(rest, problem.current, problem.topology)
+            rest, facts, _ = _solve(problem, priced, _start(problem), budget)
+            costs, spent = _terms(problem, priced, facts[:, 1]), facts[:, 1, 2]
             if _total(costs)[layer] < _total(before)[layer] and spent[layer] <= budget:
                 placement[layer] = rest[layer]
                 keep[layer] = False
@@ -178,9 +174,15 @@ def _within_budget(
 
 
 def _solve(
-    problem: PlacementProblem, priced: Prices, start: IntArray, budget: int, threads: int
-) -> tuple[IntArray, FloatArray]:
-    """Runs the kernel; returns placement [layers, slots] and communication [layers, 3]."""
+    problem: PlacementProblem, priced: Prices, start: IntArray, budget: int
+) -> tuple[IntArray, FloatArray, FloatArray]:
+    """Runs the kernel.
+
+    Returns:
+        placement [layers, slots], facts [layers, 2, 6] of the current and the new placement (see
+        `kernel`), and notes [layers, 2]: the least that communication can cost, and 1 where the
+        start holds an expert twice on a rank.
+    """
     # numba is loaded here, not on import: servers import this package and may never plan.
     from gimbal.core.placement import kernel
 
@@ -205,48 +207,56 @@ def _solve(
         first_stage=FIRST_STAGE,
         visits=VISITS_PER_SLOT * t.slots,
         patience=PATIENCE,
+        known_sources=len(problem.routing.counts) == t.sources,
     )
     load = kernel.Load(
         priced.pairs,
+        priced.active,
         objective.round32(log_idle),
         np.ones_like(priced.pairs) if problem.forecast is None else problem.forecast.factor,
         priced.variance,
         priced.us_per_pair,
         priced.us_per_active,
         priced.theta,
+        np.array([*problem.constants.moe, problem.constants.top_k], dtype=np.float64),
+        problem.measured,
     )
-    counts = np.ascontiguousarray(problem.routing.counts, dtype=np.float64)
-    current = np.ascontiguousarray(problem.current, dtype=np.int32)
+    # The kernel is compiled for one kind of array; another would be compiled anew.
+    counts = np.require(problem.routing.counts, np.float64, ["C", "W"])
+    current = np.require(problem.current, np.int32, ["C", "W"])
     placement = np.empty_like(current)
-    comm = np.zeros((problem.layers, 3))
-    solve = kernel.solve_parallel if threads > 1 else kernel.solve_serial
-    solve(counts, current, start, load, setup, placement, comm)
-    return placement, comm
+    facts, notes = np.zeros((problem.layers, 2, 6)), np.zeros((problem.layers, 2))
+    kernel.compiled()(counts, current, start, load, setup, placement, facts, notes)
+    return placement, facts, notes
 
 
 def _report(
     problem: PlacementProblem,
     priced: Prices,
     placement: IntArray,
-    before: Terms,
-    after: Terms,
+    facts: FloatArray,
     comm_floor: FloatArray,
 ) -> PlacementPlan:
-    counts, t = problem.routing.counts, problem.topology
-    pairs = float(problem.measured.sum())
+    """`facts` [layers, 2, 6] describe the current placement and `placement`, see `kernel`."""
+    before, after = _terms(problem, priced, facts[:, 0]), _terms(problem, priced, facts[:, 1])
+    _, _, received, moved, balance, local = np.moveaxis(facts, 2, 0)
     floor = load_floor_us(problem, priced) + comm_floor
+    if len(problem.routing.counts) == problem.topology.sources:
+        at_home = local.sum(axis=0) / max(float(problem.measured.sum()), 1e-300)
+    else:  # unknown sources: traffic taken as spread evenly over them
+        at_home = np.full(2, problem.topology.ranks_per_source / problem.topology.ranks)
     return PlacementPlan(
         physical_to_logical=placement,
         before=CostTerms(*(float(term.sum()) for term in before)),
         after=CostTerms(*(float(term.sum()) for term in after)),
         lower_bound_us=float(floor.sum()),
         layer_gain_us=np.asarray(_total(before) - _total(after)),
-        balance_before=objective.balance(problem.current, problem.measured[None], t),
-        balance_planned=objective.balance(placement, problem.measured[None], t),
-        local_share_before=objective.local_share(problem.current, counts, t, pairs),
-        local_share_planned=objective.local_share(placement, counts, t, pairs),
-        received_experts=int(objective.received(placement, problem.current, t).sum()),
-        moved_slots=int((placement != problem.current).sum()),
+        balance_before=float(balance[:, 0].mean()),
+        balance_planned=float(balance[:, 1].mean()),
+        local_share_before=float(at_home[0]),
+        local_share_planned=float(at_home[1]),
+        received_experts=int(received[:, 1].sum()),
+        moved_slots=int(moved[:, 1].sum()),
         slots=int(placement.size),
     )
 
@@ -255,9 +265,24 @@ def price(problem: PlacementProblem, placement: IntArray) -> PlacementPlan:
     """Another placer's `placement` [layers, slots] as a plan, priced and bounded like our own."""
     priced = objective.prices(problem)
     floor = send_costs(problem, priced).min(axis=2).sum(axis=1)
-    before = objective.layer_costs(problem, priced, problem.current)
-    after = objective.layer_costs(problem, priced, placement)
-    return _report(problem, priced, placement, before, after, floor)
+    facts = np.stack([_facts(problem, priced, p) for p in (problem.current, placement)], axis=1)
+    return _report(problem, priced, placement, facts, floor)
+
+
+def _facts(problem: PlacementProblem, priced: Prices, placement: IntArray) -> FloatArray:
+    """[layers, 6] what the kernel says of its own placements, of any other."""
+    t, counts = problem.topology, problem.routing.counts
+    loads = objective.pair_loads(placement, problem.measured, t)
+    worst = loads.max(axis=1)
+    columns = (
+        objective.load_us(problem, priced, placement),
+        objective.communication_us(problem, priced, placement),
+        objective.received(placement, problem.current, t),
+        (placement != problem.current).sum(axis=1),
+        np.where(worst > 0, loads.mean(axis=1) / np.maximum(worst, 1e-300), 1.0),
+        objective.crossing_pairs(placement, counts, t)[0],
+    )
+    return np.stack(columns, axis=1).astype(np.float64)
 
 
 def warm_up() -> None:
@@ -285,8 +310,8 @@ class GimbalPlacer:
         problem = PlacementProblem(routing, topology, current, **self._template)
         return self.plan(problem).physical_to_logical
 
-    def plan(self, problem: PlacementProblem, threads: int = 1) -> PlacementPlan:
+    def plan(self, problem: PlacementProblem) -> PlacementPlan:
         """Plans `problem` with this placer's own forecast, learning from its window first."""
         self._state = forecast.observe(self._state, problem.measured)
         expected = forecast.predict(self._state, problem.measured)
-        return plan(problem.with_forecast(expected), threads)
+        return plan(problem.with_forecast(expected))

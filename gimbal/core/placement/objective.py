@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray, Topology
+from gimbal.core.cost.step import rank_moe_us
 from gimbal.core.placement.problem import (
     CostConstants,
     PlacementProblem,
@@ -53,11 +54,7 @@ def moe_time_us(
     constants: CostConstants, active: FloatArray, pairs: FloatArray, gathered_tokens: FloatArray
 ) -> FloatArray:
     """MoE time of ranks with `active` distinct experts and `pairs` token-expert pairs a step."""
-    c = constants
-    p = c.overlap_exponent
-    reads, products = c.us_per_active_expert * active, c.us_per_pair * pairs
-    overlapped = (reads**p + products**p) ** (1.0 / p)
-    return c.moe_fixed_us + overlapped + c.us_per_gathered_token * gathered_tokens
+    return rank_moe_us(active, pairs, gathered_tokens, *constants.moe)
 
 
 def replica_counts(placement: IntArray, experts: int) -> FloatArray:

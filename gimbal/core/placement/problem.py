@@ -64,6 +64,17 @@ class CostConstants:
     migration_gbps: float = 450.0
     migration_fixed_us: float = 15_000.0
 
+    @property
+    def moe(self) -> tuple[float, float, float, float, float]:
+        """The last five arguments of `cost.step.rank_moe_us`."""
+        return (
+            self.moe_fixed_us,
+            self.us_per_active_expert,
+            self.us_per_pair,
+            self.us_per_gathered_token,
+            self.overlap_exponent,
+        )
+
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
@@ -191,15 +202,19 @@ def validate_counts(counts: FloatArray, name: str) -> FloatArray:
         )
     if 0 in counts.shape:
         raise InputError(f"{name}: empty array of shape {counts.shape}")
-    total = counts.sum(axis=0, dtype=np.float64)
-    # Counts may be tens of megabytes: a sum is NaN or infinite when an element is.
+    # Counts may be tens of megabytes: a plane at a time is still in the cache when it is read
+    # again, and a sum is NaN or infinite when an element is.
+    total, least = np.zeros(counts.shape[1:]), 0.0
+    for plane in counts:
+        total += plane
+        least = min(least, plane.min())
     if not np.isfinite(total).all() and not (finite := np.isfinite(counts)).all():
         where = _first(~finite)
         raise InputError(f"{name}{where}: not finite ({counts[~finite][0]})")
-    if counts.min() < 0:
+    if least < 0:
         where = _first(counts < 0)
         raise InputError(f"{name}{where}: negative ({counts[counts < 0][0]:g})")
-    return np.asarray(total)
+    return total
 
 
 def validate_topology(topology: Topology, shape: tuple[int, ...]) -> None:

@@ -68,16 +68,18 @@ class MigrationCounter:
         if moved_layers or not busy:
             self._progress_s = now
         if state.is_async:
-            self._watch_worker(state.async_worker, now)
+            # The level `placement` has a watch of its own.
+            watched = getattr(state, "_gimbal_controller", None) is not None
+            self._watch_worker(state.async_worker, now, say=not watched)
 
-    def _watch_worker(self, thread: Any, now_s: float) -> None:
+    def _watch_worker(self, thread: Any, now_s: float, say: bool) -> None:
         if thread is None or not thread.is_alive():
             status = "dead"
         elif now_s - self._progress_s > STUCK_AFTER_S:
             status = "stuck"
         else:
             status = "alive"
-        if status in ("dead", "stuck") and status != self.report.worker:
+        if say and status in ("dead", "stuck") and status != self.report.worker:
             logger.error(
                 "Gimbal: the asynchronous EPLB worker of this rank is %s: serving goes on, "
                 "experts no longer move",

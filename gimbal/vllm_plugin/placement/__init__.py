@@ -8,6 +8,7 @@ module          does
 `window`        vLLM's load window reduced to one row per rank, with ages and step kinds
 `rows`          gathered rows turned into counts per source engine (pure)
 `planner`       core's placer and gain gate, asked for one decision
+`compiling`     the planner compiled once per machine, beside the server's start
 `agreement`     every rank proposes the same map or the old one stays
 `replicas`      each rank's own replica table, near replicas first
 `ledger`        one record per rearrangement, predicted against realized

@@ -15,6 +15,7 @@ from typing import Any
 from gimbal.vllm_plugin.bridge import level_config
 from gimbal.vllm_plugin.guard import LevelGuard
 from gimbal.vllm_plugin.placement.agreement import gather_over
+from gimbal.vllm_plugin.placement.compiling import warm_up
 from gimbal.vllm_plugin.placement.controller import Controller, ModelView, Place
 from gimbal.vllm_plugin.placement.planner import ModelFacts, Planner, check_config
 from gimbal.vllm_plugin.placement.sending import SendMeter
@@ -101,7 +102,7 @@ def _meter(planner: Planner, place: Place) -> SendMeter | None:
 
 def _warm_up(view: ModelView) -> None:
     try:
-        view.planner.warm_up()
+        logger.info("Gimbal placement: ready to plan after %.1f s", warm_up(view.planner))
     except Exception:
         logger.exception("Gimbal placement: planning fails on a toy problem")
     view.ready = True  # a planner that cannot plan fails where failures are counted

@@ -8,6 +8,7 @@ import numpy as np
 
 from gimbal.core.config import PlacementConfig
 from gimbal.core.contracts import IntArray, Placer, RoutingCounts, Topology
+from gimbal.core.cost.profile import load_profile, profile_names
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.feedback.pressure import wire_us_per_pair
 from gimbal.core.placement import PLACERS, gate, heuristic, objective
@@ -17,6 +18,7 @@ from gimbal.core.placement.problem import (
     ROUTED_BACKEND,
     CostConstants,
     PlacementProblem,
+    constants_of,
 )
 from gimbal.core.placement.replica_split import near_split
 from gimbal.core.placement.typical import at_typical_step
@@ -67,13 +69,18 @@ class Decision:
     local_share_after: float
 
 
-def cost_constants(facts: ModelFacts) -> CostConstants:
-    """Constants for this model: core's H100 fit with weights and activations to this scale.
+GPU_PROFILE, CPU_PROFILE = "h100-qwen3-30b-a3b", "cpu-demo"
+"""Cost profiles that are taken, where they are packaged, when the configuration names none."""
 
-    Reading an expert and multiplying by it are both proportional to its bytes. On CPU the rates
-    are rough ones of one core (10 GB/s, 20 GFLOP/s, bf16) and of gloo (1 GB/s).
+
+def cost_constants(facts: ModelFacts, profile: str = "") -> CostConstants:
+    """Constants of a cost profile (a packaged name or a file), scaled to this model.
+
+    Reading an expert and multiplying by it are both proportional to its bytes. Raises InputError
+    for a profile that does not exist or is malformed.
     """
-    base = CostConstants()
+    measured_cpu = facts.on_cpu and CPU_PROFILE in profile_names()
+    base = constants_of(load_profile(profile or (CPU_PROFILE if measured_cpu else GPU_PROFILE)))
     scale = facts.expert_bytes / base.expert_bytes
     shaped = replace(
         base,
@@ -83,8 +90,9 @@ def cost_constants(facts: ModelFacts) -> CostConstants:
         bytes_per_pair=2.0 * facts.hidden_bytes,
         top_k=facts.top_k,
     )
-    if not facts.on_cpu:
+    if profile or measured_cpu or not facts.on_cpu:
         return shaped
+    # Rough rates of one core (10 GB/s, 20 GFLOP/s in bf16) and of gloo (1 GB/s).
     return replace(
         shaped,
         us_per_active_expert=facts.expert_bytes / 1e4,
@@ -108,7 +116,7 @@ class Planner:
         if backend == "auto":
             gathers = facts.all2all_backend in (GATHER_BACKEND, "naive")
             backend = GATHER_BACKEND if gathers else ROUTED_BACKEND
-        self._constants = cost_constants(facts)
+        self._constants = cost_constants(facts, config.profile)
         self._template = {
             "constants": self._constants,
             "alpha": config.alpha,
@@ -207,7 +215,7 @@ class Planner:
         """What `after` saves against `before` on these counts, migration left out."""
         problem = self.problem(at_typical_step(routing, typical), topology, before)
         old, new = objective.evaluate(problem, before), objective.evaluate(problem, after)
-        return typical * (old.load + old.comm - new.load - new.comm)
+        return typical * ((old.load - new.load) + (old.comm - new.comm))
 
 
 def priced(problem: PlacementProblem, proposed: IntArray) -> heuristic.PlacementPlan:
@@ -240,6 +248,8 @@ def check_config(config: PlacementConfig) -> None:
         raise InputError(f"placement.placer: unknown {config.placer!r}{hint}")
     if config.replicas not in ("near", "even"):
         raise InputError(f"placement.replicas: unknown {config.replicas!r} (near or even)")
+    if config.profile:
+        load_profile(config.profile)
     for name in ("gate", "half_life_steps"):
         if not getattr(config, name) >= 0:
             raise InputError(f"placement.{name}: must not be negative")

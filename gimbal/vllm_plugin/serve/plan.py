@@ -63,6 +63,11 @@ class ServePlan:
     headless: bool
 
     @property
+    def places_experts(self) -> bool:
+        """Whether workers will want a compiled placement planner."""
+        return "placement" in self.config.levels and "--enable-eplb" in self.arguments
+
+    @property
     def command(self) -> list[str]:
         return [sys.executable, "-m", "gimbal.vllm_plugin.serve.server", *self.arguments]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from gimbal.core.contracts import RoutingCounts, Topology
-from gimbal.core.placement import heuristic, objective, verify
+from gimbal.core.placement import heuristic, kernel, objective, verify
 from gimbal.core.placement.eplb import eplb_placement, groups_respected
 from gimbal.core.placement.problem import CostConstants, PlacementProblem
 from tests.core.placement.problems import initial, make, problems
@@ -108,19 +108,18 @@ _DIGEST = """
 import sys
 from gimbal.core.placement import heuristic, verify
 from tests.core.placement.problems import make
-threads = int(sys.argv[1])
-plan = heuristic.plan(make(7, layers=9, ranks=8, per_rank=9, experts=64), threads)
+plan = heuristic.plan(make(7, layers=9, ranks=8, per_rank=9, experts=64))
 print(verify.digest(plan.physical_to_logical), plan.after.total.hex())
 """
 
 
 @pytest.mark.slow
-def test_the_same_in_every_process_and_for_every_thread_count() -> None:
+def test_the_same_in_every_process() -> None:
     answers = set()
     for threads, seed in (("1", "0"), ("1", "1"), ("2", "2")):
-        env = {**os.environ, "PYTHONHASHSEED": seed, "NUMBA_NUM_THREADS": "2"}
+        env = {**os.environ, "PYTHONHASHSEED": seed, "NUMBA_NUM_THREADS": threads}
         done = subprocess.run(
-            [sys.executable, "-c", _DIGEST, threads],
+            [sys.executable, "-c", _DIGEST],
             env=env,
             capture_output=True,
             text=True,
@@ -128,6 +127,24 @@ def test_the_same_in_every_process_and_for_every_thread_count() -> None:
         )
         answers.add(done.stdout)
     assert len(answers) == 1
+
+
+def test_all_problems_run_what_the_warm_up_compiled() -> None:
+    """A second signature would be compiled while a server is serving."""
+    heuristic.warm_up()
+    compiled = list(kernel.compiled().signatures)
+    placer = heuristic.GimbalPlacer()
+    for seed in range(3):
+        problem = make(seed)
+        counts = np.frombuffer(problem.routing.counts.tobytes()).reshape(
+            problem.routing.counts.shape
+        )
+        assert not counts.flags.writeable
+        placer.place(RoutingCounts(counts, steps=7), problem.topology, problem.current)
+        heuristic.plan(make(seed, max_received=3))
+        heuristic.plan(make(seed, backend="allgather_reducescatter"))
+        heuristic.plan(make(seed, ranks=2, per_rank=32, experts=64))
+    assert kernel.compiled().signatures == compiled
 
 
 def test_placer_learns_the_forecast_and_stays_valid() -> None:

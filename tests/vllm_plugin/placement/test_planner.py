@@ -5,7 +5,9 @@ import pytest
 
 from gimbal.core.config import PlacementConfig
 from gimbal.core.contracts import RoutingCounts, Topology
+from gimbal.core.cost.profile import load_profile, profile_names
 from gimbal.core.errors import InputError
+from gimbal.core.placement.problem import constants_of
 from gimbal.vllm_plugin.placement.planner import ModelFacts, Planner, check_config, cost_constants
 
 QWEN3 = ModelFacts(9_437_184.0, 8, 4096.0, False, "allgather_reducescatter", 3000)
@@ -22,14 +24,26 @@ def routing(seed=0):
 
 def test_constants_scale_with_the_model():
     full = cost_constants(QWEN3)
-    assert full.us_per_active_expert == pytest.approx(3.285)
+    assert full == constants_of(load_profile("h100-qwen3-30b-a3b"))
     assert full.bytes_per_pair == 8192
     half = cost_constants(ModelFacts(9_437_184.0 / 2, 8, 2048.0, False, "naive", 3000))
-    assert half.us_per_active_expert == pytest.approx(3.285 / 2)
-    assert half.us_per_pair == pytest.approx(0.01478 / 2)
-    cpu = cost_constants(ModelFacts(196_608.0, 4, 512.0, True, "naive", 3000))
-    assert cpu.us_per_active_expert == pytest.approx(19.66, rel=1e-3)
-    assert cpu.us_per_pair == pytest.approx(9.83, rel=1e-3)
+    assert half.us_per_active_expert == pytest.approx(full.us_per_active_expert / 2)
+    assert half.us_per_pair == pytest.approx(full.us_per_pair / 2)
+    assert half.bytes_per_pair == 4096
+
+
+def test_constants_come_from_the_profile_that_is_named():
+    cpu = ModelFacts(196_608.0, 4, 512.0, True, "naive", 3000)
+    named = cost_constants(cpu, "rtxpro6000-qwen3-30b-a3b")
+    rtx = load_profile("rtxpro6000-qwen3-30b-a3b")
+    assert named.moe_fixed_us == rtx.moe.base_us
+    assert cost_constants(cpu) != named
+    if "cpu-demo" in profile_names():
+        assert cost_constants(cpu) == cost_constants(cpu, "cpu-demo")
+    else:
+        assert cost_constants(cpu).us_per_pair == pytest.approx(9.83, rel=1e-3)
+    planner = Planner(PlacementConfig(profile="rtxpro6000-qwen3-30b-a3b"), cpu)
+    assert planner.problem(routing(), TOPOLOGY, CURRENT).constants == named
 
 
 @pytest.mark.parametrize(
@@ -85,6 +99,7 @@ def test_gain_on_later_counts_is_zero_for_equal_maps():
         ({"backend": "rdma"}, "placement.backend: unknown 'rdma'"),
         ({"replicas": "far"}, "placement.replicas: unknown 'far'"),
         ({"placer": "gimbl"}, r"placement.placer: unknown 'gimbl' \(did you mean 'gimbal'\?\)"),
+        ({"profile": "h100-qwen3-30b-a3"}, "unknown profile 'h100-qwen3-30b-a3' .did you mean"),
         ({"gate": -1.0}, "placement.gate: must not be negative"),
         ({"half_life_steps": float("nan")}, "placement.half_life_steps: must not be negative"),
     ],
