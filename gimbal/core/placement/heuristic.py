@@ -32,6 +32,10 @@ FIRST_STAGE = 200.0
 PATIENCE = 16
 """A stage ends when so many ranks in a row, hottest first, cannot improve."""
 
+MOVE_SHARE = 0.5
+"""Share of a received expert's cost that the search charges: an expert that moved stays useful
+beyond the window it is amortized over. Layers are still accepted, and plans gated, at full cost."""
+
 REPLICA_MARGIN = 1.04
 """A spare slot changes experts when the hot replica would still be this much hotter."""
 
@@ -200,7 +204,7 @@ def _solve(
         same_rank_us=float(priced.send_us[0]),
         same_node_us=float(priced.send_us[1]),
         other_node_us=float(priced.send_us[2]),
-        receive_us=float(priced.receive_us),
+        receive_us=float(MOVE_SHARE * priced.receive_us),
         alpha=float(problem.alpha),
         sharpness=objective.MAX_SHARPNESS,
         replica_margin=REPLICA_MARGIN,
