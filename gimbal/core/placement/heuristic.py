@@ -29,14 +29,14 @@ MIN_GAIN = 0.005
 FIRST_STAGE = 200.0
 """First sharpness times the mean rank's time: below it one stage is enough."""
 
-PATIENCE = 16
+PATIENCE = 8
 """A stage ends when so many ranks in a row, hottest first, cannot improve."""
 
-MOVE_SHARE = 0.5
+MOVE_SHARE = 0.75
 """Share of a received expert's cost that the search charges: an expert that moved stays useful
 beyond the window it is amortized over. Layers are still accepted, and plans gated, at full cost."""
 
-REPLICA_MARGIN = 1.04
+REPLICA_MARGIN = 1.1
 """A spare slot changes experts when the hot replica would still be this much hotter."""
 
 Terms = tuple[FloatArray, FloatArray, FloatArray]
