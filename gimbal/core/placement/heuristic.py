@@ -36,7 +36,7 @@ MOVE_SHARE = 0.75
 """Share of a received expert's cost that the search charges: an expert that moved stays useful
 beyond the window it is amortized over. Layers are still accepted, and plans gated, at full cost."""
 
-REPLICA_MARGIN = 1.1
+REPLICA_MARGIN = 1.08
 """A spare slot changes experts when the hot replica would still be this much hotter."""
 
 Terms = tuple[FloatArray, FloatArray, FloatArray]
