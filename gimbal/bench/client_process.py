@@ -166,10 +166,9 @@ def _child(job: ReplayJob, pipe: Connection) -> None:
 def take_precedence() -> bool:
     """Asks for real-time scheduling, so that busy engines cannot keep the client off a core.
 
-    A client stands for users on other machines. On a 2-core machine whose engines spin while they
-    wait for each other, it was ready to run but unscheduled for up to 14 s at a stretch while
-    using 1 % of a core. Real-time priority takes no more than it uses. Returns False where the
-    system does not permit it; every report then shows how long the client had no core.
+    A client stands for users on other machines; on few cores it would wait for the engines.
+    Real-time priority takes no more than it uses. Returns False where the system does not permit
+    it; every report then shows how long the client had no core.
     """
     try:
         # Threads inherit it: an ordinary one that is kept off a core while it holds the

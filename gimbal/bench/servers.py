@@ -123,13 +123,15 @@ class ServerPool:
         command += ["--additional-config", f'{{"gimbal": {self._recorded(spec)}}}']
         log = self.directory / f"server-{self._count}.log"
         log_file = log.open("wb")
-        # A session of its own: Ctrl-C is for the benchmark, which then stops its servers.
+        # A process group of its own: Ctrl-C is for the benchmark, which then stops its servers.
+        # Not a session: Linux shares cores between sessions, and a server in its own kept the
+        # benchmark's client off them for seconds (docs/benchmarking.md).
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
         endpoint = Endpoint(f"http://127.0.0.1:{port}")
         return Server(spec, endpoint, process, log, log_file)

@@ -115,7 +115,7 @@ class CheckedServer:
             stdout=self._out,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,
+            process_group=0,
         )
         try:
             self._wait_ready(began)

@@ -65,7 +65,8 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                # Not a session: its autogroup would starve clients in others (docs/benchmarking.md).
+                process_group=0,
                 text=True,
                 errors="replace",
             )
