@@ -65,7 +65,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                # Not a session: its autogroup would starve clients in others (docs/benchmarking.md).
+                # Not a session: its autogroup would starve clients outside (docs/benchmarking.md).
                 process_group=0,
                 text=True,
                 errors="replace",
