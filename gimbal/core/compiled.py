@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import logging
 import threading
+import types
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger("vllm.gimbal")
 
 _KERNELS: list[Kernel] = []
+_FROZEN = (int, float, bool)
 _lock = threading.Lock()
 _started = False
 
@@ -49,7 +52,19 @@ class Kernel:
         if not self.compiled:
             import numba
 
-            self.call = numba.njit(self.signature, cache=True)(self.plain)
+            self.call = numba.njit(self.signature, cache=True)(_named_by_constants(self.plain))
+
+
+def _named_by_constants(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy whose name in numba's cache changes with the module constants that it freezes.
+
+    numba looks at the source file of the function alone; a column number comes from another one.
+    """
+    known = function.__globals__
+    constants = [(n, known[n]) for n in function.__code__.co_names if type(known.get(n)) in _FROZEN]
+    copy = types.FunctionType(function.__code__, known, function.__name__, function.__defaults__)
+    copy.__qualname__ = f"{function.__name__}_{zlib.crc32(repr(constants).encode()):08x}"
+    return copy
 
 
 def compile_kernels() -> None:

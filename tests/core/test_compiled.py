@@ -31,7 +31,7 @@ def test_prices_are_those_of_the_plain_function():
     for rng, engines, board in boards(200):
         accounts = rng.integers(0, 500, (4, engines)).astype(float)
         scalars = (float(rng.integers(1, 5000)), 57.0, rng.random(), 1.0)
-        plain, fast = np.empty((2, 10, engines))
+        plain, fast = np.empty((2, 8, engines))
         gimbal.PRICE.plain(board, *accounts, *scalars, plain)
         gimbal.PRICE.call(board, *accounts, *scalars, fast)
         np.testing.assert_allclose(fast, plain, rtol=1e-12)
@@ -70,5 +70,15 @@ def test_a_kernel_serves_before_and_after_it_is_compiled(monkeypatch):
     assert kernel.call(1.0) == 2.0
 
 
+def test_the_cache_on_disk_knows_the_constants_of_other_modules(monkeypatch):
+    before = compiled._named_by_constants(_one_more).__qualname__
+    assert compiled._named_by_constants(_one_more).__qualname__ == before
+    monkeypatch.setitem(globals(), "_STEP", 2.0)
+    assert compiled._named_by_constants(_one_more).__qualname__ != before
+
+
+_STEP = 1.0
+
+
 def _one_more(x):
-    return x + 1.0
+    return x + _STEP

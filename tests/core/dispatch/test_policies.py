@@ -118,25 +118,14 @@ def test_queue_and_own_prefill_are_whole_steps():
     # 250 queued and 100 own tokens at 100 per step: 4 steps, 350 tokens.
     named = terms(loads({"WAITING_PREFILL_TOKENS": 200, "RUNNING_PREFILL_TOKENS": 50}))
     assert named["queue"] == pytest.approx([(10 + 10) * 250])
-    total = named["queue"][0] + named["prefill"][0] + named["lockstep"][0]
+    total = named["queue"][0] + named["prefill"][0]
     assert total == pytest.approx(4 * 1000 + 10 * 350)
-
-
-def test_short_queue_waits_for_the_chunks_of_the_long_one():
-    # On engine 1 the request needs one step, which lasts as long as engine 0's full chunk.
-    named = terms(loads({"WAITING_PREFILL_TOKENS": 1000}, {}), tokens=30)
-    assert named["lockstep"] == pytest.approx([0, 10 * (100 - 30)])
 
 
 def test_prefill_in_the_shadow_of_a_longer_queue_delays_nobody():
     state = loads({"WAITING_PREFILL_TOKENS": 150, "DECODING_REQUESTS": 4}, {"DECODING_REQUESTS": 2})
     # 250 tokens on engine 0 are 100 beyond the longest queue of 150; 100 on engine 1 are none.
     assert terms(state)["interference"] == pytest.approx([10 * 100 * 6, 0])
-
-
-def test_work_delays_those_who_wait_and_a_long_prompt_avoids_them():
-    state = loads({"WAITING_REQUESTS": 5}, {"WAITING_REQUESTS": 1})
-    assert terms(state)["followers"] == pytest.approx([(10 + 10) * 100 * 5, (10 + 10) * 100 * 1])
 
 
 def test_a_cached_prefix_is_worth_more_where_prefixes_come_again():

@@ -8,28 +8,25 @@ and a step that carries m prefill tokens on its fullest engine lasts
 
 with base (a step without prefill) and c (microseconds per prefill token) learned online. Let W_e
 be the prefill tokens queued or running on e, acknowledged or not, u_e the tokens of this prompt e
-has not cached, and W the largest W_e. A queue is full chunks and then a remainder, so the fullest
-engine of each of the next k steps carries W tokens in all, or k full chunks if that is less. If
-the request goes to e, its last chunk runs in step k_e = ceil((W_e + u_e) / R_e), and the time to
-its first token is
+has not cached, and W the largest W_e. If the request goes to e, its last chunk runs in step
+k_e = ceil((W_e + u_e) / R_e), and the time to its first token is
 
-    k_e * base + c * min(k_e * R_e, max(W, W_e + u_e))
+    k_e * base + c * (W_e + u_e)
 
 It is split for the metrics into
 
     queue     (c + base / R_e) * W_e: the work before it
     prefill   c * u_e + base * (k_e - W_e / R_e): its own
-    lockstep  what the fuller chunks of other engines add to the same k_e steps
+
+The same steps also carry the chunks of the other engines, and last as long as the fullest. That is
+left out: counted, it makes all engines behind the longest queue look alike, and what is then
+decided by smaller terms costs later requests more than the estimate gains (docs/performance.md).
 
 What it costs others, each microsecond of delay of each request counting the same:
 
     interference  c * max(0, W_e + u_e - W) * decoding requests of all engines: prefill beyond the
                   longest queue lengthens steps that every engine's decodes wait for; prefill in
                   the shadow of another engine's costs them nothing.
-    followers     (c + base / R_e) * u_e * requests waiting on e: by Little's law about as many as
-                  wait now will arrive behind this one before it is through, and each waits for
-                  its work. A long prompt therefore avoids the engine where many short ones wait.
-
     reuse         prefix reuse * c * u_e * (1 + decoding requests of all engines): what is computed
                   here takes the place of something cached on e, which is asked for again with
                   about the probability that a prompt token is cached anywhere (measured), and is
@@ -50,9 +47,7 @@ R_e is a shared R, the mean over engines, where only base / R is needed. Before 
 have been measured, base is 0 and c is 1: the order is then by tokens.
 
 Source: the shape of the cost (pressure of queue, KV and experts in one score) is the Gimbal
-paper's, arXiv 2606.15177; the lock-step envelope and the pricing in time are this project's.
-`queue`, `prefill` and `followers` together are LMetric's (new + active) * requests, in time, with
-waiting requests for all requests.
+paper's, arXiv 2606.15177; the pricing in time and the lock-step shadow are this project's.
 """
 
 from __future__ import annotations
@@ -67,17 +62,13 @@ from gimbal.core.contracts import DispatchRequest, EngineLoads, Field, FloatArra
 _TERMS = (
     "queue",
     "prefill",
-    "lockstep",
     "interference",
-    "followers",
     "reuse",
     "decode",
     "expert",
     "admission",
 )
-_QUEUE, _PREFILL, _LOCKSTEP, _INTERFERENCE, _FOLLOWERS, _REUSE, _DECODE, _EXPERT, _ADMISSION = (
-    range(len(_TERMS))
-)
+_QUEUE, _PREFILL, _INTERFERENCE, _REUSE, _DECODE, _EXPERT, _ADMISSION = range(len(_TERMS))
 
 # Plain integers, which the compiler freezes into the code.
 _WAITING, _WAITING_TOKENS = int(Field.WAITING_REQUESTS), int(Field.WAITING_PREFILL_TOKENS)
@@ -203,13 +194,10 @@ def _price(
         uncached = prompt_tokens - cached_tokens[e]
         work = backlog + uncached
         steps = math.ceil(work / room)
-        fullest = max(work, longest)
 
         out[_QUEUE, e] = slice_us * backlog
         out[_PREFILL, e] = base_us * steps + token_us * work - slice_us * backlog
-        out[_LOCKSTEP, e] = token_us * (min(steps * room, fullest) - work)
-        out[_INTERFERENCE, e] = stall_us * (fullest - longest)
-        out[_FOLLOWERS, e] = slice_us * uncached * waiting
+        out[_INTERFERENCE, e] = stall_us * max(0.0, work - longest)
         out[_REUSE, e] = prefix_reuse * (token_us + stall_us) * uncached
         heads = waiting + row[_RUNNING] + row[_RUNNING_TOKENS] * heads_per_token
         out[_DECODE, e] = decode_us * heads
