@@ -10,7 +10,7 @@ import numpy as np
 from gimbal.core.contracts import FloatArray, IntArray, Placer, RoutingCounts, Topology
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import migration_us
-from gimbal.core.placement.typical import at_typical_step, typical_share
+from gimbal.core.placement.kinds import StepKind, at_kind, plan_kinds, step_kinds, typical_share
 from gimbal.records.placements import placement_record
 from gimbal.records.schema import PlacementRecord, RebalanceRecord
 from gimbal.sim import kernels
@@ -70,6 +70,7 @@ class Experts:
         self._window = np.zeros((cluster.dp, len(population.names)))
         self._steps_in_window = 0
         self._squares = 0.0  # sum over the window's steps of squared tokens
+        self._decodes = 0.0
         self._balance_sum = 0.0
         self._balance_steps = 0
         m = profile.moe
@@ -122,6 +123,7 @@ class Experts:
         self._window += tokens
         self._steps_in_window += 1
         self._squares += float(tokens.sum()) ** 2
+        self._decodes += float(decodes.sum())
         self._turn = (self._turn + 1) % NOISE_POOL
         time, balance = self._price(tokens, self._tables)
         self._balance_sum += balance / self.profile.model.layers
@@ -176,7 +178,7 @@ class Experts:
         planned, gate = self._propose(counts, horizon)
         stall = self._record(step, now_us, planned, gate)
         self._window[:] = 0
-        self._steps_in_window, self._squares = 0, 0.0
+        self._steps_in_window, self._squares, self._decodes = 0, 0.0, 0.0
         return 0.0 if self.cluster.eplb_async else stall
 
     def close_comparison(self) -> None:
@@ -191,12 +193,13 @@ class Experts:
     def _recorded_counts(self) -> RoutingCounts:
         expected = np.einsum("sd,dlx->slx", self._window, self.population.share)
         drawn = self._rng.poisson(expected).astype(float)
-        return at_typical_step(RoutingCounts(drawn, steps=self._steps_in_window), self._typical)
+        return RoutingCounts(drawn, steps=self._steps_in_window)
 
-    @property
-    def _typical(self) -> float:
-        """Of the window, see `typical_share`."""
-        return typical_share(self._window.sum(), self._squares, self._steps_in_window)
+    def _kinds(self) -> tuple[StepKind, ...]:
+        """Of the window's steps."""
+        tokens = float(self._window.sum())
+        typical = typical_share(tokens, self._squares, self._steps_in_window)
+        return step_kinds(typical, self._decodes / tokens)
 
     def _propose(self, counts: RoutingCounts, horizon: int) -> tuple[IntArray, GateDecision | None]:
         """The next placement, and what the gain gate said (None for placers without one)."""
@@ -208,22 +211,23 @@ class Experts:
 
         if self._planner is None:
             self._planner = GimbalPlacer()
-        typical_steps = max(1, round(horizon * self._typical))
         constants = constants_of(self.profile)
         if self.cluster.eplb_async:  # moved beside the steps: only the bytes cost
             constants = replace(constants, migration_fixed_us=0.0)
-        proposed = self._planner.plan(
+        kinds = self._kinds()
+        problems = [
             PlacementProblem(
-                counts,
+                at_kind(counts, kind),
                 self.topology,
                 self.placement,
                 constants,
-                horizon_steps=typical_steps,
+                horizon_steps=max(1, round(horizon * kind.share)),
                 backend=self.profile.backend,
             )
-        )
-        gate = decide(proposed, typical_steps)
-        gate = replace(gate, gain_us_per_step=gate.gain_us_per_step * self._typical)
+            for kind in kinds
+        ]
+        proposed = plan_kinds(self._planner, problems, kinds)
+        gate = decide(proposed, horizon)
         return (proposed.physical_to_logical if gate.commit else self.placement), gate
 
     def _record(

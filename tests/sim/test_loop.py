@@ -156,13 +156,13 @@ def test_scenarios_build(name):
     assert (profile.backend != "allgather_reducescatter") == (name == "routed")
 
 
-def test_placement_plans_for_the_step_of_the_average_token():
-    """Few large steps among many small ones hold the tokens, and what balance can save."""
+def test_placement_plans_for_prefill_and_decode_steps():
+    """Few large steps among many small ones, as the window saw them."""
     experts = Simulation(workload(), CLUSTER, PROFILE, opposed(), get_arm("gimbal-ep")).experts
-    even = experts.cluster.eplb_step_interval
+    decodes = np.full((2, 2), 20.0)
     for step in range(100):
         tokens = np.full((2, 2), 2000.0 if step % 10 == 0 else 20.0)
-        experts.step_us(tokens, np.zeros((2, 2)))
-    assert experts._typical == pytest.approx(0.1 * (1 + 9 * 0.01) ** 2, rel=1e-2)
-    assert experts._recorded_counts().steps == round(100 * experts._typical) < even
-    assert experts._recorded_counts().counts.sum() > 0
+        experts.step_us(tokens, decodes)
+    large, small = experts._kinds()
+    assert large.share == pytest.approx(0.1, rel=0.1)
+    assert small.size * experts._window.sum() / 100 == pytest.approx(4 * 20.0)

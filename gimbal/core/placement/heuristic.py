@@ -8,6 +8,7 @@ rank keep their slot. A layer is changed only if its exact cost falls, migration
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -316,6 +317,11 @@ class GimbalPlacer:
 
     def plan(self, problem: PlacementProblem) -> PlacementPlan:
         """Plans `problem` with this placer's own forecast, learning from its window first."""
-        self._state = forecast.observe(self._state, problem.measured)
-        expected = forecast.predict(self._state, problem.measured)
-        return plan(problem.with_forecast(expected))
+        return plan(self.expecting([problem])[0])
+
+    def expecting(self, problems: Sequence[PlacementProblem]) -> list[PlacementProblem]:
+        """The same window's problems for the next one, after learning from it once."""
+        measured = problems[0].measured
+        self._state = forecast.observe(self._state, measured)
+        expected = forecast.predict(self._state, measured)
+        return [problem.with_forecast(expected) for problem in problems]

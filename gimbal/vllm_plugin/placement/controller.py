@@ -264,7 +264,7 @@ class Controller:
                 return (Verdict.KEEP, 0), None
             slow = stall_us / self._modelled_us if stall_us and self._modelled_us else 1.0
             rows, windows = self._expected(view, counts)
-            decision = view.planner.decide(rows, topology, current, slow, windows, counts.typical)
+            decision = view.planner.decide(rows, topology, current, slow, windows, counts.kinds)
             wrong = verify.problems(decision.placement, topology, *shape)
             if decision.commit and wrong is not None:
                 logger.error("Gimbal: refusing a placement: %s", wrong)
@@ -317,7 +317,7 @@ class Controller:
             return
         topology = self.place.topology(current.shape[1])
         gain = view.planner.gain_us_per_step(
-            counts.routing, topology, view.before, current, counts.typical
+            counts.routing, topology, view.before, current, counts.kinds
         )
         view.before = None
         self.ledger.amend(realized_gain_us_per_step=gain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,8 @@ from gimbal.core.contracts import IntArray, Placer, RoutingCounts, Topology
 from gimbal.core.cost.profile import load_profile, profile_names
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.feedback.pressure import wire_us_per_pair
-from gimbal.core.placement import PLACERS, gate, heuristic, objective
+from gimbal.core.placement import PLACERS, gate, heuristic
+from gimbal.core.placement.kinds import MEAN_STEP, StepKind, at_kind, mixed, plan_kinds
 from gimbal.core.placement.problem import (
     BACKENDS,
     GATHER_BACKEND,
@@ -21,7 +23,6 @@ from gimbal.core.placement.problem import (
     constants_of,
 )
 from gimbal.core.placement.replica_split import near_split
-from gimbal.core.placement.typical import at_typical_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,19 +150,23 @@ class Planner:
         current: IntArray,
         stall_scale: float = 1.0,
         windows: float = 1.0,
-        typical: float = 1.0,
+        kinds: Sequence[StepKind] = MEAN_STEP,
     ) -> Decision:
         """Plans from `current`.
 
-        `windows` is over how many intervals the gain may be counted, `typical` for which step is
-        planned (`core.placement.typical`).
+        `windows` is over how many intervals the gain may be counted, `kinds` for which steps is
+        planned.
         `stall_scale` is what the last migration took over what the model had predicted for it:
         the next prediction is corrected by it.
         """
-        horizon_steps = max(1, round(self.horizon_steps * windows * typical))
-        larger = at_typical_step(routing, typical)
-        problem = self.problem(larger, topology, current, horizon_steps)
-        plan = self._plan(problem)
+        horizon_steps = round(self.horizon_steps * windows)
+        problems = [
+            self.problem(
+                at_kind(routing, kind), topology, current, max(1, round(horizon_steps * kind.share))
+            )
+            for kind in kinds
+        ]
+        plan = self._plan(problems, kinds)
         options = horizon_steps, self.config.gamma, self.config.gate
         modelled_us = gate.decide(plan, *options).stall_us
         verdict = gate.decide(plan, *options, stall_us=modelled_us * stall_scale)
@@ -169,7 +174,7 @@ class Planner:
             placement=plan.physical_to_logical,
             commit=verdict.commit,
             reason=verdict.reason,
-            gain_us_per_step=verdict.gain_us_per_step * typical,
+            gain_us_per_step=verdict.gain_us_per_step,
             stall_us=verdict.stall_us,
             modelled_stall_us=modelled_us,
             moved_slots=plan.moved_slots,
@@ -198,11 +203,14 @@ class Planner:
         windows must be the same everywhere."""
         self._placer = PLACERS.build(self.config.placer)
 
-    def _plan(self, problem: PlacementProblem) -> heuristic.PlacementPlan:
+    def _plan(
+        self, problems: list[PlacementProblem], kinds: Sequence[StepKind]
+    ) -> heuristic.PlacementPlan:
         if isinstance(self._placer, heuristic.GimbalPlacer):
-            return self._placer.plan(problem)
-        proposed = self._placer.place(problem.routing, problem.topology, problem.current)
-        return priced(problem, proposed)
+            return plan_kinds(self._placer, problems, kinds)
+        first = problems[0]
+        proposed = self._placer.place(first.routing, first.topology, first.current)
+        return mixed(problems, kinds, [proposed], keep=False)
 
     def gain_us_per_step(
         self,
@@ -210,32 +218,13 @@ class Planner:
         topology: Topology,
         before: IntArray,
         after: IntArray,
-        typical: float = 1.0,
+        kinds: Sequence[StepKind] = MEAN_STEP,
     ) -> float:
         """What `after` saves against `before` on these counts, migration left out."""
-        problem = self.problem(at_typical_step(routing, typical), topology, before)
-        old, new = objective.evaluate(problem, before), objective.evaluate(problem, after)
-        return typical * ((old.load - new.load) + (old.comm - new.comm))
-
-
-def priced(problem: PlacementProblem, proposed: IntArray) -> heuristic.PlacementPlan:
-    """A baseline's proposal as a plan; it has no lower bound of its own."""
-    counts, t = problem.routing.counts, problem.topology
-    before, after = (objective.evaluate(problem, p) for p in (problem.current, proposed))
-    return heuristic.PlacementPlan(
-        physical_to_logical=proposed,
-        before=before,
-        after=after,
-        lower_bound_us=0.0,
-        layer_gain_us=np.zeros(problem.layers),
-        balance_before=objective.balance(problem.current, counts, t),
-        balance_planned=objective.balance(proposed, counts, t),
-        local_share_before=objective.local_share(problem.current, counts, t),
-        local_share_planned=objective.local_share(proposed, counts, t),
-        received_experts=int(objective.received(proposed, problem.current, t).sum()),
-        moved_slots=int((proposed != problem.current).sum()),
-        slots=int(proposed.size),
-    )
+        problems = [self.problem(at_kind(routing, kind), topology, before) for kind in kinds]
+        plan = mixed(problems, kinds, [after], keep=False)
+        old, new = plan.before, plan.after
+        return (old.load - new.load) + (old.comm - new.comm)
 
 
 def check_config(config: PlacementConfig) -> None:

@@ -11,7 +11,7 @@ from enum import Enum
 import numpy as np
 
 from gimbal.core.contracts import FloatArray, RoutingCounts
-from gimbal.core.placement.typical import typical_share
+from gimbal.core.placement.kinds import MEAN_STEP, StepKind, step_kinds, typical_share
 
 PLANES = 4
 """Arrays [layers, experts] of a row: vLLM's own sum, decayed pairs, decayed pairs of decodes,
@@ -88,13 +88,13 @@ class SourceCounts:
         routing: [sources, layers, experts] for the placer; one source when `sources` is UNKNOWN.
         decode: share of `routing.counts` that belongs to decodes, same shape.
         sources: how the rows were read.
-        typical: share of steps as large as the average token's, see `core.placement.typical`.
+        kinds: of step, what the window is planned for.
     """
 
     routing: RoutingCounts
     decode: FloatArray
     sources: Sources
-    typical: float = 1.0
+    kinds: tuple[StepKind, ...] = MEAN_STEP
 
 
 def per_source(rows: RankRows, ranks_per_source: int) -> SourceCounts:
@@ -120,8 +120,11 @@ def per_source(rows: RankRows, ranks_per_source: int) -> SourceCounts:
     routing = RoutingCounts(fold(rows.pairs) * scale, np.clip(1.0 - missed, 0.0, 1.0), steps)
     if not rows.raw.any():
         routing = replace(routing, active=None)
-    typical = _typical(rows, sources, ranks_per_source)
-    return SourceCounts(routing, fold(rows.decode_pairs) * scale, sources, typical)
+    kinds = step_kinds(
+        _typical(rows, sources, ranks_per_source),
+        float(rows.decode_pairs.sum() / max(rows.pairs.sum(), 1e-300)),
+    )
+    return SourceCounts(routing, fold(rows.decode_pairs) * scale, sources, kinds)
 
 
 def _typical(rows: RankRows, sources: Sources, ranks_per_source: int) -> float:

@@ -7,6 +7,7 @@ from gimbal.core.config import PlacementConfig
 from gimbal.core.contracts import RoutingCounts, Topology
 from gimbal.core.cost.profile import load_profile, profile_names
 from gimbal.core.errors import InputError
+from gimbal.core.placement.kinds import StepKind
 from gimbal.core.placement.problem import constants_of
 from gimbal.vllm_plugin.placement.planner import ModelFacts, Planner, check_config, cost_constants
 
@@ -119,5 +120,5 @@ def test_the_gain_lies_in_the_large_steps_and_is_spread_over_all():
     after = np.array([[0, 1, 4, 5, 2, 3, 6, 7]], dtype=np.int32)
     planner = Planner(PlacementConfig(backend="allgather_reducescatter"), QWEN3)
     mean = planner.gain_us_per_step(routing, topology, before, after)
-    large = planner.gain_us_per_step(routing, topology, before, after, typical=0.01)
+    large = planner.gain_us_per_step(routing, topology, before, after, (StepKind(0.01, 100.0),))
     assert large > 2 * mean > 0
