@@ -28,13 +28,12 @@ BATCHES = (
 )
 """(prompt tokens, requests that arrive together): decode batches by size and context."""
 BATCH_OUTPUT = 30
-ALONE = 14
+ALONE = 10
 LOADS = (0.7, 0.4, 0.95, 0.55, 0.85, 1.05)
 """Of the measured capacity, in this order; the batches go into the middle."""
-MIXED_SPAN_S = 14.0
 FRONT_END_LOAD = 0.75
 """The front end is timed at loads up to this one: beyond, its share drowns in queueing."""
-WARM_UP_S = 15.0
+WARM_UP_S = 12.0
 """Steps of the first seconds are left out: kernels are still being compiled for new shapes."""
 
 

@@ -45,6 +45,14 @@ ENGINE_TIMES = ("vllm:request_queue_time_seconds_sum", "vllm:request_prefill_tim
 @click.option("--tp", default=1, show_default=True, help="tensor-parallel size of the server")
 @click.option("--kv-tokens", default=0, help="KV cache of one engine in tokens, if known")
 @click.option(
+    "--span",
+    "span_s",
+    default=14.0,
+    show_default=True,
+    type=click.FloatRange(min=2.0),
+    help="seconds of each mixed load; fewer make a quicker, coarser calibration",
+)
+@click.option(
     "--keep-steps", type=click.Path(path_type=Path), help="folder to keep the step records in"
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="predicted against measured steps")
@@ -211,7 +219,8 @@ def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
         def say(text: str) -> None:
             console.print(f"calibrating: {text}", highlight=False)
 
-        phases = _send(endpoint, model.max_model_len or 4096, job, replay, say)
+        context = model.max_model_len or 4096
+        phases = _send(endpoint, context, values["span_s"], job, replay, say)
         text = json.dumps([dataclasses.asdict(phase) for phase in phases])
         (directory / PHASES).write_text(text, encoding="utf-8")
     finally:
@@ -222,6 +231,7 @@ def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
 def _send(
     endpoint: Endpoint,
     context: int,
+    span_s: float,
     job: Callable[[Trace, int], ReplayJob],
     replay: Callable[[ReplayJob], Replay],
     say: Callable[[str], None],
@@ -237,7 +247,7 @@ def _send(
     for number, share in enumerate(load.LOADS, 1):
         rate = share * capacity
         say(f"prefill and decode mixed, {rate:.1f} requests/s")
-        count = max(20, round(rate * load.MIXED_SPAN_S))
+        count = max(20, round(rate * span_s))
         one = job(load.mixed(context, count, rate, number), number)
         phase = _timed(endpoint, partial(replay, one))
         if share <= load.FRONT_END_LOAD:
