@@ -99,6 +99,7 @@ def test_route(benchmark: Any, board: Board, engines: int, monkeypatch: Any) -> 
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
+    from gimbal.core.compiled import compile_kernels
     from gimbal.core.config import parse_config
     from gimbal.core.contracts import Field
     from gimbal.vllm_plugin.clock import now_us
@@ -114,6 +115,7 @@ def test_route(benchmark: Any, board: Board, engines: int, monkeypatch: Any) -> 
     client.eng_start_index = 0
     front_end = FrontEnd(client, parse_config({"levels": ["dispatch"]}), board)
     monkeypatch.setattr(front_end, "_start_refresh", lambda: None)
+    compile_kernels()  # waits for what the front end has begun in the background
     original = DPLBAsyncMPClient.get_core_engine_for_request
     writers = [SlotWriter(board, slot) for slot in range(engines)]
     row = np.zeros(ROW_WIDTH)
