@@ -32,6 +32,7 @@ def build(
     blocks: int = 2000,
     budget: int = 512,
     seats: int = 64,
+    active_seats: int | None = None,
     policy: str = "fcfs",
     prefix_caching: bool = False,
 ) -> Any:
@@ -58,6 +59,7 @@ def build(
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     scheduler_config = SchedulerConfig(
         max_num_seqs=seats,
+        max_num_active_seqs=active_seats,
         max_num_batched_tokens=budget,
         max_model_len=8192,
         is_encoder_decoder=False,

@@ -96,6 +96,14 @@ def test_the_life_of_one_request(engine: Any) -> None:
     assert rows[Field.EPOCH] == 5.0
 
 
+@pytest.mark.parametrize(("active", "expected"), [(None, 64), (8, 8)])
+def test_seats_are_those_that_vllm_admits_to(
+    engine: Any, active: int | None, expected: int
+) -> None:
+    _, rows = engine(active_seats=active)
+    assert rows[Field.MAX_RUNNING_REQUESTS] == expected
+
+
 def test_accepted_is_counted_by_front_end_when_the_engine_takes_it(engine: Any) -> None:
     scheduler, rows = engine()
     for name, front_end, tokens in (("a", 0, 10), ("b", 2, 20), ("c", 2, 5)):
