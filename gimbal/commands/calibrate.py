@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gimbal.bench.endpoint import Endpoint
     from gimbal.workloads.trace import Trace
 
+UNSTEADY = 1.6
+"""Ratio of slowest to fastest tenth beyond which something else ran on the machine."""
 PHASES = "phases.json"
 """Beside the step records of a calibration: where its requests spent their time."""
 ENGINE_TIMES = ("vllm:request_queue_time_seconds_sum", "vllm:request_prefill_time_seconds_sum")
@@ -116,6 +118,7 @@ def _tell(fit: Any, out: Path, as_json: bool) -> None:
             "error": fit.error,
             "bias": fit.bias,
             "p90_error": fit.p90_error,
+            "slowness": fit.slowness,
         }
         click.echo(json.dumps(report))
         return
@@ -125,6 +128,10 @@ def _tell(fit: Any, out: Path, as_json: bool) -> None:
         f"{fit.steps} steps fitted; on {fit.held_out} held-out steps: mean relative error "
         f"{fit.error:.1%}, P90 {fit.p90_error:.1%}, bias {fit.bias:+.1%}"
     )
+    low, high = fit.slowness
+    click.echo(f"tenths of the run took {low:.2f} to {high:.2f} of the predicted time", nl=False)
+    steady = high / low < UNSTEADY
+    click.echo("" if steady else ": the machine was not steady, calibrate again when it is idle")
     click.echo(f"wrote {out}")
 
 

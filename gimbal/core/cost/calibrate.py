@@ -49,6 +49,7 @@ HELD_OUT = 3
 STALL = 8.0
 """A step this many times longer than its prediction was a pause of the machine: left out."""
 ROUNDS = 8
+PARTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,8 @@ class StepFit:
         error: mean absolute relative error on held-out steps, of which much is the machine's own
             scatter; `p90_error` its 90th percentile.
         bias: error of their summed duration: what a run of many steps is off by.
+        slowness: measured over predicted time of the fastest and the slowest tenth of the run, in
+            order of time: how far the machine's own speed wandered while it was measured.
         steps, held_out: how many were fitted and how many were not.
     """
 
@@ -103,6 +106,7 @@ class StepFit:
     error: float
     bias: float
     p90_error: float
+    slowness: tuple[float, float]
     steps: int
     held_out: int
 
@@ -143,9 +147,19 @@ def fit_steps(samples: Sequence[StepSample], model: ModelShape, ranks: int) -> S
         float(error.mean()),
         float(predicted.sum() / y[judged].sum() - 1),
         float(np.quantile(error, 0.9)),
+        _slowness(y, x @ theta),
         int(used.sum()),
         int(judged.sum()),
     )
+
+
+def _slowness(measured_us: FloatArray, predicted_us: FloatArray) -> tuple[float, float]:
+    """(lowest, highest) ratio of measured to predicted time over `PARTS` stretches of the run."""
+    parts = zip(
+        np.array_split(measured_us, PARTS), np.array_split(predicted_us, PARTS), strict=True
+    )
+    ratios = [float(m.sum() / max(p.sum(), 1.0)) for m, p in parts]
+    return min(ratios), max(ratios)
 
 
 def _nonnegative(x: FloatArray, y: FloatArray) -> FloatArray:
@@ -243,6 +257,7 @@ def profile_from_fit(
         kv_tokens=kv_tokens,
         notes=(
             f"held-out steps: mean relative error {fit.error:.1%}, P90 {fit.p90_error:.1%}, "
-            f"error of their sum {fit.bias:+.1%}",
+            f"error of their sum {fit.bias:+.1%}; tenths of the run took {fit.slowness[0]:.2f} to "
+            f"{fit.slowness[1]:.2f} of the predicted time",
         ),
     )

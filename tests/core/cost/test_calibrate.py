@@ -73,6 +73,16 @@ def test_stalled_steps_do_not_bend_the_fit():
     assert fit.coefficients_us["base"] == pytest.approx(TRUE["base"], rel=0.25)
 
 
+def test_a_machine_that_slows_down_halfway_shows():
+    rows = [
+        dataclasses.replace(s, duration_us=s.duration_us * (1.0 if i < 450 else 2.0))
+        for i, s in enumerate(samples(900))
+    ]
+    low, high = fit_steps(rows, SHAPE, 2).slowness
+    assert high / low == pytest.approx(2.0, rel=0.15)
+    assert fit_steps(samples(900), SHAPE, 2).slowness == pytest.approx((1.0, 1.0), abs=0.05)
+
+
 def test_active_experts_bend():
     at = [active_experts(n, SHAPE) for n in (0, 1, 8, 64, 512)]
     assert at[:2] == [0.0, pytest.approx(4.0)]
