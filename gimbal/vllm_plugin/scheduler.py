@@ -13,6 +13,7 @@ from functools import partial, wraps
 from typing import Any
 
 from gimbal.core.config import GimbalConfig
+from gimbal.core.contracts import Field
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.guard import LevelGuard
@@ -98,10 +99,14 @@ class GimbalSchedulerMixin:
             scheduler_output, *args, **kwargs
         )
         self._gimbal_report("completed", scheduler_output)
-        # Set by the placement level's worker after a rearrangement, absent otherwise.
-        pressure_us = getattr(args[0] if args else None, "gimbal_expert_pressure_us", None)
+        # Set by the placement level's worker when there is news, absent otherwise.
+        answer = args[0] if args else None
+        fallbacks = getattr(answer, "gimbal_placement_fallbacks", None)
+        if fallbacks is not None:
+            self._gimbal_report("worker_said", Field.PLACEMENT_FALLBACKS, fallbacks)
+        pressure_us = getattr(answer, "gimbal_expert_pressure_us", None)
         if pressure_us is not None and "feedback" in self.gimbal_config.levels:
-            self._gimbal_report("set_expert_pressure_us", pressure_us)
+            self._gimbal_report("worker_said", Field.EXPERT_PRESSURE_US, pressure_us)
         return outputs
 
     def has_requests(self) -> bool:

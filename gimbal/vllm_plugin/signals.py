@@ -232,9 +232,9 @@ class SchedulerSignals:
         row[Field.STEP_BASE_US] = self.cost.step_base_us(decodes)
         self.sink.publish(row, now / 1e6)
 
-    def set_expert_pressure_us(self, pressure_us: float) -> None:
-        """Called by the feedback level; travels with the next snapshot."""
-        self.row[Field.EXPERT_PRESSURE_US] = pressure_us
+    def worker_said(self, field: Field, value: float) -> None:
+        """What the engine's worker knows about itself; travels with the next snapshot."""
+        self.row[field] = value
 
     def close(self) -> None:
         """Lets go of the board, and finishes the log."""

@@ -115,6 +115,7 @@ class Controller:
     straggling_us: np.ndarray = field(default_factory=lambda: np.zeros(1))  # of every engine
     changed_step: int = -1  # engine step of the last commit that moved an expert
     pressure_news: bool = False  # not yet sent to the scheduler
+    fallbacks_sent: int = 0  # of `guard`, last told to the scheduler
     notes: WindowNotes = field(init=False)
     ledger: Ledger = field(init=False)
     _gathered: Any = None  # [ranks, n] rows of all models, on vLLM's device

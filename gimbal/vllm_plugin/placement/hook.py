@@ -24,7 +24,9 @@ logger = logging.getLogger("vllm.gimbal")
 
 LEVEL = "placement"
 PRESSURE = "gimbal_expert_pressure_us"
-"""Attribute of a step's output that carries the engine's expert pressure to its scheduler."""
+FALLBACKS = "gimbal_placement_fallbacks"
+"""Attributes of a step's output that carry the engine's expert pressure and the level's fallbacks
+to its scheduler."""
 
 
 def install() -> None:
@@ -289,23 +291,31 @@ def _sample_tokens(original: Any) -> Any:
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         output = original(self, grammar_output)
         controller = controller_of(self.eplb_state)
-        if controller is not None and controller.pressure_news:
-            attach_pressure(controller, output)
+        if controller is not None:
+            attach_news(controller, output)
         return output
 
     return sample_tokens
 
 
-def attach_pressure(controller: Controller, output: Any) -> None:
-    """Sends this engine's pressure to its scheduler with a step's output.
+def attach_news(controller: Controller, output: Any) -> None:
+    """Sends this engine's pressure and fallbacks to its scheduler with a step's output.
 
     The output object travels to the engine process whole, so a value on it needs no channel of
     its own. Outputs without requests are shared constants and stay as they are.
     """
+    fallbacks = sum(controller.guard.counts.values())
+    if not controller.pressure_news and fallbacks == controller.fallbacks_sent:
+        return
     inner = getattr(output, "_model_runner_output", output)
-    if getattr(inner, "req_ids", None):
+    if not getattr(inner, "req_ids", None):
+        return
+    if controller.pressure_news:
         setattr(inner, PRESSURE, controller.pressure_us)
         controller.pressure_news = False
+    if fallbacks != controller.fallbacks_sent:
+        setattr(inner, FALLBACKS, fallbacks)
+        controller.fallbacks_sent = fallbacks
 
 
 def batch_tokens(scheduler_output: Any) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gimbal.core.config import PlacementConfig
 from gimbal.core.contracts import IntArray, Placer, RoutingCounts, Topology
-from gimbal.core.cost.profile import load_profile, profile_names
+from gimbal.core.cost.profile import load_profile
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.feedback.pressure import wire_us_per_pair
 from gimbal.core.placement import PLACERS, gate, heuristic
@@ -71,7 +71,7 @@ class Decision:
 
 
 GPU_PROFILE, CPU_PROFILE = "h100-qwen3-30b-a3b", "cpu-demo"
-"""Cost profiles that are taken, where they are packaged, when the configuration names none."""
+"""Packaged cost profiles that are taken when the configuration names none."""
 
 
 def cost_constants(facts: ModelFacts, profile: str = "") -> CostConstants:
@@ -80,26 +80,15 @@ def cost_constants(facts: ModelFacts, profile: str = "") -> CostConstants:
     Reading an expert and multiplying by it are both proportional to its bytes. Raises InputError
     for a profile that does not exist or is malformed.
     """
-    measured_cpu = facts.on_cpu and CPU_PROFILE in profile_names()
-    base = constants_of(load_profile(profile or (CPU_PROFILE if measured_cpu else GPU_PROFILE)))
+    base = constants_of(load_profile(profile or (CPU_PROFILE if facts.on_cpu else GPU_PROFILE)))
     scale = facts.expert_bytes / base.expert_bytes
-    shaped = replace(
+    return replace(
         base,
         us_per_active_expert=base.us_per_active_expert * scale,
         us_per_pair=base.us_per_pair * scale,
         expert_bytes=facts.expert_bytes,
         bytes_per_pair=2.0 * facts.hidden_bytes,
         top_k=facts.top_k,
-    )
-    if profile or measured_cpu or not facts.on_cpu:
-        return shaped
-    # Rough rates of one core (10 GB/s, 20 GFLOP/s in bf16) and of gloo (1 GB/s).
-    return replace(
-        shaped,
-        us_per_active_expert=facts.expert_bytes / 1e4,
-        us_per_pair=facts.expert_bytes / 2e4,
-        same_node_gbps=1.0,
-        migration_gbps=1.0,
     )
 
 

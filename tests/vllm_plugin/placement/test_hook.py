@@ -7,8 +7,9 @@ import pytest
 pytest.importorskip("torch")
 
 from gimbal.vllm_plugin.placement.hook import (
+    FALLBACKS,
     PRESSURE,
-    attach_pressure,
+    attach_news,
     batch_tokens,
     routes_all_tokens,
 )
@@ -36,16 +37,36 @@ def test_layers_that_gather_logits_are_found():
 
 
 def controller(pressure_us):
-    return SimpleNamespace(pressure_us=pressure_us, pressure_news=True)
+    return SimpleNamespace(
+        pressure_us=pressure_us,
+        pressure_news=True,
+        guard=SimpleNamespace(counts={}),
+        fallbacks_sent=0,
+    )
 
 
 def test_pressure_travels_with_a_real_output_once():
     empty = SimpleNamespace(req_ids=[])
     sender = controller(2.0)
-    attach_pressure(sender, empty)
+    attach_news(sender, empty)
     assert not hasattr(empty, PRESSURE)
     assert sender.pressure_news
     output = SimpleNamespace(req_ids=["a"])
-    attach_pressure(sender, SimpleNamespace(_model_runner_output=output))
+    attach_news(sender, SimpleNamespace(_model_runner_output=output))
     assert getattr(output, PRESSURE) == 2.0
     assert not sender.pressure_news
+    assert not hasattr(output, FALLBACKS)
+
+
+def test_fallbacks_travel_when_there_are_more():
+    sender = controller(2.0)
+    sender.guard.counts |= {"no plan": 2, "replica tables": 1}
+    first, second = SimpleNamespace(req_ids=["a"]), SimpleNamespace(req_ids=["a"])
+    attach_news(sender, first)
+    assert getattr(first, FALLBACKS) == 3
+    attach_news(sender, second)
+    assert not hasattr(second, FALLBACKS)
+    sender.guard.counts["no plan"] += 1
+    attach_news(sender, second)
+    assert getattr(second, FALLBACKS) == 4
+    assert not hasattr(second, PRESSURE)

@@ -119,7 +119,7 @@ def test_what_an_engine_sends_decides_where_the_next_request_goes(home, tmp_path
     from gimbal.core.config import DispatchConfig
     from gimbal.core.contracts import ROW_WIDTH, DispatchRequest, Field
     from gimbal.core.dispatch.dispatcher import Dispatcher
-    from gimbal.vllm_plugin.placement.hook import attach_pressure
+    from gimbal.vllm_plugin.placement.hook import attach_news
 
     group = Group(2, feedback=True, gate=1e12)
     group.run_step(leaving(home))
@@ -133,7 +133,7 @@ def test_what_an_engine_sends_decides_where_the_next_request_goes(home, tmp_path
         scheduler = real_scheduler.build(folder, {"levels": ["dispatch", "feedback"]})
         scheduler.add_request(real_scheduler.request("a", 10, output=4))
         sent = scheduler.schedule()
-        real_scheduler.finish_step(scheduler, sent, partial(attach_pressure, worker))
+        real_scheduler.finish_step(scheduler, sent, partial(attach_news, worker))
         assert not worker.pressure_news
         board[engine] = scheduler.gimbal_signals.row
         scheduler.shutdown()
