@@ -238,7 +238,7 @@ def arms(max_wait_s: float) -> dict[str, Arm]:
             patience_steps=patience,
         )
     both = found["gimbal F=10 B=4, and dispatch"]
-    found |= {f"gimbal, and dispatch, {b}": replace(both, budget=b) for b in (256, 384, 1024)}
+    found |= {f"gimbal, and dispatch, {b}": replace(both, budget=b) for b in (256, 384, 768, 1024)}
     fcfs = found["fcfs"]
     found |= {f"static budget {b}": replace(fcfs, budget=b) for b in (128, 192, 256, 384, 1024)}
     found |= {f"static long prefill {t}": replace(fcfs, long_prefill=t) for t in (64, 128, 256)}
