@@ -81,11 +81,14 @@ def _inline(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """A change is coloured when its interval leaves zero out, and its interval set smaller."""
+    """A change is coloured when its interval leaves zero out, and its interval set smaller.
+
+    The asterisk of a loss decides before rounded bounds do, and stays: not all see colours.
+    """
     text = text.strip()
     found = re.fullmatch(r"([+-][\d.]+ %)(\*?) \[([+-][\d.]+), ([+-][\d.]+)\]", text)
     if found is None:
         return _inline(text)
     change, star, low, high = found.groups()
-    style = "soft" if float(low) <= 0 <= float(high) else ("bad" if star else "good")
-    return f'<span class="{style}">{change}</span> <small>{low} to {high}</small>'
+    style = "bad" if star else "soft" if float(low) <= 0 <= float(high) else "good"
+    return f'<span class="{style}">{change}{star}</span> <small>{low} to {high}</small>'

@@ -134,5 +134,8 @@ def test_markdown_of_our_reports():
     html = markdown(text)
     assert "<h1>T</h1><p>One <code>x&lt;y</code> line.</p>" in html
     assert '<span class="good">-1.5 %</span> <small>-2.0 to -1.0</small>' in html
-    assert '<span class="bad">+1.5 %</span>' in html
+    assert '<span class="bad">+1.5 %*</span>' in html
+    # A loss whose lower bound rounds to zero is still one.
+    rounded = markdown("| change |\n|---|\n| +0.5 %* [+0.0, +0.9] |")
+    assert '<span class="bad">+0.5 %*</span>' in rounded
     assert '<span class="soft">+0.1 %</span>' in html
