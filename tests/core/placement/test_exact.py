@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -47,6 +48,19 @@ def test_heuristic_is_near_the_optimum_of_a_small_instance() -> None:
     report = exact.compare(problem, plan.physical_to_logical, "cp-sat", 20.0)
     assert report.optimal_layers == 2
     assert -1e-4 <= report.gap <= 0.08
+
+
+@pytest.mark.slow
+def test_the_oracle_stays_where_a_changed_layer_costs_more_than_it_gains() -> None:
+    problem = make(1, layers=2, ranks=4, per_rank=4, experts=16)
+    problem = replace(problem, gamma=1.0, horizon_steps=1)
+    plan = heuristic.plan(problem)
+    assert (plan.physical_to_logical == problem.current).all()
+    report = exact.compare(problem, plan.physical_to_logical, "cp-sat", 20.0)
+    assert report.gap == pytest.approx(0.0, abs=1e-9)
+    assert report.proven_gap == pytest.approx(0.0, abs=1e-9)
+    forced = exact.compare(replace(problem, gamma=0.0), plan.physical_to_logical, "cp-sat", 20.0)
+    assert forced.gap > 0.0
 
 
 def test_unknown_solver_and_forecast_are_refused() -> None:
