@@ -38,15 +38,11 @@ class Steps:
         features: [steps, 4]: 1, fullest and other prefill tokens, most decodes.
         duration_us: of the slower engine.
         decodes: of both engines.
-        mean_prefill: mean over the engines, tokens.
-        fewest: decodes of the engine that has fewer.
     """
 
     features: np.ndarray
     duration_us: np.ndarray
     decodes: np.ndarray
-    mean_prefill: np.ndarray
-    fewest: np.ndarray
 
 
 def paired(one: np.ndarray, other: np.ndarray) -> Steps:
@@ -59,13 +55,7 @@ def paired(one: np.ndarray, other: np.ndarray) -> Steps:
     both = np.stack([one[kept], match[kept]])
     prefill, decodes = both[:, :, 2], both[:, :, 3]
     features = [np.ones(kept.sum()), prefill.max(0), prefill.min(0), decodes.max(0)]
-    return Steps(
-        np.stack(features, axis=1),
-        both[:, :, 1].max(0),
-        decodes.sum(0),
-        prefill.mean(0),
-        decodes.min(0),
-    )
+    return Steps(np.stack(features, axis=1), both[:, :, 1].max(0), decodes.sum(0))
 
 
 def read(run: Path, steps: Path) -> dict[str, list[Steps]]:
@@ -107,7 +97,7 @@ def table(turns: dict[str, list[Steps]]) -> Table:
         weights = np.concatenate([t.decodes for t in arm])
         features = np.concatenate([t.features for t in arm])
         measured = np.concatenate([t.duration_us for t in arm])
-        mean_prefill = np.concatenate([t.mean_prefill for t in arm])
+        mean_prefill = features[:, 1:3].mean(axis=1)
         aligned = features.copy()
         aligned[:, 1] = aligned[:, 2] = mean_prefill
         balanced = aligned.copy()

@@ -186,12 +186,10 @@ class Board:
         The mapping of a deleted file keeps working between processes that share it, so nothing
         is lost meanwhile; a process that opens the board later would see another one, though.
         """
-        try:
+        with contextlib.suppress(FileNotFoundError):
             info = os.stat(self.path)
             if (info.st_dev, info.st_ino) == self.mapping.inode:
                 return False
-        except FileNotFoundError:
-            pass
         old = self.mapping
         self.mapping = self._open()
         self.previous = old

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from gimbal.bench.endpoint import Endpoint
+
 READY_LIMIT_S = 300.0
 STOP_LIMIT_S = 60.0
 WORKER_NAME = re.compile(r"VLLM::Worker")
@@ -135,12 +137,8 @@ class CheckedServer:
 
     def _wait_ready(self, began: float) -> None:
         assert self._process is not None
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-                return
-            except OSError:
-                pass
+        endpoint = Endpoint(self.url, timeout_s=5.0)
+        while not endpoint.healthy():
             if self._process.poll() is not None:
                 raise RuntimeError(f"the server ended while starting:\n{self.log_end()}")
             if time.monotonic() - began > READY_LIMIT_S:
