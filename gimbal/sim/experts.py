@@ -184,10 +184,10 @@ class Experts:
     def close_comparison(self) -> None:
         """Writes what the last change has saved per step into its record."""
         if self._compared:
-            self.rebalances[self._changed] = replace(
-                self.rebalances[self._changed],
-                realized_gain_us_per_step=self._saved_us / self._compared,
-            )
+            gain_us, record = self._saved_us / self._compared, self.rebalances[self._changed]
+            self.rebalances[self._changed] = replace(record, realized_gain_us_per_step=gain_us)
+            if self.loop is not None:
+                self.loop.realized(record.predicted_gain_us_per_step, gain_us)
         self._tables_before, self._saved_us, self._compared = None, 0.0, 0
 
     def _recorded_counts(self) -> RoutingCounts:

@@ -80,6 +80,10 @@ class Loop:
         each = [pressure.sending_pressure_us(kind, self._off_source_us) for kind in leaving]
         return np.asarray(share @ np.stack(each))
 
+    def realized(self, predicted_us: float, realized_us: float) -> None:
+        """Gains per step, predicted and measured, of the last rearrangement."""
+        self._outlook.realized(predicted_us, realized_us)
+
     def plan_for(
         self, counts: RoutingCounts, window: FloatArray, affinity_us: FloatArray | None
     ) -> tuple[RoutingCounts, float]:
@@ -96,4 +100,4 @@ class Loop:
         preferred = sources.preferred_shares(affinity_us, np.ones(len(window)), window.sum(axis=0))
         likely = sources.expected_tokens(window, preferred, movable=0.5)
         held = sources.stable_windows(self._mixes[-9:])
-        return sources.rescaled(counts, window, likely), held
+        return sources.rescaled(counts, window, likely), self._outlook.earned(held)

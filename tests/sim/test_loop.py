@@ -111,6 +111,9 @@ def test_placement_hears_for_how_long_the_routing_has_held():
     hot = np.arange(1.0, EXPERTS + 1) * np.ones((2, LAYERS, 1))
     mix = np.array([[500.0, 500.0], [500.0, 500.0]])
     seen = [hot, hot, hot[:, :, ::-1].copy()]
+    unproven = [loop.plan_for(RoutingCounts(rows), mix, None)[1] for rows in seen]
+    assert unproven == [1, 1, 1]
+    loop.realized(100.0, 100.0)
     windows = [loop.plan_for(RoutingCounts(rows), mix, None)[1] for rows in seen]
     assert windows == pytest.approx([1, MOST_WINDOWS, 1])
 
@@ -120,6 +123,7 @@ def test_with_affinity_the_mix_of_domains_says_how_long():
     counts = RoutingCounts(np.ones((2, LAYERS, EXPERTS)))
     mix = np.array([[500.0, 500.0], [500.0, 500.0]])
     cost = np.array([[0.0, 1.0], [1.0, 0.0]])
+    loop.realized(100.0, 100.0)
     windows = [loop.plan_for(counts, mix, cost)[1] for _ in range(4)]
     windows.append(loop.plan_for(counts, mix * [[3.0, 0.1], [0.1, 3.0]], cost)[1])
     assert windows == [1, 2, 3, 4, 1]

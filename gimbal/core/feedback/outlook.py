@@ -2,7 +2,8 @@
 
 Dispatch decides which differences between sources come back: where it spreads all work over all
 engines they are chance, under affinity or sessions they stay. Neither is announced; both show in
-how much of one window's rows is still there in the next.
+how much of one window's rows is still there in the next. How far the planner's own gains can be
+believed shows in what its rearrangements have earned.
 """
 
 from __future__ import annotations
@@ -15,19 +16,46 @@ from gimbal.core.feedback.sources import persistence, shrunk
 MOST_WINDOWS = 8
 """Longer horizons are not trusted, however steady the mix."""
 
+MEMORY = 0.5
+"""Weight of a rearrangement's gain when the next one's is known."""
+
 
 class Outlook:
     """Learns from successive windows; the same windows give the same outlook on every rank.
 
     Attributes:
         kept: share of the differences between sources that lasts one window; 0 before the second.
-        windows: windows over which today's routing may be expected to earn, 1 to `MOST_WINDOWS`.
+        lasting: windows for which today's routing is still there, 1 to `MOST_WINDOWS`.
+        trust: realized over predicted gain of the rearrangements so far, 0 to 1; 0 before the
+            first one has been realized.
     """
 
     def __init__(self) -> None:
         self.kept = 0.0
-        self.windows = 1.0
+        self.lasting = 1.0
+        self.trust = 0.0
         self._before: FloatArray | None = None
+        self._predicted_us = self._realized_us = 0.0
+
+    @property
+    def windows(self) -> float:
+        """Windows over which a gain may be expected to be earned, 1 to `MOST_WINDOWS`."""
+        return self.earned(self.lasting)
+
+    def earned(self, windows: float) -> float:
+        """`windows` as far as gains predicted before came true, at least 1.
+
+        One is what is expected without feedback; a stall of a second must not be spent on an
+        unproven prediction of more.
+        """
+        return max(1.0, self.trust * windows)
+
+    def realized(self, predicted_us: float, realized_us: float) -> None:
+        """Takes the gains per step, predicted and measured, of one rearrangement."""
+        self._predicted_us = MEMORY * self._predicted_us + predicted_us
+        self._realized_us = MEMORY * self._realized_us + realized_us
+        if self._predicted_us > 0.0:
+            self.trust = float(np.clip(self._realized_us / self._predicted_us, 0.0, 1.0))
 
     def observe(self, counts: RoutingCounts, overlap: float = 0.0) -> RoutingCounts:
         """Takes one window; returns the rows to plan for.
@@ -40,11 +68,11 @@ class Outlook:
         rows, before = counts.counts, self._before
         self._before = rows
         if before is None or before.shape != rows.shape or overlap >= 1.0:
-            self.kept, self.windows = 0.0, 1.0
+            self.kept, self.lasting = 0.0, 1.0
         else:
             self.kept = _fresh(persistence(before, rows), overlap)
-            lasting = _fresh(_regression(_uneven(before), _uneven(rows)), overlap)
-            self.windows = lasting_windows(lasting)
+            left = _fresh(_regression(_uneven(before), _uneven(rows)), overlap)
+            self.lasting = lasting_windows(left)
         return shrunk(counts, self.kept)
 
 

@@ -73,6 +73,7 @@ class ModelView:
     shares: np.ndarray | None = None  # [sources, layers, slots] of `near_split`, for `shares_of`
     shares_of: IntArray | None = None
     before: IntArray | None = None  # the map that the last committed one replaced
+    promised_us: float = 0.0  # gain per step that it was replaced for
     committed: bool = False
     ready: bool = True  # False while the planner is compiled in another thread
 
@@ -321,6 +322,7 @@ class Controller:
             counts.routing, topology, view.before, current, counts.kinds
         )
         view.before = None
+        view.outlook.realized(view.promised_us, gain)
         self.ledger.amend(realized_gain_us_per_step=gain)
         if self.place.rank == 0 and self.ledger.last is not None:
             logger.info(
@@ -332,7 +334,8 @@ class Controller:
     def _record(self, index: int, decision: Decision, verdict: Verdict, current: IntArray) -> None:
         committed = verdict is Verdict.COMMIT
         if committed:
-            self.models[index].before = current
+            view = self.models[index]
+            view.before, view.promised_us = current, decision.gain_us_per_step
             self._modelled_us = decision.modelled_stall_us
         self.ledger.add(
             RebalanceRecord(

@@ -30,7 +30,7 @@ def test_what_comes_back_is_kept_and_earns_for_long():
     both = HOT * [[[1.0]], [[0.5]]]  # sources differ, and so do experts over both
     outlook, expected = observed(both, both)
     assert outlook.kept == pytest.approx(1.0)
-    assert outlook.windows == pytest.approx(MOST_WINDOWS)
+    assert outlook.lasting == pytest.approx(MOST_WINDOWS)
     np.testing.assert_allclose(expected, both)
 
 
@@ -49,8 +49,28 @@ def test_experts_that_cool_down_shorten_the_horizon():
     hot = np.array([[[900.0, 100, 100, 100]]])
     cooler = np.array([[[600.0, 200, 200, 200]]])  # half the deviation from an even spread
     outlook, _ = observed(hot, cooler)
-    assert outlook.windows == pytest.approx(lasting_windows(0.5))
+    assert outlook.lasting == pytest.approx(lasting_windows(0.5))
     assert lasting_windows(0.5) == pytest.approx(2.0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("gains", "windows"),
+    [
+        ([], 1.0),  # steady routing alone is no reason to believe a prediction
+        ([(100.0, 0.0)], 1.0),
+        ([(100.0, -50.0)], 1.0),
+        ([(100.0, 50.0)], MOST_WINDOWS / 2),
+        ([(100.0, 300.0)], MOST_WINDOWS),  # more than promised is not more than proven
+        ([(100.0, 100.0), (50.0, 0.0)], MOST_WINDOWS / 2),  # half of it is forgotten each time
+        ([(0.0, 0.0)], 1.0),
+    ],
+)
+def test_a_longer_horizon_has_to_be_earned(gains, windows):
+    both = HOT * [[[1.0]], [[0.5]]]
+    outlook, _ = observed(both, both)
+    for predicted_us, realized_us in gains:
+        outlook.realized(predicted_us, realized_us)
+    assert outlook.windows == pytest.approx(windows)
 
 
 def test_what_two_windows_share_says_nothing_about_the_next():
@@ -65,7 +85,7 @@ def test_what_two_windows_share_says_nothing_about_the_next():
 
 def test_a_model_of_another_shape_starts_anew():
     outlook, expected = observed(HOT, HOT, np.ones((1, 2, 8)))
-    assert (outlook.kept, outlook.windows) == (0.0, 1.0)
+    assert (outlook.kept, outlook.lasting) == (0.0, 1.0)
     assert expected.shape == (1, 2, 8)
 
 
