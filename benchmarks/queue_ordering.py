@@ -116,8 +116,8 @@ def step(engine: Engine, arm: Arm, now_s: float, others: int, number: int) -> fl
     if arm.in_batch and prefills and len(engine.heap):
         heads = engine.heap.first(min(16, SEATS - len(engine.jobs)))
         shares = share_prefill_budget(
-            [PrefillCandidate(running_key(j), j.left) for j in prefills],
-            [PrefillCandidate(e.key, e.request.uncached_tokens) for e in heads],
+            [PrefillCandidate(running_key(j), min(j.left, longest)) for j in prefills],
+            [PrefillCandidate(e.key, min(e.request.uncached_tokens, longest)) for e in heads],
             budget,
         )
     spent = 0

@@ -58,6 +58,11 @@ class QueueConfig:
     in_batch: bool = option(True, "share each step's prefill budget by the same order (gimbal)")
     pass_steps: int = option(32, "steps a request without KV blocks may be passed; 0 never")
     pass_s: float = option(1.0, "seconds a request without KV blocks may be passed")
+    interval_backlog_steps: float = option(
+        0.0,
+        "keep vLLM's --prefill-schedule-interval until this many full steps of prefill wait; "
+        "0: vLLM's rule, until anybody waits (gimbal)",
+    )
     protect_decodes: bool = option(False, "bound the prefill that rides along with decodes")
     tpot_factor: float = option(
         2.5, "how much longer than a decode-only step one with prefill may be (protect_decodes)"

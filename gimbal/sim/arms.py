@@ -16,6 +16,8 @@ class Arm:
         fresh_signals: the policy reads the board at the moment it decides; False gives it the
             coordinator's request counts of up to 100 ms ago, as vLLM's own path does.
         ordering: waiting-queue ordering by name.
+        interval_backlog_steps: as in the configuration's section `queue`; says something only on a
+            cluster with a ``prefill_schedule_interval``.
         placer: ``static`` for vLLM's initial placement throughout, ``gimbal`` for the planner
             behind its gain gate, or another placer by name, which always commits. MoE-Tuner's and
             Sem-MoE's dispatch and queue are vLLM's but for `affinity`.
@@ -36,6 +38,7 @@ class Arm:
     pressure: str = "sending"
     affinity: str = "none"
     oracle: bool = False
+    interval_backlog_steps: float = 0.0
 
 
 def _dispatch_only(policy: str) -> Arm:
@@ -55,6 +58,7 @@ ARMS = {
         Arm("sjf", ordering="sjf"),
         Arm("hrrn", ordering="hrrn"),
         Arm("gimbal-dp", "gimbal", True, "gimbal"),
+        Arm("gimbal-paced", "gimbal", True, "gimbal", interval_backlog_steps=4.0),
         Arm("gimbal-ep", placer="gimbal"),
         Arm("gimbal-no-feedback", "gimbal", True, "gimbal", "gimbal"),
         Arm("gimbal", "gimbal", True, "gimbal", "gimbal", True),

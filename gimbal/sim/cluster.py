@@ -24,7 +24,8 @@ class Cluster:
         ranks_per_node: EP ranks that share a node.
         slots_per_rank: physical experts per rank and layer; 0 means experts / ranks.
         kv_tokens: KV pool of one DP engine; 0 takes the profile's.
-        prefill_schedule_interval: new prefills are admitted every so many steps, on all engines.
+        prefill_schedule_interval: prefills run beside decodes every so many steps only, the same on
+            all engines, until a step leaves somebody waiting.
         long_prefill_token_threshold: largest chunk of one prompt per step; 0 is no limit.
         async_scheduling: step k+1 is scheduled while step k runs, so what arrives during k is
             first scheduled in k+2.

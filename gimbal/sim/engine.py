@@ -2,7 +2,8 @@
 
 Running requests first (every decode one token, then prefills in order of admission), then the
 waiting queue while token budget, seats and KV blocks last; chunked prefill; paged KV with
-preemption of the latest admitted request and recompute; prefix cache by block hashes.
+preemption of the latest admitted request and recompute; prefix cache by block hashes. With
+`in_batch` running prefills leave budget to newcomers, as under Gimbal's queue.
 """
 
 from __future__ import annotations
@@ -14,6 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gimbal.core.contracts import QueuedRequest, QueueOrdering, QueueState
+from gimbal.core.queue.budget import (
+    HOLD_STEPS,
+    NEWCOMERS,
+    running_candidate,
+    share_prefill_budget,
+    waiting_candidate,
+)
 from gimbal.core.queue.heap import Entry, WaitingHeap
 
 NEVER = -1
@@ -77,6 +85,9 @@ class Engine:
         prefix_caching: whether finished prompts stay matchable.
         chunk_limit: long_prefill_token_threshold; 0 is none.
         domains: number of routing domains tokens are counted by.
+        max_wait_s: limit of `WaitingHeap`.
+        in_batch: whether running prefills share the budget with newcomers in the ordering's order,
+            as Gimbal's queue does; vLLM serves them first.
     """
 
     def __init__(
@@ -91,10 +102,14 @@ class Engine:
         chunk_limit: int = 0,
         domains: int = 1,
         max_wait_s: float | None = None,
+        in_batch: bool = False,
     ) -> None:
         self.index, self.budget, self.seats = index, budget, seats
         self.block_tokens, self.blocks_total = block_tokens, blocks
         self.chunk_limit = chunk_limit
+        self.in_batch = in_batch
+        self.capacity_bound = False  # the last step that could prefill left somebody waiting
+        self._hold_until = 0
         self.prefix_caching = prefix_caching
         self.waiting: WaitingHeap[SimRequest] = WaitingHeap(ordering, max_wait_s)
         self.running: dict[int, SimRequest] = {}  # by request index, in order of admission
@@ -156,21 +171,29 @@ class Engine:
         tokens = min(hits * prefix_block_tokens, request.prompt_tokens - 1)
         return tokens // self.block_tokens * self.block_tokens
 
+    @property
+    def backlog_tokens(self) -> int:
+        """Prefill that waits or runs."""
+        return self.waiting.waiting_tokens + self.remaining_prefill_tokens
+
     # -- one step ----------------------------------------------------------------------------
 
     def schedule(self, now_s: float, admit: bool = True) -> StepBatch:
-        """Chooses this step's batch; `admit` False holds back prefills (prefill interval)."""
+        """Chooses this step's batch; `admit` False holds back prefills beside decodes."""
         batch = StepBatch()
+        admit = admit or self.decodes == 0
         self.domain_tokens[:] = self.domain_decodes
         self._grow_decodes()
         batch.decodes, batch.kv_tokens = self.decodes, self.kv_tokens
         budget = self.budget - self.decodes
+        caps = self._caps(budget, now_s) if admit else None
         if admit:
-            for request in list(self.prefilling):
+            for number, request in enumerate(list(self.prefilling)):
                 if budget <= 0:
                     break
                 if request.index in self.running:  # not preempted by an earlier one
-                    budget -= self._prefill(request, budget, batch)
+                    most = budget if caps is None else min(budget, caps[number])
+                    budget -= self._prefill(request, most, batch) if most else 0
             if self.waiting.is_dynamic:
                 self.waiting.refresh(self._queue_state(now_s))
             while budget > 0 and len(self.running) < self.seats and len(self.waiting):
@@ -181,8 +204,39 @@ class Engine:
                 self.waiting.take(entry)
                 self._admit(request)
                 budget -= self._prefill(request, budget, batch)
+        if admit:
+            self.capacity_bound = len(self.waiting) > 0
+        if caps is not None and budget > 0 and len(self.waiting):
+            self._hold_until = self.step + HOLD_STEPS
         self.step += 1
         return batch
+
+    def _caps(self, budget: int, now_s: float) -> list[int] | None:
+        """Most tokens of each running prefill where newcomers claim some; None: no limits.
+
+        As `step_plan.StepPlanner.caps` on a server.
+        """
+        if not (self.in_batch and self.prefilling and len(self.waiting)):
+            return None
+        seats = self.seats - len(self.running)
+        if seats <= 0 or self.step < self._hold_until:
+            return None
+        longest = self.chunk_limit or budget
+        free, newcomers = self.blocks_total - self.used_blocks, []
+        for entry in self.waiting.first(min(seats, NEWCOMERS)):
+            free -= self._blocks_for(entry.item.target)
+            if free < 0:
+                break
+            newcomers.append(waiting_candidate(entry, longest, strict=False))
+        if not newcomers:
+            return None
+        running = [
+            running_candidate(
+                r.entry, self.waiting, now_s, r.target - r.computed, longest, strict=False
+            )
+            for r in self.prefilling
+        ]
+        return share_prefill_budget(running, newcomers, budget)
 
     def _chunk(self, request: SimRequest, budget: int) -> int:
         chunk = min(request.target - request.computed, budget)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gimbal.core.compiled import compile_kernels
-from gimbal.core.config import DispatchConfig
+from gimbal.core.config import DispatchConfig, QueueConfig
 from gimbal.core.contracts import DispatchPolicy, DispatchRequest, Field, FloatArray
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import pack
@@ -174,9 +174,8 @@ class Simulation:
 
     def _step(self, start_us: float) -> float:
         """Runs one lock-step step of all engines; returns the time of its end."""
-        interval = self.cluster.prefill_schedule_interval
-        admit = interval <= 1 or len(self._step_us) % interval == 0
-        batches = [engine.schedule(start_us / 1e6, admit) for engine in self.engines]
+        admit = self._admit()
+        batches = [e.schedule(start_us / 1e6, a) for e, a in zip(self.engines, admit, strict=True)]
         if self.cluster.async_scheduling:
             # Step k+1 is scheduled as soon as k runs: what came during k waits for k+2.
             self._deliver(start_us)
@@ -196,6 +195,20 @@ class Simulation:
         self._step_us.append(duration_us)
         self._step_decodes.append(sum(batch.decodes for batch in batches))
         return end_us
+
+    def _admit(self) -> list[bool]:
+        """Per engine, whether this step may prefill beside decodes, by vLLM's interval.
+
+        vLLM lifts it on an engine that left somebody waiting, Gimbal's queue on all of them once
+        the fullest has so many full steps of prefill (`interval_backlog_steps`).
+        """
+        interval = self.cluster.prefill_schedule_interval
+        if interval <= 1 or len(self._step_us) % interval == 0:
+            return [True] * len(self.engines)
+        if self.arm.interval_backlog_steps <= 0.0:
+            return [engine.capacity_bound for engine in self.engines]
+        limit = self.arm.interval_backlog_steps * self.cluster.max_num_batched_tokens
+        return [max(engine.backlog_tokens for engine in self.engines) > limit] * len(self.engines)
 
     def _release(self, now_us: float) -> None:
         """In a closed loop the end of one request sends the next."""
@@ -333,6 +346,7 @@ def _check_lengths(
 
 
 def _engine(index: int, cluster: Cluster, arm: Arm, kv_tokens: int, domains: int) -> Engine:
+    level = QueueConfig() if arm.ordering == "gimbal" else None
     return Engine(
         index,
         cluster.max_num_batched_tokens,
@@ -343,4 +357,6 @@ def _engine(index: int, cluster: Cluster, arm: Arm, kv_tokens: int, domains: int
         cluster.enable_prefix_caching,
         cluster.long_prefill_token_threshold,
         domains,
+        (level.max_wait_s or None) if level else None,
+        level.in_batch if level else False,
     )

@@ -83,8 +83,11 @@ class QueueLevel:
         ordering, config, queue = self._build(name), self.config, self.queue
         if config.patience_steps <= 0.0:
             raise InputError(f"queue: patience_steps must be above 0, got {config.patience_steps}")
+        if config.interval_backlog_steps < 0.0:
+            steps = config.interval_backlog_steps
+            raise InputError(f"queue: interval_backlog_steps must not be negative, got {steps}")
         self.planner.config = config
-        ours = isinstance(ordering, GimbalOrdering)
+        self.own_ordering = ours = isinstance(ordering, GimbalOrdering)
         queue.bound_s = ordering.bound_s if isinstance(ordering, GimbalOrdering) else None
         queue.use_ordering(ordering, (config.max_wait_s or None) if ours else None)
         # Blocks are counted for one kind of layer only: hybrid models keep vLLM's rule.
@@ -92,8 +95,6 @@ class QueueLevel:
         passing = ours and plain and config.pass_steps > 0 and queue.fallback is None
         queue.gate = BlockedHeadGate(config.pass_steps, config.pass_s) if passing else None
         self.ordering = name
-        self.in_batch = ours and config.in_batch
-        self.protect = ours and config.protect_decodes
 
     def _follow(self) -> None:
         """Takes up a new control message of the board: ``levels``, ``ordering``, ``queue``."""
@@ -132,13 +133,13 @@ class QueueLevel:
             self.publish()
         self._steps += 1
         budget = int(self.scheduler.max_num_scheduled_tokens)
-        if self.queue.fallback is not None:
+        if self.queue.fallback is not None or not self.own_ordering:
             return budget, {}
-        if self.protect:
+        if throttled and self.planner.deferred():
+            return budget, {}
+        if self.config.protect_decodes:
             budget = self.planner.protected_budget(budget)
-        if self.in_batch and not throttled:
-            return budget, self.planner.caps(budget)
-        return budget, {}
+        return budget, self.planner.caps(budget) if self.config.in_batch else {}
 
     def publish(self) -> None:
         """Puts the level's counters into the engine's next snapshot."""

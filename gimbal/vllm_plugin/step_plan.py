@@ -11,22 +11,19 @@ from vllm.v1.request import RequestStatus
 from gimbal.core.config import QueueConfig
 from gimbal.core.contracts import Field
 from gimbal.core.queue.budget import (
+    HOLD_STEPS,
+    NEWCOMERS,
     PrefillCandidate,
     StepCost,
     protected_prefill_tokens,
+    running_candidate,
     share_prefill_budget,
+    waiting_candidate,
 )
-from gimbal.core.queue.heap import FRONT, Entry
 from gimbal.vllm_plugin.board_slots import BoardReader
 from gimbal.vllm_plugin.engine_facts import EngineFacts
 from gimbal.vllm_plugin.waiting_queue import PLACE, GimbalRequestQueue
 
-NEWCOMERS = 16
-"""Waiting requests that may claim a running prefill's budget in one step."""
-HOLD_STEPS = 8
-"""Steps without yielding after one in which vLLM did not admit whom a prefill yielded to."""
-_CLASS_TOKENS = 1e12
-"""Key distance between priority classes, and between them and who must not wait any longer."""
 _PLAIN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
@@ -58,6 +55,7 @@ class StepPlanner:
         self.yields = 0
         self._steps = 0
         self._hold_until = 0
+        self._claimed = False  # in this step a newcomer claims what a running prefill could use
         # Where a chunk's end matters to the model, or whether a request can start is not
         # vLLM's alone to say, chunks stay vLLM's.
         self.can_share = not (
@@ -68,25 +66,31 @@ class StepPlanner:
         )
 
     def caps(self, budget_tokens: int) -> dict[str, int]:
-        """Request id -> most prefill tokens in this step, for running prefills that yield.
+        """Request id -> most prefill tokens in this step, for running prefills.
+
+        They leave what newcomers with smaller keys claim, and one token for every decode: vLLM
+        serves its running list in order, and whoever was admitted past a long prefill stands
+        behind it there, so that its decode would wait until that prefill is done.
 
         Args:
             budget_tokens: all tokens of the step.
         """
         scheduler = self.scheduler
         self._steps += 1
-        if not self.can_share or not scheduler._inflight_prefills or not len(self.queue):
+        self._claimed = False
+        if not self.can_share or not scheduler._inflight_prefills:
             return {}
-        if self._steps < self._hold_until or scheduler._pause_state != PauseState.UNPAUSED:
-            return {}
-        newcomers = self._newcomers()
-        if not newcomers:
+        running = [r for r in scheduler.running if r.is_prefill_chunk and not r.has_encoder_inputs]
+        decoding = len(scheduler.running) - len(running)
+        longest = self._longest_chunk(budget_tokens)
+        newcomers = self._newcomers(longest) if self._may_yield() else []
+        if not newcomers and not decoding:
             return {}
         now_s = self.queue.clock()
-        running = [r for r in scheduler.running if r.is_prefill_chunk and not r.has_encoder_inputs]
-        candidates = [self._running(r, now_s) for r in running]
-        left = budget_tokens - self._decode_tokens(len(scheduler.running) - len(running))
+        candidates = [self._running(r, now_s, longest) for r in running]
+        left = budget_tokens - self._decode_tokens(decoding)
         shares = share_prefill_budget(candidates, newcomers, left)
+        self._claimed = bool(newcomers) and shares != share_prefill_budget(candidates, [], left)
         return {
             request.request_id: share
             for request, candidate, share in zip(running, candidates, shares, strict=True)
@@ -95,9 +99,30 @@ class StepPlanner:
 
     def yielded(self, scheduled_tokens: int, budget_tokens: int) -> None:
         """After a step with caps: when vLLM left tokens unused, nothing is yielded for a while."""
+        if not self._claimed:
+            return
         self.yields += 1
         if scheduled_tokens < budget_tokens and len(self.queue):
             self._hold_until = self._steps + HOLD_STEPS
+
+    def deferred(self) -> bool:
+        """Whether vLLM schedules no prefill in a step that its interval holds back.
+
+        Under ``interval_backlog_steps`` it is first told when to lift the interval: by the fullest
+        engine, for all of them at once.
+        """
+        scheduler, most_steps = self.scheduler, self.config.interval_backlog_steps
+        if most_steps > 0.0:
+            limit = most_steps * scheduler.max_num_scheduled_tokens
+            scheduler.prefill_capacity_bound = self._backlog_tokens() > limit
+        decoding = len(scheduler.running) - len(scheduler._inflight_prefills)
+        return decoding > 0 and not scheduler.prefill_capacity_bound
+
+    def _may_yield(self) -> bool:
+        """Whether somebody waits who could claim budget."""
+        if not len(self.queue) or self._steps < self._hold_until:
+            return False
+        return bool(self.scheduler._pause_state == PauseState.UNPAUSED)
 
     def protected_budget(self, budget_tokens: int) -> int:
         """Tokens of this step under decode protection; at most `budget_tokens`."""
@@ -123,7 +148,9 @@ class StepPlanner:
     def _backlog_tokens(self) -> int:
         """Prefill that waits or runs, on the engine of the group that has most."""
         facts = self.facts
-        own = facts.field(Field.WAITING_PREFILL_TOKENS) + facts.running_prefill_tokens()
+        # The snapshot is of the step before; it counts who waits in vLLM's second queue as well.
+        waiting = max(facts.field(Field.WAITING_PREFILL_TOKENS), self.queue.heap.waiting_tokens)
+        own = waiting + facts.running_prefill_tokens()
         if self.group is None:
             return int(own)
         rows = self.group.read()
@@ -131,7 +158,18 @@ class StepPlanner:
         backlog[self.rank] = own
         return int(backlog.max())
 
-    def _newcomers(self) -> list[PrefillCandidate]:
+    def _longest_chunk(self, budget_tokens: int) -> int:
+        """The most tokens of one prompt that vLLM schedules in a step in which others wait."""
+        scheduler = self.scheduler
+        threshold = int(scheduler.scheduler_config.long_prefill_token_threshold)
+        if threshold <= 0:
+            return budget_tokens
+        if getattr(scheduler, "adaptive_long_prefill_threshold", False):
+            requests = len(scheduler.running) + len(self.queue)
+            threshold = max(threshold, budget_tokens // max(1, requests))
+        return min(threshold, budget_tokens)
+
+    def _newcomers(self, longest_tokens: int) -> list[PrefillCandidate]:
         """Waiting requests, in order, for whom there is a seat and KV space in this step."""
         scheduler = self.scheduler
         seats = scheduler.max_num_active_reqs - scheduler.num_waiting_for_streaming_input
@@ -147,31 +185,16 @@ class StepPlanner:
             free -= self.facts.blocks_needed(request, free)
             if free < 0:
                 break
-            tokens = entry.request.uncached_tokens
-            found.append(PrefillCandidate(self._key(entry, 0), max(1, tokens)))
+            found.append(waiting_candidate(entry, longest_tokens, self._strict()))
         return found
 
-    def _running(self, request: Any, now_s: float) -> PrefillCandidate:
+    def _running(self, request: Any, now_s: float, longest_tokens: int) -> PrefillCandidate:
         left = request.num_tokens - request.num_computed_tokens
-        entry: Entry[Any] | None = getattr(request, PLACE, None)
-        # A key of an ordering that is no longer in force says nothing: that prefill never yields.
-        stale = entry is None or entry.epoch != self.queue.heap.epoch
-        if entry is None or stale or self._waited_too_long(entry, now_s):
-            return PrefillCandidate(-_CLASS_TOKENS * _CLASS_TOKENS, left)
-        return PrefillCandidate(
-            self._key(entry, max(0, entry.request.uncached_tokens - left)), left
-        )
+        entry = getattr(request, PLACE, None)
+        heap, strict = self.queue.heap, self._strict()
+        return running_candidate(entry, heap, now_s, left, longest_tokens, strict)
 
-    def _waited_too_long(self, entry: Entry[Any], now_s: float) -> bool:
-        limit_s = self.queue.heap.max_wait_s
-        return limit_s is not None and now_s - entry.queued_s > limit_s
-
-    def _key(self, entry: Entry[Any], done_tokens: int) -> float:
-        """The queue's order as one number: class, preempted ones first, key less what is done."""
-        key = entry.key - done_tokens
-        if entry.lane == FRONT:
-            key -= _CLASS_TOKENS / 2
-        strict = self.scheduler.policy == SchedulingPolicy.PRIORITY
-        if strict and not self.queue.heap.priority_tokens:
-            key += entry.request.priority * _CLASS_TOKENS
-        return key
+    def _strict(self) -> bool:
+        """Whether a priority class always goes before the next."""
+        by_priority = self.scheduler.policy == SchedulingPolicy.PRIORITY
+        return by_priority and not self.queue.heap.priority_tokens

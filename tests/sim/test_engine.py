@@ -11,8 +11,8 @@ from gimbal.sim.engine import NEVER, Engine, SimRequest
 BLOCK = 4
 
 
-def make_engine(blocks=40, budget=16, seats=8, **kwargs):
-    return Engine(0, budget, seats, blocks, BLOCK, ORDERINGS.build("fcfs"), **kwargs)
+def make_engine(blocks=40, budget=16, seats=8, ordering="fcfs", **kwargs):
+    return Engine(0, budget, seats, blocks, BLOCK, ORDERINGS.build(ordering), **kwargs)
 
 
 def context(engine, request):
@@ -36,10 +36,11 @@ requests = st.lists(
 )
 
 
-@given(requests, st.integers(24, 60), st.integers(4, 32), st.integers(1, 8))
+@given(requests, st.integers(24, 60), st.integers(4, 32), st.integers(1, 8), st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_counters_match_a_recount_and_every_request_ends(specs, blocks, budget, seats):
-    engine = make_engine(blocks, max(budget, seats + 1), seats)
+def test_counters_match_a_recount_and_every_request_ends(specs, blocks, budget, seats, in_batch):
+    ours = {"ordering": "gimbal", "in_batch": True, "max_wait_s": 20.0} if in_batch else {}
+    engine = make_engine(blocks, max(budget, seats + 1), seats, **ours)
     pending = sorted(
         (SimRequest(i, f"r{i}", 0.0, p, o) for i, (p, o, _) in enumerate(specs)),
         key=lambda r: specs[r.index][2],
@@ -78,6 +79,28 @@ def test_a_long_prompt_is_chunked_by_the_budget():
     assert request.first_token_us == 3.0
 
 
+@pytest.mark.parametrize(
+    ("in_batch", "chunk_limit", "expected"),
+    [
+        (True, 0, {"long": 11, "short": 5}),
+        (False, 0, {"long": 16, "short": 0}),
+        (True, 6, {"long": 6, "short": 5}),  # nobody claims more than its longest chunk
+    ],
+)
+def test_a_running_prefill_leaves_budget_to_a_shorter_newcomer(in_batch, chunk_limit, expected):
+    engine = make_engine(100, ordering="gimbal", in_batch=in_batch, chunk_limit=chunk_limit)
+    prompts = {
+        "long": SimRequest(0, "long", 0.0, 60, 2),
+        "short": SimRequest(1, "short", 0.0, 5, 2),
+    }
+    engine.add(prompts["long"], 0.0, 0)
+    engine.finish_step(engine.schedule(0.0), 0.0)
+    engine.add(prompts["short"], 0.5, 0)
+    before = {name: request.computed for name, request in prompts.items()}
+    engine.schedule(1.0)
+    assert {n: r.computed - before[n] for n, r in prompts.items()} == expected
+
+
 def test_running_out_of_blocks_preempts_the_latest_and_recomputes():
     engine = make_engine(blocks=6, budget=32)
     for index in range(2):
@@ -105,6 +128,15 @@ def test_held_back_prefills_wait_while_decodes_go_on():
     engine.add(SimRequest(1, "b", 0.0, 4, 5), 0.0, 0)
     batch = engine.schedule(1.0, admit=False)
     assert (batch.decodes, batch.prefill_tokens) == (1, 0)
+    assert not engine.capacity_bound  # nobody could have been admitted
+
+
+def test_prefills_are_not_held_back_where_nothing_decodes():
+    engine = make_engine()
+    engine.add(SimRequest(0, "a", 0.0, 40, 5), 0.0, 0)
+    engine.add(SimRequest(1, "b", 0.0, 40, 5), 0.0, 0)
+    assert engine.schedule(0.0, admit=False).prefill_tokens == engine.budget
+    assert engine.capacity_bound
 
 
 @pytest.mark.parametrize("domain", [0, 1])

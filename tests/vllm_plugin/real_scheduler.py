@@ -35,10 +35,11 @@ def build(
     active_seats: int | None = None,
     policy: str = "fcfs",
     prefix_caching: bool = False,
+    **scheduling: Any,
 ) -> Any:
     """vLLM's AsyncScheduler, with Gimbal in front when `gimbal` (its configuration) is given.
 
-    Blocks hold 16 tokens.
+    Blocks hold 16 tokens. `scheduling` are more fields of vLLM's SchedulerConfig.
     """
     import torch
     from vllm.config import (
@@ -65,6 +66,7 @@ def build(
         is_encoder_decoder=False,
         async_scheduling=True,
         policy=policy,
+        **scheduling,
     )
     vllm_config = VllmConfig(
         model_config=ModelConfig(

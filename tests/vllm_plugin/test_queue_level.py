@@ -76,8 +76,33 @@ def test_a_short_newcomer_takes_budget_from_a_running_long_prefill(build):
     assert plain[2] == {"long": 512}
 
 
+@pytest.mark.parametrize("protect", [False, True])
+def test_who_was_admitted_past_a_long_prefill_goes_on_decoding(build, protect):
+    """vLLM serves its running list in order: the long prefill stands before the newcomer there."""
+    scheduler = build({"queue": {"protect_decodes": protect}})
+    requests = [(0, real.request("long", 4000, 4)), (2, real.request("short", 200, 20))]
+    counts = run(scheduler, requests)
+    first = next(i for i, step in enumerate(counts) if "short" in step)
+    done = next(i for i, step in enumerate(counts) if step["long"] == 1)
+    assert done - first > 4
+    assert [step["short"] for step in counts[first + 1 : done]] == [1] * (done - first - 1)
+    assert max(sum(step.values()) for step in counts) == 512
+    assert scheduler.gimbal_queue.planner.yields == 1  # leaving a decode its token is no yielding
+
+
 def requests_again(requests):
     return [(step, real.request(r.request_id, r.num_prompt_tokens)) for step, r in requests]
+
+
+@pytest.mark.parametrize(("adaptive", "chunk"), [(False, 128), (True, 512 // 3)])
+def test_shares_go_by_the_longest_chunk_that_vllm_schedules(build, adaptive, chunk):
+    scheduler = build(
+        {}, long_prefill_token_threshold=128, long_prefill_token_threshold_adaptive=adaptive
+    )
+    prompts = [(0, real.request("a", 3000)), (0, real.request("b", 2000))]
+    counts = run(scheduler, [*prompts, (2, real.request("c", 1000))])
+    # Nobody claims what its chunk could not take: the step has room for all three.
+    assert counts[2] == {"a": chunk, "b": chunk, "c": chunk}
 
 
 def test_waiting_order_is_that_of_the_ordering(build):
@@ -238,6 +263,31 @@ def test_decode_protection_goes_by_the_fullest_engine_of_the_group(build):
     assert run(scheduler, requests)[2] == {"decodes": 1, "long": 200}
 
 
+@pytest.mark.parametrize(
+    ("most_steps", "expected"), [(0.0, [300, 0]), (4.0, [0, 0]), (0.5, [300, 0])]
+)
+def test_the_prefill_interval_is_kept_up_to_a_backlog(build, most_steps, expected):
+    scheduler = build({"queue": {"interval_backlog_steps": most_steps}}, seats=2)
+    scheduler.add_request(real.request("decoding", 16, 50))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.add_request(real.request("a", 300, 50))
+    scheduler.add_request(real.request("b", 300, 50))
+    prefilled = []
+    scheduler.prefill_capacity_bound = True  # the last prefill step left somebody waiting
+    for throttled in (True, True):
+        output = scheduler.schedule(throttled)
+        prefilled.append(sum(n for n in output.num_scheduled_tokens.values() if n > 1))
+        real.finish_step(scheduler, output)
+    assert prefilled == expected
+
+
+def test_a_negative_backlog_is_refused(build):
+    from gimbal.core.errors import InputError
+
+    with pytest.raises(InputError, match="interval_backlog_steps must not be negative"):
+        build({"queue": {"interval_backlog_steps": -1.0}})
+
+
 def test_no_patience_at_all_is_refused(build):
     from gimbal.core.errors import InputError
 
@@ -286,7 +336,7 @@ def test_control_message_switches_ordering_and_level(build):
         board.write_control(control)
         scheduler.schedule()
         assert level.ordering == expected
-    assert level.in_batch
+    assert level.own_ordering
 
 
 def test_control_message_changes_the_queue_section_and_takes_it_back(build):
@@ -295,7 +345,7 @@ def test_control_message_changes_the_queue_section_and_takes_it_back(build):
     board.write_control({"queue": {"overtake_factor": 3.0, "protect_decodes": True}})
     scheduler.schedule()
     assert level.queue.heap.ordering.overtake_factor == 3.0
-    assert level.protect
+    assert level.config.protect_decodes
     assert level.planner.config.protect_decodes
     board.write_control({"queue": {"overtake_factor": 0.5}})  # refused: the last one stays
     scheduler.schedule()
@@ -303,7 +353,7 @@ def test_control_message_changes_the_queue_section_and_takes_it_back(build):
     board.write_control({})
     scheduler.schedule()
     assert level.queue.heap.ordering.overtake_factor == level.configured.overtake_factor
-    assert not level.protect
+    assert not level.config.protect_decodes
 
 
 def test_an_unknown_ordering_is_refused_at_start(build):

@@ -11,14 +11,79 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from gimbal.core.queue.heap import FRONT, Entry, WaitingHeap
+
+NEWCOMERS = 16
+"""Waiting requests that may claim a running prefill's budget in one step."""
+HOLD_STEPS = 8
+"""Steps without yielding after one that was not filled, because whom a prefill yielded to was not
+admitted: it is never paused for nobody for long."""
+_CLASS_TOKENS = 1e12
+"""Key distance between priority classes, and between them and who must not wait any longer."""
+_FIRST = -_CLASS_TOKENS * _CLASS_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillCandidate:
-    """A prompt that could use budget now: its key in the ordering, and the tokens it lacks."""
+    """A prompt that could use budget now: its key in the ordering, and the most tokens of it that
+    one step may take."""
 
     key: float
     tokens: int
+
+
+def waiting_candidate(entry: Entry[Any], chunk_tokens: int, strict: bool) -> PrefillCandidate:
+    """The claim of a request that could be admitted in this step.
+
+    Args:
+        entry: its place in the queue.
+        chunk_tokens: the longest chunk of one prompt in a step.
+        strict: whether a priority class always goes before the next (see `WaitingHeap`).
+    """
+    uncached = entry.request.uncached_tokens
+    return PrefillCandidate(_key(entry, strict), max(1, min(uncached, chunk_tokens)))
+
+
+def running_candidate(
+    entry: Entry[Any] | None,
+    heap: WaitingHeap[Any],
+    now_s: float,
+    left_tokens: int,
+    chunk_tokens: int,
+    strict: bool,
+) -> PrefillCandidate:
+    """The claim of a running prefill: its key less what has been computed.
+
+    It goes before all others when it waited past the heap's limit, and when its key is of an
+    ordering no longer in force and so says nothing.
+
+    Args:
+        entry: the place it had in the queue; None when it never had one.
+        heap: the queue; now_s: its clock.
+        left_tokens: prompt tokens it lacks.
+        chunk_tokens, strict: see `waiting_candidate`.
+    """
+    chunk = min(left_tokens, chunk_tokens)
+    if entry is None or entry.epoch != heap.epoch or _waited_too_long(entry, heap, now_s):
+        return PrefillCandidate(_FIRST, chunk)
+    computed = max(0, entry.request.uncached_tokens - left_tokens)
+    return PrefillCandidate(_key(entry, strict) - computed, chunk)
+
+
+def _waited_too_long(entry: Entry[Any], heap: WaitingHeap[Any], now_s: float) -> bool:
+    return heap.max_wait_s is not None and now_s - entry.queued_s > heap.max_wait_s
+
+
+def _key(entry: Entry[Any], strict: bool) -> float:
+    """The queue's order as one number: class, preempted ones first, key."""
+    key = entry.key
+    if entry.lane == FRONT:
+        key -= _CLASS_TOKENS / 2
+    if strict:
+        key += entry.request.priority * _CLASS_TOKENS
+    return key
 
 
 def share_prefill_budget(
