@@ -88,7 +88,8 @@ class StepPlanner:
             return {}
         now_s = self.queue.clock()
         candidates = [self._running(r, now_s, longest) for r in running]
-        left = budget_tokens - self._decode_tokens(decoding)
+        # However many decode, the first of the prefills moves on by a block.
+        left = max(budget_tokens - self._decode_tokens(decoding), scheduler.block_size)
         shares = share_prefill_budget(candidates, newcomers, left)
         self._claimed = bool(newcomers) and shares != share_prefill_budget(candidates, [], left)
         return {

@@ -90,6 +90,16 @@ def test_who_was_admitted_past_a_long_prefill_goes_on_decoding(build, protect):
     assert scheduler.gimbal_queue.planner.yields == 1  # leaving a decode its token is no yielding
 
 
+def test_a_long_prefill_moves_on_however_many_decode(build):
+    scheduler = build({}, budget=64)
+    scheduler.add_request(real.request("decoding", 8, 50))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.add_request(real.request("long", 400, 4))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.gimbal_queue.planner._decode_tokens = lambda _count: 64
+    assert scheduler.schedule().num_scheduled_tokens == {"decoding": 1, "long": 16}
+
+
 def requests_again(requests):
     return [(step, real.request(r.request_id, r.num_prompt_tokens)) for step, r in requests]
 
