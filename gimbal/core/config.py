@@ -60,8 +60,8 @@ class QueueConfig:
     pass_s: float = option(1.0, "seconds a request without KV blocks may be passed")
     interval_backlog_steps: float = option(
         0.0,
-        "keep vLLM's --prefill-schedule-interval until this many full steps of prefill wait; "
-        "0: vLLM's rule, until anybody waits (gimbal)",
+        "keep vLLM's --prefill-schedule-interval until an engine has this many full steps of "
+        "prefill to do; 0: vLLM's rule, until anybody waits (gimbal)",
     )
     protect_decodes: bool = option(False, "bound the prefill that rides along with decodes")
     tpot_factor: float = option(

@@ -58,7 +58,7 @@ ARMS = {
         Arm("sjf", ordering="sjf"),
         Arm("hrrn", ordering="hrrn"),
         Arm("gimbal-dp", "gimbal", True, "gimbal"),
-        Arm("gimbal-paced", "gimbal", True, "gimbal", interval_backlog_steps=4.0),
+        Arm("gimbal-paced", "gimbal", True, "gimbal", interval_backlog_steps=8.0),
         Arm("gimbal-ep", placer="gimbal"),
         Arm("gimbal-no-feedback", "gimbal", True, "gimbal", "gimbal"),
         Arm("gimbal", "gimbal", True, "gimbal", "gimbal", True),

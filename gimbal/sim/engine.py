@@ -110,6 +110,7 @@ class Engine:
         self.in_batch = in_batch
         self.capacity_bound = False  # the last step that could prefill left somebody waiting
         self._hold_until = 0
+        self._claimed = False  # in this step a newcomer claims what a running prefill could use
         self.prefix_caching = prefix_caching
         self.waiting: WaitingHeap[SimRequest] = WaitingHeap(ordering, max_wait_s)
         self.running: dict[int, SimRequest] = {}  # by request index, in order of admission
@@ -186,8 +187,8 @@ class Engine:
         self._grow_decodes()
         batch.decodes, batch.kv_tokens = self.decodes, self.kv_tokens
         budget = self.budget - self.decodes
-        caps = self._caps(budget, now_s) if admit else None
         if admit:
+            caps = self._caps(budget, now_s)
             for number, request in enumerate(list(self.prefilling)):
                 if budget <= 0:
                     break
@@ -204,10 +205,9 @@ class Engine:
                 self.waiting.take(entry)
                 self._admit(request)
                 budget -= self._prefill(request, budget, batch)
-        if admit:
             self.capacity_bound = len(self.waiting) > 0
-        if caps is not None and budget > 0 and len(self.waiting):
-            self._hold_until = self.step + HOLD_STEPS
+            if self._claimed and budget > 0 and len(self.waiting):
+                self._hold_until = self.step + HOLD_STEPS
         self.step += 1
         return batch
 
@@ -216,6 +216,7 @@ class Engine:
 
         As `step_plan.StepPlanner.caps` on a server.
         """
+        self._claimed = False
         if not (self.in_batch and self.prefilling and len(self.waiting)):
             return None
         seats = self.seats - len(self.running)
@@ -236,7 +237,9 @@ class Engine:
             )
             for r in self.prefilling
         ]
-        return share_prefill_budget(running, newcomers, budget)
+        shares = share_prefill_budget(running, newcomers, budget)
+        self._claimed = shares != share_prefill_budget(running, [], budget)
+        return shares
 
     def _chunk(self, request: SimRequest, budget: int) -> int:
         chunk = min(request.target - request.computed, budget)

@@ -81,7 +81,7 @@ class Loop:
         return np.asarray(share @ np.stack(each))
 
     def realized(self, predicted_us: float, realized_us: float) -> None:
-        """Gains per step, predicted and measured, of the last rearrangement."""
+        """Gains per step of the last rearrangement: as predicted, and as measured."""
         self._outlook.realized(predicted_us, realized_us)
 
     def plan_for(

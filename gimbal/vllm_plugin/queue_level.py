@@ -1,9 +1,10 @@
 """Level `queue` in one engine: the waiting queue, the step's prefill budget, the run-time switch.
 
 `GimbalQueueMixin` sits in front of the scheduler class. Per step it sets, through levers vLLM
-has, what core decided: ``max_num_scheduled_tokens`` (decode protection) and, for a running prefill
-that yields to shorter newcomers, its chunk (``_reserve_prefill_lookahead``, which vLLM asks about
-every chunk it is about to schedule). vLLM's ``schedule()`` itself is untouched.
+has, what core decided: ``max_num_scheduled_tokens`` (decode protection); for a running prefill
+that yields to shorter newcomers and to decodes its chunk (``_reserve_prefill_lookahead``, which
+vLLM asks about every chunk it is about to schedule); and ``prefill_capacity_bound``, which lifts
+vLLM's prefill interval. vLLM's ``schedule()`` itself is untouched.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ class QueueLevel:
             priority_tokens=self.config.priority_tokens,
         )
         parallel = scheduler.vllm_config.parallel_config
-        engines, rank = parallel.data_parallel_size, parallel.data_parallel_index
+        engines = parallel.data_parallel_size
         reader = None
         if self.board is not None and engines > 1:
             reader = BoardReader(self.board, engines)
-        self.planner = StepPlanner(scheduler, self.config, self.queue, self.facts, reader, rank)
+        self.planner = StepPlanner(scheduler, self.config, self.queue, self.facts, reader)
         self._use(self.ordering)
 
     def _build(self, name: str) -> QueueOrdering:
@@ -135,7 +136,7 @@ class QueueLevel:
         budget = int(self.scheduler.max_num_scheduled_tokens)
         if self.queue.fallback is not None or not self.own_ordering:
             return budget, {}
-        if throttled and self.planner.deferred():
+        if (throttled or self.planner.held_back()) and self.planner.deferred():
             return budget, {}
         if self.config.protect_decodes:
             budget = self.planner.protected_budget(budget)

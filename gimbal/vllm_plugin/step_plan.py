@@ -24,6 +24,8 @@ from gimbal.vllm_plugin.board_slots import BoardReader
 from gimbal.vllm_plugin.engine_facts import EngineFacts
 from gimbal.vllm_plugin.waiting_queue import PLACE, GimbalRequestQueue
 
+LEAST_TOKENS = 16
+"""What the first running prefill gets of a step that decodes fill."""
 _PLAIN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
@@ -31,10 +33,9 @@ class StepPlanner:
     """Decides caps for running prefills and the token budget, step by step.
 
     Args:
-        scheduler: vLLM's scheduler; only read.
+        scheduler: vLLM's scheduler; only read, but for whether its prefill interval is lifted.
         queue: its waiting queue.
         group: rows of the engines in lock step with this one, itself included, or None.
-        rank: this engine's row there.
     """
 
     def __init__(
@@ -44,14 +45,12 @@ class StepPlanner:
         queue: GimbalRequestQueue,
         facts: EngineFacts,
         group: BoardReader | None = None,
-        rank: int = 0,
     ) -> None:
         self.scheduler = scheduler
         self.config = config
         self.queue = queue
         self.facts = facts
         self.group = group
-        self.rank = rank
         self.yields = 0
         self._steps = 0
         self._hold_until = 0
@@ -81,22 +80,22 @@ class StepPlanner:
         if not self.can_share or not scheduler._inflight_prefills:
             return {}
         running = [r for r in scheduler.running if r.is_prefill_chunk and not r.has_encoder_inputs]
-        decoding = len(scheduler.running) - len(running)
         longest = self._longest_chunk(budget_tokens)
         newcomers = self._newcomers(longest) if self._may_yield() else []
-        if not newcomers and not decoding:
+        decode_tokens = self._decode_tokens()
+        if not newcomers and not decode_tokens:
             return {}
         now_s = self.queue.clock()
         candidates = [self._running(r, now_s, longest) for r in running]
-        # However many decode, the first of the prefills moves on by a block.
-        left = max(budget_tokens - self._decode_tokens(decoding), scheduler.block_size)
+        left = max(0, budget_tokens - decode_tokens)
         shares = share_prefill_budget(candidates, newcomers, left)
         self._claimed = bool(newcomers) and shares != share_prefill_budget(candidates, [], left)
-        return {
-            request.request_id: share
-            for request, candidate, share in zip(running, candidates, shares, strict=True)
-            if share < candidate.tokens
-        }
+        if not any(shares) and left < LEAST_TOKENS:
+            # Where decodes fill the step, the first prefill still moves on.
+            first = min(range(len(candidates)), key=lambda index: candidates[index].key)
+            shares[first] = min(LEAST_TOKENS, candidates[first].tokens)
+        # Caps of a whole chunk do no harm, and hold where vLLM's longest chunk is longer.
+        return {r.request_id: s for r, s in zip(running, shares, strict=True) if s < budget_tokens}
 
     def yielded(self, scheduled_tokens: int, budget_tokens: int) -> None:
         """After a step with caps: when vLLM left tokens unused, nothing is yielded for a while."""
@@ -113,11 +112,24 @@ class StepPlanner:
         engine, for all of them at once.
         """
         scheduler, most_steps = self.scheduler, self.config.interval_backlog_steps
+        lifted = bool(scheduler.prefill_capacity_bound)
         if most_steps > 0.0:
-            limit = most_steps * scheduler.max_num_scheduled_tokens
-            scheduler.prefill_capacity_bound = self._backlog_tokens() > limit
+            lifted = self._backlog_tokens() > most_steps * scheduler.max_num_scheduled_tokens
+            scheduler.prefill_capacity_bound = lifted
         decoding = len(scheduler.running) - len(scheduler._inflight_prefills)
-        return decoding > 0 and not scheduler.prefill_capacity_bound
+        return decoding > 0 and not lifted
+
+    def held_back(self) -> bool:
+        """Whether the scheduler itself holds prefills back in the coming step.
+
+        vLLM 0.33 does so on an engine that is not in lock step with others; 0.32 has no interval
+        there.
+        """
+        scheduler = self.scheduler
+        interval = getattr(scheduler, "local_prefill_interval", 1)
+        if interval <= 1:
+            return False
+        return bool(scheduler.num_executed_steps + 1 - scheduler.last_prefill_step < interval)
 
     def _may_yield(self) -> bool:
         """Whether somebody waits who could claim budget."""
@@ -129,7 +141,7 @@ class StepPlanner:
         """Tokens of this step under decode protection; at most `budget_tokens`."""
         scheduler, facts = self.scheduler, self.facts
         decoding = len(scheduler.running) - len(scheduler._inflight_prefills)
-        decode_tokens = self._decode_tokens(decoding)
+        decode_tokens = self._decode_tokens()
         if decoding <= 0 or decode_tokens >= budget_tokens:
             return budget_tokens
         prefill_tokens = protected_prefill_tokens(
@@ -143,20 +155,34 @@ class StepPlanner:
         )
         return decode_tokens + prefill_tokens
 
-    def _decode_tokens(self, decoding: int) -> int:
-        return decoding * (1 + int(self.scheduler.num_spec_tokens))
+    def _decode_tokens(self) -> int:
+        """Tokens that vLLM will schedule in this step for running requests past their prompt.
+
+        By vLLM's own expression, so that drafts that were not made and requests that it skips
+        (their last token is in flight, or pipeline stages take turns) reserve nothing.
+        """
+        step, tokens = self.scheduler.current_step + 1, 0
+        for r in self.scheduler.running:
+            if r.is_prefill_chunk or step < r.next_decode_eligible_step:
+                continue
+            in_flight = r.num_output_placeholders
+            last = r.num_prompt_tokens + r.max_tokens
+            if in_flight and r.num_computed_tokens + 2 - in_flight >= last:
+                continue
+            tokens += max(0, r.num_tokens_with_spec + in_flight - r.num_computed_tokens)
+        return tokens
 
     def _backlog_tokens(self) -> int:
-        """Prefill that waits or runs, on the engine of the group that has most."""
-        facts = self.facts
-        # The snapshot is of the step before; it counts who waits in vLLM's second queue as well.
-        waiting = max(facts.field(Field.WAITING_PREFILL_TOKENS), self.queue.heap.waiting_tokens)
-        own = waiting + facts.running_prefill_tokens()
+        """Prefill that waits or runs, on the engine of the group that has most.
+
+        As published, this engine's own too: all engines then decide by the same figures.
+        """
         if self.group is None:
-            return int(own)
+            facts = self.facts
+            waiting = max(facts.field(Field.WAITING_PREFILL_TOKENS), self.queue.heap.waiting_tokens)
+            return int(waiting) + facts.running_prefill_tokens()
         rows = self.group.read()
         backlog = rows[:, Field.WAITING_PREFILL_TOKENS] + rows[:, Field.RUNNING_PREFILL_TOKENS]
-        backlog[self.rank] = own
         return int(backlog.max())
 
     def _longest_chunk(self, budget_tokens: int) -> int:
@@ -166,8 +192,8 @@ class StepPlanner:
         if threshold <= 0:
             return budget_tokens
         if getattr(scheduler, "adaptive_long_prefill_threshold", False):
-            requests = len(scheduler.running) + len(self.queue)
-            threshold = max(threshold, budget_tokens // max(1, requests))
+            whole = int(scheduler.scheduler_config.max_num_batched_tokens)
+            threshold = max(threshold, whole // max(1, sum(scheduler.get_request_counts())))
         return min(threshold, budget_tokens)
 
     def _newcomers(self, longest_tokens: int) -> list[PrefillCandidate]:

@@ -96,8 +96,32 @@ def test_a_long_prefill_moves_on_however_many_decode(build):
     real.finish_step(scheduler, scheduler.schedule())
     scheduler.add_request(real.request("long", 400, 4))
     real.finish_step(scheduler, scheduler.schedule())
-    scheduler.gimbal_queue.planner._decode_tokens = lambda _count: 64
+    scheduler.gimbal_queue.planner._decode_tokens = lambda: 64
     assert scheduler.schedule().num_scheduled_tokens == {"decoding": 1, "long": 16}
+
+
+def test_only_tokens_that_vllm_will_schedule_are_kept_for_decodes(build):
+    scheduler = build({})
+    for name in ("a", "b", "c"):
+        scheduler.add_request(real.request(name, 8, 50))
+    real.finish_step(scheduler, scheduler.schedule())
+    planner = scheduler.gimbal_queue.planner
+    assert planner._decode_tokens() == 3
+    scheduler.requests["a"].spec_token_ids = [1, 2]
+    scheduler.requests["b"].next_decode_eligible_step = scheduler.current_step + 5
+    assert planner._decode_tokens() == 3 + 1
+
+
+def test_an_interval_of_the_scheduler_itself_holds_back_too(build):
+    """vLLM 0.33 applies the interval to an engine that is not in lock step with others."""
+    scheduler = build({})
+    planner = scheduler.gimbal_queue.planner
+    assert not planner.held_back()
+    scheduler.local_prefill_interval, scheduler.num_executed_steps = 4, 10
+    scheduler.last_prefill_step = 8
+    assert planner.held_back()
+    scheduler.last_prefill_step = 7
+    assert not planner.held_back()
 
 
 def requests_again(requests):

@@ -51,7 +51,7 @@ class Outlook:
         return max(1.0, self.trust * windows)
 
     def realized(self, predicted_us: float, realized_us: float) -> None:
-        """Takes the gains per step, predicted and measured, of one rearrangement."""
+        """Takes the gains per step of one rearrangement: as predicted, and as it turned out."""
         self._predicted_us = MEMORY * self._predicted_us + predicted_us
         self._realized_us = MEMORY * self._realized_us + realized_us
         if self._predicted_us > 0.0:

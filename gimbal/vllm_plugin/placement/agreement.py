@@ -23,7 +23,7 @@ class Verdict(IntEnum):
     REFUSE = 2  # the proposed map is not valid
     VLLM = 3  # the level is switched off on this rank: vLLM's own policy decides
     DISAGREE = 4  # never voted: the hashes differ
-    NOT_READY = 5  # this rank still compiles its planner: everybody waits for the next time
+    NOT_READY = 5  # this rank compiles its planner, or failed: everybody waits for the next time
 
 
 def outcome(votes: Sequence[Vote]) -> Verdict:

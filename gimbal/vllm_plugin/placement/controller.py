@@ -82,6 +82,7 @@ class ModelView:
         must be the same everywhere."""
         self.planner.forget()
         self.outlook = Outlook()
+        self.before = None  # what was promised for it is another rank's realized gain, or nobody's
 
 
 @dataclass(slots=True)
@@ -285,7 +286,7 @@ class Controller:
             return (Verdict.COMMIT, map_hash(verify.digest(chosen))), decision
         except Exception as error:
             self.guard.fell_back("no plan", error)
-            return (Verdict.KEEP, 0), None
+            return (Verdict.NOT_READY, 0), None  # what this window taught the others is lost here
 
     def _counts_of(self, index: int, shape: tuple[int, ...]) -> tuple[SourceCounts, float]:
         """Counts per source of model `index`, and the longest stall any rank measured."""

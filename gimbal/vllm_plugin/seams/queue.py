@@ -18,7 +18,7 @@ SEAMS: tuple[Seam, ...] = (
         "Scheduler._reserve_prefill_lookahead",
         ("self", "request", "num_computed_tokens", "num_new_tokens"),
         "queue",
-        "caps the chunk of a running prefill that yields to shorter newcomers",
+        "caps the chunk of a running prefill that yields to newcomers or decodes",
     ),
     Seam(
         "v1.core.sched.request_queue",
