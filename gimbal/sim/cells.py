@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from multiprocessing import connection
 from typing import TypeVar
 
 import numpy as np
@@ -134,6 +136,19 @@ def run_cells(
     return [results[i] for i in range(len(cells))]
 
 
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone: a killed run leaves no workers."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def completed(
     function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int
 ) -> Iterator[tuple[int, Result]]:
@@ -148,7 +163,7 @@ def completed(
         return
     # Spawned, not forked: numba's and numpy's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
         futures = {pool.submit(function, task): i for i, task in enumerate(tasks)}
         try:
             for future in as_completed(futures):

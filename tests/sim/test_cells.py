@@ -1,0 +1,56 @@
+"""Processes of a matrix of runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RUN = """
+import json, os, sys, time
+from gimbal.sim.cells import completed
+
+def task(seconds):
+    os.write(1, f"{os.getpid()}\\n".encode())  # whole lines, two processes write
+    time.sleep(seconds)
+    return seconds
+
+if __name__ == "__main__":
+    tasks = [float(a) for a in sys.argv[1:]]
+    print(json.dumps([result for _, result in completed(task, tasks, 2)]))
+"""
+
+
+def start(folder: Path, *seconds: str) -> subprocess.Popen[str]:
+    script = folder / "run.py"
+    script.write_text(RUN, encoding="utf-8")
+    command = [sys.executable, str(script), *seconds]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")")[1].split()[0] != "Z"
+        )
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_run_leaves_no_workers(tmp_path):
+    process = start(tmp_path, "60", "60")
+    assert process.stdout is not None
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    until = time.monotonic() + 20
+    while any(alive(worker) for worker in workers) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(alive(worker) for worker in workers)
+
+
+def test_workers_end_with_a_run_that_ends(tmp_path):
+    output, _ = start(tmp_path, "0.1", "0").communicate(timeout=60)
+    assert sorted(json.loads(output.splitlines()[-1])) == [0.0, 0.1]
