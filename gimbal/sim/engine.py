@@ -16,10 +16,9 @@ import numpy as np
 
 from gimbal.core.contracts import QueuedRequest, QueueOrdering, QueueState
 from gimbal.core.queue.budget import (
-    HOLD_STEPS,
     NEWCOMERS,
+    PrefillSharing,
     running_candidate,
-    share_prefill_budget,
     waiting_candidate,
 )
 from gimbal.core.queue.heap import Entry, WaitingHeap
@@ -109,8 +108,7 @@ class Engine:
         self.chunk_limit = chunk_limit
         self.in_batch = in_batch
         self.capacity_bound = False  # the last step that could prefill left somebody waiting
-        self._hold_until = 0
-        self._claimed = False  # in this step a newcomer claims what a running prefill could use
+        self._sharing = PrefillSharing()
         self.prefix_caching = prefix_caching
         self.waiting: WaitingHeap[SimRequest] = WaitingHeap(ordering, max_wait_s)
         self.running: dict[int, SimRequest] = {}  # by request index, in order of admission
@@ -206,8 +204,7 @@ class Engine:
                 self._admit(request)
                 budget -= self._prefill(request, budget, batch)
             self.capacity_bound = len(self.waiting) > 0
-            if self._claimed and budget > 0 and len(self.waiting):
-                self._hold_until = self.step + HOLD_STEPS
+            self._sharing.end(self.step, budget > 0 and self.capacity_bound)
         self.step += 1
         return batch
 
@@ -216,11 +213,11 @@ class Engine:
 
         As `step_plan.StepPlanner.caps` on a server.
         """
-        self._claimed = False
-        if not (self.in_batch and self.prefilling and len(self.waiting)):
+        may_yield = self._sharing.begin(self.step)
+        if not (may_yield and self.in_batch and self.prefilling and len(self.waiting)):
             return None
         seats = self.seats - len(self.running)
-        if seats <= 0 or self.step < self._hold_until:
+        if seats <= 0:
             return None
         longest = self.chunk_limit or budget
         free, newcomers = self.blocks_total - self.used_blocks, []
@@ -237,9 +234,7 @@ class Engine:
             )
             for r in self.prefilling
         ]
-        shares = share_prefill_budget(running, newcomers, budget)
-        self._claimed = shares != share_prefill_budget(running, [], budget)
-        return shares
+        return self._sharing.shares(running, newcomers, budget)
 
     def _chunk(self, request: SimRequest, budget: int) -> int:
         chunk = min(request.target - request.computed, budget)

@@ -346,7 +346,7 @@ def _check_lengths(
 
 
 def _engine(index: int, cluster: Cluster, arm: Arm, kv_tokens: int, domains: int) -> Engine:
-    level = QueueConfig() if arm.ordering == "gimbal" else None
+    level, ours = QueueConfig(), arm.ordering == "gimbal"
     return Engine(
         index,
         cluster.max_num_batched_tokens,
@@ -357,6 +357,6 @@ def _engine(index: int, cluster: Cluster, arm: Arm, kv_tokens: int, domains: int
         cluster.enable_prefix_caching,
         cluster.long_prefill_token_threshold,
         domains,
-        (level.max_wait_s or None) if level else None,
-        level.in_batch if level else False,
+        (level.max_wait_s or None) if ours else None,
+        ours and level.in_batch,
     )

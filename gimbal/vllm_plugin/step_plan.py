@@ -11,13 +11,12 @@ from vllm.v1.request import RequestStatus
 from gimbal.core.config import QueueConfig
 from gimbal.core.contracts import Field
 from gimbal.core.queue.budget import (
-    HOLD_STEPS,
     NEWCOMERS,
     PrefillCandidate,
+    PrefillSharing,
     StepCost,
     protected_prefill_tokens,
     running_candidate,
-    share_prefill_budget,
     waiting_candidate,
 )
 from gimbal.vllm_plugin.board_slots import BoardReader
@@ -53,8 +52,7 @@ class StepPlanner:
         self.group = group
         self.yields = 0
         self._steps = 0
-        self._hold_until = 0
-        self._claimed = False  # in this step a newcomer claims what a running prefill could use
+        self._sharing = PrefillSharing()
         # Where a chunk's end matters to the model, or whether a request can start is not
         # vLLM's alone to say, chunks stay vLLM's.
         self.can_share = not (
@@ -76,20 +74,21 @@ class StepPlanner:
         """
         scheduler = self.scheduler
         self._steps += 1
-        self._claimed = False
+        may_yield = self._sharing.begin(self._steps)
         if not self.can_share or not scheduler._inflight_prefills:
             return {}
         running = [r for r in scheduler.running if r.is_prefill_chunk and not r.has_encoder_inputs]
+        if not running:
+            return {}
         longest = self._longest_chunk(budget_tokens)
-        newcomers = self._newcomers(longest) if self._may_yield() else []
+        newcomers = self._newcomers(longest) if may_yield and self._somebody_waits() else []
         decode_tokens = self._decode_tokens()
         if not newcomers and not decode_tokens:
             return {}
         now_s = self.queue.clock()
         candidates = [self._running(r, now_s, longest) for r in running]
         left = max(0, budget_tokens - decode_tokens)
-        shares = share_prefill_budget(candidates, newcomers, left)
-        self._claimed = bool(newcomers) and shares != share_prefill_budget(candidates, [], left)
+        shares = self._sharing.shares(candidates, newcomers, left)
         if not any(shares) and left < LEAST_TOKENS:
             # Where decodes fill the step, the first prefill still moves on.
             first = min(range(len(candidates)), key=lambda index: candidates[index].key)
@@ -99,11 +98,9 @@ class StepPlanner:
 
     def yielded(self, scheduled_tokens: int, budget_tokens: int) -> None:
         """After a step with caps: when vLLM left tokens unused, nothing is yielded for a while."""
-        if not self._claimed:
-            return
-        self.yields += 1
-        if scheduled_tokens < budget_tokens and len(self.queue):
-            self._hold_until = self._steps + HOLD_STEPS
+        self.yields += self._sharing.claimed
+        left_over = scheduled_tokens < budget_tokens and len(self.queue) > 0
+        self._sharing.end(self._steps, left_over)
 
     def deferred(self) -> bool:
         """Whether vLLM schedules no prefill in a step that its interval holds back.
@@ -131,11 +128,9 @@ class StepPlanner:
             return False
         return bool(scheduler.num_executed_steps + 1 - scheduler.last_prefill_step < interval)
 
-    def _may_yield(self) -> bool:
-        """Whether somebody waits who could claim budget."""
-        if not len(self.queue) or self._steps < self._hold_until:
-            return False
-        return bool(self.scheduler._pause_state == PauseState.UNPAUSED)
+    def _somebody_waits(self) -> bool:
+        """Whether somebody waits whom vLLM could admit."""
+        return len(self.queue) > 0 and self.scheduler._pause_state == PauseState.UNPAUSED
 
     def protected_budget(self, budget_tokens: int) -> int:
         """Tokens of this step under decode protection; at most `budget_tokens`."""

@@ -100,6 +100,17 @@ def test_a_long_prefill_moves_on_however_many_decode(build):
     assert scheduler.schedule().num_scheduled_tokens == {"decoding": 1, "long": 16}
 
 
+def test_a_prefill_that_keeps_its_chunks_leaves_nothing_to_share(build):
+    """Multimodal prompts are in flight without being candidates."""
+    scheduler = build({}, budget=64)
+    scheduler.add_request(real.request("decoding", 8, 50))
+    real.finish_step(scheduler, scheduler.schedule())
+    planner = scheduler.gimbal_queue.planner
+    scheduler._inflight_prefills.add(scheduler.requests["decoding"])
+    planner._decode_tokens = lambda: 64
+    assert planner.caps(64) == {}
+
+
 def test_only_tokens_that_vllm_will_schedule_are_kept_for_decodes(build):
     scheduler = build({})
     for name in ("a", "b", "c"):

@@ -115,6 +115,40 @@ def share_prefill_budget(
     return shares
 
 
+class PrefillSharing:
+    """`share_prefill_budget` over the steps of one engine, which stops for a while in vain.
+
+    Attributes:
+        claimed: in this step a newcomer claims what a running prefill could use.
+    """
+
+    def __init__(self) -> None:
+        self.claimed = False
+        self._hold_until = 0
+
+    def begin(self, step: int) -> bool:
+        """Starts `step`; whether newcomers may claim anything in it."""
+        self.claimed = False
+        return step >= self._hold_until
+
+    def shares(
+        self,
+        running: Sequence[PrefillCandidate],
+        newcomers: Sequence[PrefillCandidate],
+        budget_tokens: int,
+    ) -> list[int]:
+        """As `share_prefill_budget`."""
+        shares = share_prefill_budget(running, newcomers, budget_tokens)
+        if newcomers:
+            self.claimed = shares != share_prefill_budget(running, [], budget_tokens)
+        return shares
+
+    def end(self, step: int, left_over: bool) -> None:
+        """Ends `step`; `left_over`: it had room left while somebody waited."""
+        if self.claimed and left_over:
+            self._hold_until = step + HOLD_STEPS
+
+
 @dataclass(frozen=True, slots=True)
 class StepCost:
     """Learned cost of a step: its time without prefill, and what one prefill token adds."""
