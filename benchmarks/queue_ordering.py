@@ -23,10 +23,12 @@ from pathlib import Path
 from gimbal.core.contracts import QueuedRequest, QueueOrdering, QueueState
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.queue.budget import (
-    PrefillCandidate,
+    NEWCOMERS,
     StepCost,
     protected_prefill_tokens,
+    running_candidate,
     share_prefill_budget,
+    waiting_candidate,
 )
 from gimbal.core.queue.gimbal import GimbalOrdering
 from gimbal.core.queue.heap import Entry, WaitingHeap
@@ -84,11 +86,6 @@ class Arm:
     interval: int = 1  # vLLM's --prefill-schedule-interval
 
 
-def running_key(job: Job) -> float:
-    """Key of a running prefill: its own less what has been computed."""
-    return job.entry.key - (job.entry.request.uncached_tokens - job.left)
-
-
 def step(engine: Engine, arm: Arm, now_s: float, others: int, number: int) -> float:
     """One engine's part of a step; returns how long it takes."""
     decodes = [j for j in engine.jobs if j.left == 0]
@@ -114,10 +111,13 @@ def step(engine: Engine, arm: Arm, now_s: float, others: int, number: int) -> fl
     engine.heap.refresh(state)
     shares = [j.left for j in prefills]
     if arm.in_batch and prefills and len(engine.heap):
-        heads = engine.heap.first(min(16, SEATS - len(engine.jobs)))
+        heads = engine.heap.first(min(NEWCOMERS, SEATS - len(engine.jobs)))
         shares = share_prefill_budget(
-            [PrefillCandidate(running_key(j), min(j.left, longest)) for j in prefills],
-            [PrefillCandidate(e.key, min(e.request.uncached_tokens, longest)) for e in heads],
+            [
+                running_candidate(j.entry, engine.heap, now_s, j.left, longest, strict=False)
+                for j in prefills
+            ],
+            [waiting_candidate(e, longest, strict=False) for e in heads],
             budget,
         )
     spent = 0
