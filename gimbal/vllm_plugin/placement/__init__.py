@@ -5,6 +5,7 @@ module          does
 ==============  ==========================================================================
 `hook`          patches ``EplbState`` where the level is on; nothing else touches vLLM
 `controller`    one per worker process: what happens at a step, a rearrangement, a commit
+`view`          what it knows of its place, and of each model's last window
 `window`        vLLM's load window reduced to one row per rank, with ages and step kinds
 `rows`          gathered rows turned into counts per source engine (pure)
 `planner`       core's placer and gain gate, asked for one decision

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from gimbal.core.config import PlacementConfig
-from gimbal.core.contracts import IntArray, RoutingCounts, Topology
-from gimbal.core.feedback.outlook import Outlook, window_overlap
+from gimbal.core.contracts import IntArray, RoutingCounts
+from gimbal.core.feedback.outlook import window_overlap
 from gimbal.core.feedback.pressure import expert_pressure_us
 from gimbal.core.placement import verify
 from gimbal.core.placement.replica_split import near_split
@@ -27,7 +27,7 @@ from gimbal.records.schema import RebalanceRecord
 from gimbal.vllm_plugin.guard import LevelGuard
 from gimbal.vllm_plugin.placement.agreement import Gather, Verdict, Vote, map_hash, outcome
 from gimbal.vllm_plugin.placement.ledger import Ledger
-from gimbal.vllm_plugin.placement.planner import Decision, Planner
+from gimbal.vllm_plugin.placement.planner import Decision
 from gimbal.vllm_plugin.placement.replicas import write_tables
 from gimbal.vllm_plugin.placement.rows import (
     SourceCounts,
@@ -36,53 +36,12 @@ from gimbal.vllm_plugin.placement.rows import (
     row_length,
     split_rows,
 )
-from gimbal.vllm_plugin.placement.sending import SendMeter, measure
+from gimbal.vllm_plugin.placement.sending import measure
+from gimbal.vllm_plugin.placement.view import ModelView, Place
 from gimbal.vllm_plugin.placement.watch import WorkerWatch
 from gimbal.vllm_plugin.placement.window import WindowNotes, carry_over, reduce_window
 
 logger = logging.getLogger("vllm.gimbal")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where this worker stands: its expert-parallel rank among `ranks`, and the group's shape."""
-
-    rank: int
-    ranks: int
-    ranks_per_source: int
-    ranks_per_node: int
-
-    @property
-    def source(self) -> int:
-        return self.rank // self.ranks_per_source
-
-    def topology(self, slots: int) -> Topology:
-        return Topology(self.ranks, slots // self.ranks, self.ranks_per_source, self.ranks_per_node)
-
-
-@dataclass(slots=True)
-class ModelView:
-    """One model's last gathered counts and what was decided on them."""
-
-    state: Any  # vLLM's EplbModelState
-    planner: Planner
-    meter: SendMeter | None = None  # None without feedback
-    outlook: Outlook = field(default_factory=Outlook)
-    planned_step: int = 0  # engine step of the last window that was planned on
-    counts: SourceCounts | None = None
-    shares: np.ndarray | None = None  # [sources, layers, slots] of `near_split`, for `shares_of`
-    shares_of: IntArray | None = None
-    before: IntArray | None = None  # the map that the last committed one replaced
-    promised_us: float = 0.0  # gain per step that it was replaced for
-    committed: bool = False
-    ready: bool = True  # False while the planner is compiled in another thread
-
-    def forget(self) -> None:
-        """Starts anew, as every rank does at the same time: what was learned from past windows
-        must be the same everywhere."""
-        self.planner.forget()
-        self.outlook = Outlook()
-        self.before = None  # what was promised for it is another rank's realized gain, or nobody's
 
 
 @dataclass(slots=True)

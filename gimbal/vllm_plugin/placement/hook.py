@@ -16,9 +16,10 @@ from gimbal.vllm_plugin.bridge import level_config
 from gimbal.vllm_plugin.guard import LevelGuard
 from gimbal.vllm_plugin.placement.agreement import gather_over
 from gimbal.vllm_plugin.placement.compiling import warm_up
-from gimbal.vllm_plugin.placement.controller import Controller, ModelView, Place
+from gimbal.vllm_plugin.placement.controller import Controller
 from gimbal.vllm_plugin.placement.planner import ModelFacts, Planner, check_config
 from gimbal.vllm_plugin.placement.sending import SendMeter
+from gimbal.vllm_plugin.placement.view import ModelView, Place
 
 logger = logging.getLogger("vllm.gimbal")
 

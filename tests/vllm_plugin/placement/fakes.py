@@ -11,9 +11,10 @@ import torch
 
 from gimbal.core.config import PlacementConfig
 from gimbal.vllm_plugin.guard import LevelGuard
-from gimbal.vllm_plugin.placement.controller import Controller, ModelView, Place
+from gimbal.vllm_plugin.placement.controller import Controller
 from gimbal.vllm_plugin.placement.hook import _meter
 from gimbal.vllm_plugin.placement.planner import ModelFacts, Planner
+from gimbal.vllm_plugin.placement.view import ModelView, Place
 from gimbal.vllm_plugin.placement.window import to_logical
 
 LAYERS, EXPERTS, WINDOW, TABLE = 2, 8, 16, 1024
