@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from left_over import gone
+
 pytestmark = pytest.mark.live
 SERVE = [sys.executable, "-m", "gimbal.cli", "serve", "--demo"]
 
@@ -24,23 +28,6 @@ def wait_for(text: str, log: Path, process: subprocess.Popen[bytes], timeout_s: 
         assert process.poll() is None, log.read_text(errors="replace")[-4000:]
         assert time.monotonic() < deadline_s, f"{text!r} did not come"
         time.sleep(0.1)
-
-
-def gone(pids: list[int], timeout_s: float) -> bool:
-    """True once none of `pids` runs; zombies of this container's init count as gone."""
-    deadline_s = time.monotonic() + timeout_s
-    while any(is_running(pid) for pid in pids):
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.1)
-    return True
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("phase", ["importing vLLM", "starting the engines", "loading the model"])

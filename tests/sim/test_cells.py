@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from left_over import gone
 
 RUN = """
 import json, os, sys, time
@@ -30,25 +33,13 @@ def start(folder: Path, *seconds: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")")[1].split()[0] != "Z"
-        )
-    except FileNotFoundError:
-        return False
-
-
 def test_a_killed_run_leaves_no_workers(tmp_path):
     process = start(tmp_path, "60", "60")
     assert process.stdout is not None
     workers = [int(process.stdout.readline()) for _ in range(2)]
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    until = time.monotonic() + 20
-    while any(alive(worker) for worker in workers) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not any(alive(worker) for worker in workers)
+    assert gone(workers, 20)
 
 
 def test_workers_end_with_a_run_that_ends(tmp_path):
