@@ -116,7 +116,7 @@ def share_prefill_budget(
 
 
 class PrefillSharing:
-    """`share_prefill_budget` over the steps of one engine, which stops for a while in vain.
+    """`share_prefill_budget` over the steps of one engine; after yielding in vain it pauses.
 
     Attributes:
         claimed: in this step a newcomer claims what a running prefill could use.
