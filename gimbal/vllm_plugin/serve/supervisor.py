@@ -6,6 +6,7 @@ import collections
 import contextlib
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -48,13 +49,15 @@ class Supervisor:
         self.ready = False
         self.tail: collections.deque[str] = collections.deque(maxlen=60)
         self.started_s = time.monotonic()
-        self._stop = threading.Event()
+        self._stopping = False
+        # Not an Event: its lock would be taken twice by a signal that comes while it is waited for.
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._show_phase: Callable[[str], None] = _silent
 
     def run(self) -> int:
         processes.adopt_orphans()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: self._stop.set())
+            signal.signal(number, self._stop)
         with tempfile.TemporaryDirectory(prefix="gimbal-") as scratch:
             environment = os.environ | self.plan.environment
             # vLLM's IPC sockets and rendezvous files, gone with the folder.
@@ -78,7 +81,7 @@ class Supervisor:
                     self._wait_ready(child)
                 if self.ready:
                     self._announce()
-                    while child.poll() is None and not self._stop.wait(0.5):
+                    while child.poll() is None and not self._stopped_within(0.5):
                         pass
                 code = self._outcome(child)
             finally:
@@ -92,9 +95,20 @@ class Supervisor:
         self._say("stopped; no process and no shared memory left")
         return 0
 
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+        self._wake.put(None)
+
+    def _stopped_within(self, seconds: float) -> bool:
+        """Waits until a signal asks for a stop, at most so long; whether one has."""
+        if not self._stopping:
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=seconds)
+        return self._stopping
+
     def _outcome(self, child: subprocess.Popen[str]) -> int:
         """0 for a stop that was asked for, else how the server ended on its own."""
-        if self._stop.is_set():
+        if self._stopping:
             self._say("stopping")
             return 0
         code = child.wait()
@@ -103,7 +117,7 @@ class Supervisor:
 
     def _wait_ready(self, child: subprocess.Popen[str]) -> None:
         health = self.plan.url.removesuffix("/v1") + "/health"
-        while child.poll() is None and not self._stop.wait(0.25):
+        while child.poll() is None and not self._stopped_within(0.25):
             if not self.plan.headless and _answers(health):
                 self.ready = True
                 return
@@ -123,7 +137,7 @@ class Supervisor:
         """On a terminal, only what asks for attention while starting, and nothing of the stop."""
         if not self.quiet_start:
             return True
-        if self._stop.is_set():
+        if self._stopping:
             return False
         return self.ready or not _HIDDEN_UNTIL_READY.search(line[:120])
 

@@ -99,3 +99,21 @@ def test_a_stop_before_ready_ends_a_server_that_hangs() -> None:
     assert process.returncode == 0
     assert time.monotonic() - start_s < 20
     assert not Path(f"/proc/{child}").exists()
+
+
+WAITS_UNDER_SIGNALS = """
+import queue, signal
+from rich.console import Console
+from gimbal.vllm_plugin.serve.supervisor import Supervisor
+supervisor = Supervisor(None, verbose=False, console=Console())
+signal.signal(signal.SIGALRM, supervisor._stop)
+for turn in range(20_000):
+    supervisor._stopping, supervisor._wake = False, queue.SimpleQueue()
+    signal.setitimer(signal.ITIMER_REAL, (1 + turn % 40) * 1e-6)
+    while not supervisor._stopped_within(0.01):
+        pass
+"""
+
+
+def test_a_signal_at_any_moment_of_a_wait_is_no_deadlock() -> None:
+    subprocess.run([sys.executable, "-c", WAITS_UNDER_SIGNALS], check=True, timeout=30)
