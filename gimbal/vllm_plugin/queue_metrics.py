@@ -59,7 +59,9 @@ def _logger_class() -> type:
                 return
             for finished in iteration_stats.finished_requests:
                 uncached = finished.num_prompt_tokens - finished.num_cached_tokens
-                self.by_class[size_class(uncached)].observe(finished.queued_time)
+                # Negative for a request that ended without having been scheduled.
+                if finished.queued_time >= 0.0:
+                    self.by_class[size_class(uncached)].observe(finished.queued_time)
 
         def log_engine_initialized(self) -> None:
             """Nothing to say once an engine is up."""

@@ -137,7 +137,9 @@ class StepPlanner:
         scheduler, facts = self.scheduler, self.facts
         decoding = len(scheduler.running) - len(scheduler._inflight_prefills)
         decode_tokens = self._decode_tokens()
-        if decoding <= 0 or decode_tokens >= budget_tokens:
+        # Without chunked prefill a prompt above the budget would stop everybody behind it.
+        whole = not scheduler.scheduler_config.enable_chunked_prefill
+        if whole or decoding <= 0 or decode_tokens >= budget_tokens:
             return budget_tokens
         prefill_tokens = protected_prefill_tokens(
             StepCost(facts.field(Field.STEP_BASE_US), facts.field(Field.PREFILL_US_PER_TOKEN)),

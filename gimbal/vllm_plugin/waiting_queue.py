@@ -223,6 +223,7 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         entry = self._offered if self._offered is not None else self.heap.peek(self.clock())
         self._offered = None
         request = self.heap.take(entry).item
+        entry.item = None  # the request knows its entry: no cycle may outlive the queue
         self.served_tokens += entry.request.uncached_tokens
         if self.gate is not None:
             self.gate.forget(request.request_id)
@@ -239,11 +240,12 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
             entry = self.heap.remove(request.request_id)
         elif not preempted:
             self.served_tokens -= entry.request.uncached_tokens  # it was not served after all
+        entry.item = request
         self.heap.restore(entry, front=preempted)
 
     def _remove(self, request: Request) -> None:
         self._offered = None
-        self.heap.remove(request.request_id)
+        self.heap.remove(request.request_id).item = None
         if self.gate is not None:
             self.gate.forget(request.request_id)
 

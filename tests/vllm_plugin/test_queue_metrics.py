@@ -19,6 +19,8 @@ def test_finished_requests_are_counted_by_uncached_size():
     iteration.finished_requests = [
         stats.FinishedRequestStats("stop", num_prompt_tokens=1000, num_cached_tokens=900),
         stats.FinishedRequestStats("stop", num_prompt_tokens=1000, queued_time=3.0),
+        # Ended before it was scheduled: vLLM takes its queueing time from 0.
+        stats.FinishedRequestStats("error", num_prompt_tokens=1000, queued_time=-7e4),
     ]
     logger.record(None, iteration)
     logger.record(None, None)
@@ -30,4 +32,5 @@ def test_finished_requests_are_counted_by_uncached_size():
     }
     assert samples["0-127", "count"] == 1
     assert samples["512-2047", "sum"] == 3.0
+    assert samples["512-2047", "count"] == 1
     assert samples["2048+", "count"] == 0

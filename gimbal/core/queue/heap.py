@@ -9,8 +9,11 @@ Removal is lazy: a tuple in a heap counts only while its entry still points at i
 from __future__ import annotations
 
 import heapq
+from bisect import insort
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from gimbal.core.contracts import DynamicOrdering, QueuedRequest, QueueOrdering, QueueState
@@ -21,7 +24,9 @@ FRONT, ORDERED = 0, 1
 """Lanes: put back at the front (preempted), and everyone else."""
 
 _SLACK = 64
-"""Dead tuples a heap may hold beyond its live ones before it is rebuilt."""
+"""Dead places a heap or a list by age may hold beyond its live ones before it is rebuilt."""
+
+_BY_SEQUENCE = attrgetter("sequence")
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +43,7 @@ class Entry(Generic[T]):
     promoted: bool = False  # offered ahead of its key because it waited past the limit
     overtook: bool = False  # taken while an earlier one waited
     epoch: int = 0  # `WaitingHeap.epoch` under which the key was computed
-    in_age_heap: bool = False
+    in_ages: bool = False
     rank: tuple | None = field(default=None, repr=False)  # its live tuple; None when not waiting
 
 
@@ -53,7 +58,8 @@ class WaitingHeap(Generic[T]):
             works inside a class. With x > 0 there is one class, and one level of priority is
             worth x tokens of key: aging works across classes.
 
-    add, pop, restore: O(log n). remove: O(1) plus its share of rebuilding, amortized O(log n).
+    add, pop: O(log n). remove: O(1) plus its share of rebuilding, amortized O(log n). restore: the
+    same, and O(n) moves of a pointer for one that went and comes back to the middle.
     """
 
     def __init__(
@@ -72,7 +78,7 @@ class WaitingHeap(Generic[T]):
         self._none_late_until_s = float("-inf")  # before it nobody has waited past the limit
         self._dynamic = ordering if isinstance(ordering, DynamicOrdering) else None
         self._heap: list[tuple] = []
-        self._by_age: dict[int, list[tuple[float, int, Entry[T]]]] = {}  # per priority class
+        self._by_age: dict[int, deque[Entry[T]]] = {}  # per priority class, oldest first
         self._entries: dict[str, Entry[T]] = {}
         self._sequence = 0
         self._pushes = 0
@@ -151,7 +157,7 @@ class WaitingHeap(Generic[T]):
 
     def oldest(self) -> Entry[T] | None:
         """The entry that has waited longest, over all classes."""
-        found = (self._oldest_of(level) for level in self._by_age)
+        found = (self._oldest_of(level) for level in list(self._by_age))
         return min((e for e in found if e is not None), key=lambda e: e.queued_s, default=None)
 
     def first(self, count: int) -> list[Entry[T]]:
@@ -244,13 +250,13 @@ class WaitingHeap(Generic[T]):
         raise IndexError("the waiting queue is empty")
 
     def _oldest_of(self, level: int) -> Entry[T] | None:
-        ages = self._by_age.get(level, ())
+        ages = self._by_age.get(level)
         while ages:
-            entry = ages[0][2]
+            entry = ages[0]
             if entry.rank is not None:
                 return entry
-            heapq.heappop(ages)
-            entry.in_age_heap = False
+            ages.popleft().in_ages = False
+        self._by_age.pop(level, None)  # priorities may be as many as requests
         return None
 
     def _insert(self, entry: Entry[T]) -> None:
@@ -261,10 +267,13 @@ class WaitingHeap(Generic[T]):
         if self.max_wait_s is not None:
             late_s = entry.queued_s + self.max_wait_s
             self._none_late_until_s = min(self._none_late_until_s, late_s)
-        if not entry.in_age_heap:
-            entry.in_age_heap = True
-            ages = self._by_age.setdefault(self._level(entry.request), [])
-            heapq.heappush(ages, (entry.queued_s, entry.sequence, entry))
+        if not entry.in_ages:
+            entry.in_ages = True
+            ages = self._by_age.setdefault(self._level(entry.request), deque())
+            if not ages or ages[-1].sequence < entry.sequence:
+                ages.append(entry)
+            else:  # one that comes back
+                insort(ages, entry, key=_BY_SEQUENCE)
 
     def _detach(self, entry: Entry[T]) -> Entry[T]:
         rank = entry.rank
@@ -281,8 +290,7 @@ class WaitingHeap(Generic[T]):
         level = self._level(entry.request)
         ages = self._by_age[level]
         if len(ages) > dead_limit:
-            for _, _, other in ages:
-                other.in_age_heap = other.rank is not None
-            self._by_age[level] = [t for t in ages if t[2].rank is not None]
-            heapq.heapify(self._by_age[level])
+            for other in ages:
+                other.in_ages = other.rank is not None
+            self._by_age[level] = deque(other for other in ages if other.in_ages)
         return entry

@@ -170,3 +170,32 @@ def test_a_place_from_before_a_change_of_ordering_is_the_first():
     heap.reorder(FcfsOrdering(), QueueState(5.0, 1.0, 3, 0))
     heap.restore(running)
     assert heap.pop(5.0) is running
+
+
+def test_classes_that_come_once_leave_nothing_behind():
+    """Priorities may be deadlines: as many classes as requests."""
+    heap: WaitingHeap[str] = WaitingHeap(FcfsOrdering())
+    for number in range(500):
+        state = QueueState(float(number), 0.0, len(heap), heap.waiting_tokens)
+        heap.add(QueuedRequest(f"r{number}", float(number), 10, priority=number), "", state)
+        if number % 2:
+            heap.remove(f"r{number}")
+        else:
+            heap.pop(float(number))
+        assert heap.oldest() is None
+    assert len(heap._by_age) == 0
+
+
+def test_the_oldest_is_found_whoever_went_and_came_back():
+    heap: WaitingHeap[str] = WaitingHeap(SjfOrdering())
+    state = QueueState(0.0, 0.0, 0, 0)
+    entries = [heap.add(QueuedRequest(f"r{i}", 0.0, 100 - i), "", state) for i in range(6)]
+    for index in (0, 3, 1):
+        heap.remove(f"r{index}")
+    assert heap.oldest() is entries[2]  # r0 and r1 are forgotten by now
+    for index, oldest in ((3, 2), (1, 1), (0, 0)):
+        heap.restore(entries[index])
+        assert heap.oldest() is entries[oldest]
+    for index in range(6):
+        assert heap.oldest() is entries[index]
+        heap.remove(f"r{index}")
