@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gimbal.commands.workload_options import read_workload_options, workload_options
+from gimbal.core.config_sources import parse_levels
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,7 +25,7 @@ from gimbal.commands.workload_options import read_workload_options, workload_opt
 @click.option("--demo", is_flag=True, help="start `gimbal serve --demo` servers and stop them")
 @click.option("--url", help="measure the server there instead of starting any")
 @click.option("--arms", "arm_names", help="comma-separated arms (default: vllm,gimbal)")
-@click.option("--levels", help="levels of the arm `gimbal` (default: all)")
+@click.option("--levels", help="levels of the arm `gimbal`, or all, or none (default: all)")
 @click.option("--arms-file", type=click.Path(path_type=Path), help="YAML file with more arms")
 @click.option(
     "--duration",
@@ -201,7 +202,7 @@ class _Bench:
             raise InputError("--load and --rate both set the arrival rate: give one")
         trace = load_trace(v["trace_name"])
         build_workload(trace, self.workload, v["seed"])
-        levels = None if v["levels"] is None else [x for x in v["levels"].split(",") if x]
+        levels = None if v["levels"] is None else parse_levels(v["levels"])
         if v["url"] and v["arm_names"] is None:
             arms = [Arm("server")]
         else:

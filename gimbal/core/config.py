@@ -9,13 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from gimbal.core.dispatch import POLICIES
 from gimbal.core.errors import InputError, nearest
+from gimbal.core.queue import ORDERINGS
 
 LEVELS = ("dispatch", "queue", "placement", "feedback")
+
+NotNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+AtLeastOne = Annotated[float, Field(ge=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 def option(default: Any, help: str) -> Any:
@@ -27,15 +35,17 @@ def option(default: Any, help: str) -> Any:
 class DispatchConfig:
     """Level `dispatch`: which engine a request goes to."""
 
-    policy: str = option("gimbal", "dispatch policy by name")
-    max_signal_age_ms: float = option(2000.0, "older snapshots are not trusted")
-    prefix_chunks: int = option(1_000_000, "prompt chunks held in the prefix index")
-    prefix_chunk_tokens: int = option(64, "tokens per chunk; shorter shared prefixes are not seen")
-    sessions: int = option(65_536, "conversations whose engine is remembered")
-    session_patience: float = option(
+    policy: str = option("gimbal", f"dispatch policy: {', '.join(POLICIES)}")
+    max_signal_age_ms: Positive = option(2000.0, "older snapshots are not trusted")
+    prefix_chunks: Count = option(1_000_000, "prompt chunks held in the prefix index")
+    prefix_chunk_tokens: Annotated[int, Field(ge=1)] = option(
+        64, "tokens per chunk; shorter shared prefixes are not seen"
+    )
+    sessions: Count = option(65_536, "conversations whose engine is remembered")
+    session_patience: NotNegative = option(
         1.0, "keep a conversation while it costs at most this many re-prefills of its unknown part"
     )
-    expected_output_tokens: float = option(
+    expected_output_tokens: NotNegative = option(
         57.0, "output length assumed in pricing decode load (BurstGPT's mean)"
     )
 
@@ -44,30 +54,32 @@ class DispatchConfig:
 class QueueConfig:
     """Level `queue`: the order of an engine's waiting requests and prefill budget."""
 
-    ordering: str = option("gimbal", "waiting-queue ordering by name")
-    overtake_factor: float = option(
+    ordering: str = option("gimbal", f"order of the waiting queue: {', '.join(ORDERINGS)}")
+    overtake_factor: AtLeastOne = option(
         10.0, "later work that may overtake a request, in multiples of its own (gimbal)"
     )
-    backlog_factor: float = option(
+    backlog_factor: NotNegative = option(
         4.0, "drain times of the queue that a prompt of mean size counts as younger (gimbal)"
     )
-    max_wait_s: float = option(60.0, "who waited longer goes first, oldest first (gimbal); 0 never")
-    priority_tokens: float = option(
+    max_wait_s: NotNegative = option(
+        60.0, "who waited longer goes first, oldest first (gimbal); 0 never"
+    )
+    priority_tokens: NotNegative = option(
         0.0, "prompt tokens one priority level is worth; 0 keeps classes strictly apart"
     )
     in_batch: bool = option(True, "share each step's prefill budget by the same order (gimbal)")
-    pass_steps: int = option(32, "steps a request without KV blocks may be passed; 0 never")
-    pass_s: float = option(1.0, "seconds a request without KV blocks may be passed")
-    interval_backlog_steps: float = option(
+    pass_steps: Count = option(32, "steps a request without KV blocks may be passed; 0 never")
+    pass_s: NotNegative = option(1.0, "seconds a request without KV blocks may be passed")
+    interval_backlog_steps: NotNegative = option(
         0.0,
         "keep vLLM's --prefill-schedule-interval until an engine has this many full steps of "
         "prefill to do; 0: vLLM's rule, until anybody waits (gimbal)",
     )
     protect_decodes: bool = option(False, "bound the prefill that rides along with decodes")
-    tpot_factor: float = option(
+    tpot_factor: AtLeastOne = option(
         2.5, "how much longer than a decode-only step one with prefill may be (protect_decodes)"
     )
-    patience_steps: float = option(
+    patience_steps: Positive = option(
         8.0, "steps in which a backlog is to be prefilled whatever that takes (protect_decodes)"
     )
 
@@ -88,7 +100,7 @@ class PlacementConfig:
     profile: str = option(
         "", "cost profile, by name or file; empty: the machine's packaged one, scaled to the model"
     )
-    half_life_steps: float = option(1000.0, "recorded steps lose half their weight in so many")
+    half_life_steps: Positive = option(1000.0, "recorded steps lose half their weight in so many")
     records: str = option("", "directory for one record per rearrangement; empty: none")
 
 
@@ -96,7 +108,7 @@ class PlacementConfig:
 class FeedbackConfig:
     """Level `feedback`: expert pressure into dispatch, dispatch's source mix into placement."""
 
-    weight: float = option(1.0, "multiplier of expert pressure in the dispatch cost")
+    weight: NotNegative = option(1.0, "multiplier of expert pressure in the dispatch cost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +121,7 @@ class GimbalConfig:
     enabled: bool = option(True, "false leaves vLLM exactly as it is")
     levels: tuple[str, ...] = option(LEVELS, "levels that are switched on")
     seed: int = option(0, "seed of every random choice")
-    board_port: int = option(
+    board_port: Port = option(
         0, "TCP port for snapshots of engines on other hosts; 0: vLLM's data-parallel RPC port + 1"
     )
     admin: bool = option(False, "POST /gimbal/control may switch policies on the running server")
@@ -151,4 +163,10 @@ def parse_config(values: Mapping[str, Any], where: str = "configuration") -> Gim
     for level in config.levels:
         if level not in LEVELS:
             raise InputError(f"{where}: levels: unknown level {level!r}{nearest(level, LEVELS)}")
+    for key, name, known in (
+        ("dispatch.policy", config.dispatch.policy, POLICIES),
+        ("queue.ordering", config.queue.ordering, ORDERINGS),
+    ):
+        if name not in known:
+            raise InputError(f"{where}: {key}: unknown {name!r}{nearest(name, known)}")
     return config

@@ -82,11 +82,6 @@ class QueueLevel:
     def _use(self, name: str) -> None:
         """Puts the ordering `name` in force, with what belongs to it; InputError if unknown."""
         ordering, config, queue = self._build(name), self.config, self.queue
-        if config.patience_steps <= 0.0:
-            raise InputError(f"queue: patience_steps must be above 0, got {config.patience_steps}")
-        if config.interval_backlog_steps < 0.0:
-            steps = config.interval_backlog_steps
-            raise InputError(f"queue: interval_backlog_steps must not be negative, got {steps}")
         self.planner.config = config
         self.own_ordering = ours = isinstance(ordering, GimbalOrdering)
         queue.bound_s = ordering.bound_s if isinstance(ordering, GimbalOrdering) else None

@@ -15,6 +15,14 @@ def test_defaults_are_the_product():
         ({"dispatch": {"polcy": "x"}}, "unknown key 'dispatch.polcy' (did you mean 'policy'?)"),
         ({"levels": ["queu"]}, "levels: unknown level 'queu' (did you mean 'queue'?)"),
         ({"placement": {"alpha": "much"}}, "placement.alpha: "),
+        ({"dispatch": {"policy": "dinamo"}}, "f: dispatch.policy: unknown 'dinamo' (did you mean"),
+        ({"queue": {"ordering": "sfj"}}, "queue.ordering: unknown 'sfj' (did you mean 'sjf'?)"),
+        ({"queue": {"overtake_factor": 0.5}}, "queue.overtake_factor: input should be greater"),
+        ({"queue": {"patience_steps": 0}}, "queue.patience_steps: input should be greater than 0"),
+        ({"queue": {"interval_backlog_steps": -1}}, "queue.interval_backlog_steps: "),
+        ({"queue": {"max_wait_s": float("nan")}}, "queue.max_wait_s: "),
+        ({"dispatch": {"prefix_chunk_tokens": 0}}, "dispatch.prefix_chunk_tokens: "),
+        ({"board_port": 70000}, "board_port: "),
     ],
 )
 def test_bad_values_name_the_key_and_the_nearest_valid_one(values, message):

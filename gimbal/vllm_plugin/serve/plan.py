@@ -68,6 +68,13 @@ class ServePlan:
         return "placement" in self.config.levels and "--enable-eplb" in self.arguments
 
     @property
+    def idle_levels(self) -> tuple[str, ...]:
+        """Levels that are on and can do nothing with these flags."""
+        if "placement" not in self.config.levels or self.places_experts:
+            return ()
+        return () if "--config" in self.arguments else ("placement",)
+
+    @property
     def command(self) -> list[str]:
         return [sys.executable, "-m", "gimbal.vllm_plugin.serve.server", *self.arguments]
 
@@ -90,6 +97,9 @@ def plan_server(
     config = _configuration(flags, levels, config_file)
     if "placement" in config.levels:
         check_placement(config.placement)
+    plugins = environment.get("VLLM_PLUGINS")
+    if plugins is not None and "gimbal" not in plugins.split(","):
+        raise InputError(f"VLLM_PLUGINS={plugins}: vLLM would not load gimbal: add it, or unset it")
     install = checks.installed_vllm()
     if demo:
         flags = _demo_flags(flags, demo_dir)

@@ -68,6 +68,29 @@ def test_unknown_keys_name_their_source(model: str, tmp_path: Path) -> None:
         plan.plan_server([model], levels="dispach", environment={})
 
 
+def test_a_plugin_list_without_gimbal_is_refused(model: str) -> None:
+    with pytest.raises(InputError, match=r"VLLM_PLUGINS=lora: .* add it, or unset it"):
+        plan.plan_server([model], environment={"VLLM_PLUGINS": "lora"})
+    made = plan.plan_server([model], environment={"VLLM_PLUGINS": "lora,gimbal"})
+    assert "VLLM_PLUGINS" not in made.environment
+
+
+@pytest.mark.parametrize(
+    ("words", "levels", "idle"),
+    [
+        ([], None, ("placement",)),
+        (["--enable-eplb"], None, ()),
+        (["--config", "vllm.yaml"], None, ()),  # EPLB may be switched on in there
+        ([], "dispatch,queue", ()),
+    ],
+)
+def test_placement_without_eplb_is_known_to_be_idle(
+    model: str, words: list[str], levels: str | None, idle: tuple[str, ...]
+) -> None:
+    made = plan.plan_server([model, *words], levels=levels, environment={})
+    assert made.idle_levels == idle
+
+
 def test_demo_defaults_give_way_to_flags(model: str) -> None:
     made = plan.plan_server(
         ["-dp", "1", "--no-enable-eplb", "--max-model-len", "512"], demo=True, environment={}
