@@ -83,7 +83,7 @@ def plan_kinds(
     """Plans one window, given as one problem per kind (horizon in steps of that kind)."""
     expected = placer.expecting(problems)
     plans = [heuristic.plan(problem) for problem in expected]
-    if len(plans) == 1:
+    if len(plans) == 1 and kinds[0].share == 1.0:
         return plans[0]
     return mixed(expected, kinds, [plan.physical_to_logical for plan in plans])
 

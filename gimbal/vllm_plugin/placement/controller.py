@@ -211,6 +211,10 @@ class Controller:
         if self.guard.disabled:
             return (Verdict.VLLM, 0), None
         try:
+            if self._gathered.shape[0] != self.place.ranks:
+                # Scaled since this worker started; who stands where is known from then.
+                self.guard.fell_back("the expert-parallel group has another size")
+                return (Verdict.VLLM, 0), None
             view = self.models[index]
             counts, stall_us = self._counts_of(index, shape)
             self._realized(view, counts, current)

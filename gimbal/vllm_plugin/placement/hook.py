@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import threading
 import time
 from typing import Any
@@ -81,7 +82,7 @@ def attach(state: Any, model_config: Any) -> None:
         controller = _new_controller(state, config.placement)
         controller.feedback = "feedback" in config.levels
         state._gimbal_controller = controller
-        patch_model_runner()
+        patch_model_runners()
     model_state = state.model_states[model_config.compute_hash()]
     model_state._gimbal_controller = controller
     planner = Planner(config.placement, _facts(state, model_state, model_config))
@@ -267,11 +268,21 @@ def _committed(controller: Controller, model_state: Any, old: Any, first_layer: 
         controller.guard.fell_back("replica tables", error)
 
 
-def patch_model_runner() -> None:
-    """Notes each step's prefill and decode tokens; only in workers with a controller."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+MODEL_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+"""Modules of vLLM's two model runners; the second ("V2") is what it takes on GPUs by default."""
 
-    original = GPUModelRunner.execute_model
+
+def patch_model_runners() -> None:
+    """Patches the runners this worker has imported: it has built its own before its model."""
+    for name in MODEL_RUNNERS:
+        module = sys.modules.get(name)
+        if module is not None:
+            patch_model_runner(module.GPUModelRunner)
+
+
+def patch_model_runner(runner: type) -> None:
+    """Notes each step's prefill and decode tokens, and sends news with its output."""
+    original = runner.execute_model  # type: ignore[attr-defined]
     if getattr(original, "gimbal_placement", False):
         return
 
@@ -283,14 +294,14 @@ def patch_model_runner() -> None:
         return original(self, scheduler_output, *args, **kwargs)
 
     execute_model.gimbal_placement = True  # type: ignore[attr-defined]
-    GPUModelRunner.execute_model = execute_model
-    GPUModelRunner.sample_tokens = _sample_tokens(GPUModelRunner.sample_tokens)
+    runner.execute_model = execute_model  # type: ignore[attr-defined]
+    runner.sample_tokens = _sample_tokens(runner.sample_tokens)  # type: ignore[attr-defined]
 
 
 def _sample_tokens(original: Any) -> Any:
     @functools.wraps(original)
-    def sample_tokens(self: Any, grammar_output: Any) -> Any:
-        output = original(self, grammar_output)
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
         controller = controller_of(self.eplb_state)
         if controller is not None:
             attach_news(controller, output)
@@ -308,7 +319,9 @@ def attach_news(controller: Controller, output: Any) -> None:
     fallbacks = sum(controller.guard.counts.values())
     if not controller.pressure_news and fallbacks == controller.fallbacks_sent:
         return
-    inner = getattr(output, "_model_runner_output", output)
+    inner = output
+    for name in ("_model_runner_output", "model_runner_output"):  # still on its way from the device
+        inner = getattr(output, name, inner)
     if not getattr(inner, "req_ids", None):
         return
     if controller.pressure_news:

@@ -110,6 +110,30 @@ SEAMS: tuple[Seam, ...] = (
         "sends the engine's expert pressure with the step's output",
     ),
     Seam(
+        "v1.worker.gpu.model_runner",
+        "GPUModelRunner.execute_model",
+        (
+            "self",
+            "scheduler_output",
+            "intermediate_tensors",
+            "dummy_run",
+            "skip_attn_for_dummy_run",
+            "is_profile",
+            "context_len",
+            "valid_dummy_state_slots",
+            "randomize_inputs",
+        ),
+        "placement",
+        "the same in model runner V2",
+    ),
+    Seam(
+        "v1.worker.gpu.model_runner",
+        "GPUModelRunner.sample_tokens",
+        ("self", "grammar_output"),
+        "placement",
+        "the same in model runner V2",
+    ),
+    Seam(
         "v1.engine.core_client",
         "AsyncMPClient.call_utility_all_async",
         ("self", "method", "*args"),
@@ -122,6 +146,6 @@ SEAMS: tuple[Seam, ...] = (
         "WorkerBase",
         (),
         "placement",
-        "gains the method `gimbal_routing` for collective_rpc",
+        "gains the methods `gimbal_routing` and `gimbal_experts_map` for collective_rpc",
     ),
 )

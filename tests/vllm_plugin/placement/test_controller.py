@@ -14,6 +14,7 @@ from fakes import EXPERTS, LAYERS, Group, skewed
 from gimbal.core.placement import verify
 from gimbal.core.placement.objective import local_share
 from gimbal.vllm_plugin.placement.agreement import Verdict
+from gimbal.vllm_plugin.placement.view import Place
 
 
 def filled(*args, steps=8, **config):
@@ -75,6 +76,18 @@ def test_one_rank_switched_off_hands_all_of_them_to_vllm():
     before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
     for placement in group.rearrange():
         np.testing.assert_array_equal(placement, np.roll(before, 1, axis=1))
+
+
+def test_a_group_of_another_size_is_vllms_to_place():
+    group = filled(2)
+    for worker in group.workers:
+        worker.place = Place(worker.place.rank, 4, 1, 4)  # as it was before two ranks left
+    before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
+    for placement in group.rearrange():
+        np.testing.assert_array_equal(placement, np.roll(before, 1, axis=1))
+    reason = "the expert-parallel group has another size"
+    assert set(group.workers[0].guard.counts) == {reason}
+    assert not group.workers[0].guard.disabled
 
 
 def test_a_rank_that_still_compiles_is_waited_for():

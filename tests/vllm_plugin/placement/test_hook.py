@@ -1,5 +1,6 @@
 """What the hook reads from vLLM's objects, and what it attaches to them."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,11 @@ pytest.importorskip("torch")
 
 from gimbal.vllm_plugin.placement.hook import (
     FALLBACKS,
+    MODEL_RUNNERS,
     PRESSURE,
     attach_news,
     batch_tokens,
+    patch_model_runners,
     routes_all_tokens,
 )
 
@@ -56,6 +59,33 @@ def test_pressure_travels_with_a_real_output_once():
     assert getattr(output, PRESSURE) == 2.0
     assert not sender.pressure_news
     assert not hasattr(output, FALLBACKS)
+
+
+@pytest.mark.parametrize("late", ["_model_runner_output", "model_runner_output"])
+def test_both_model_runners_are_followed(monkeypatch, late):
+    """Whichever the worker has imported: V1 and V2 name the output that is on its way otherwise."""
+
+    class Runner:
+        def __init__(self, sender):
+            self.eplb_state = SimpleNamespace(_gimbal_controller=sender)
+            self.output = SimpleNamespace(req_ids=["a"])
+
+        def execute_model(self, scheduler_output, intermediate_tensors=None, dummy_run=False):
+            return None
+
+        def sample_tokens(self, grammar_output):
+            return SimpleNamespace(**{late: self.output})
+
+    monkeypatch.setitem(sys.modules, MODEL_RUNNERS[1], SimpleNamespace(GPUModelRunner=Runner))
+    monkeypatch.setitem(sys.modules, MODEL_RUNNERS[0], None)  # not imported in this worker
+    patch_model_runners()
+    patch_model_runners()  # a second model of the same worker changes nothing
+    runner = Runner(controller(2.0))
+    step = SimpleNamespace(num_scheduled_tokens={"a": 7, "b": 1}, scheduled_spec_decode_tokens={})
+    runner.execute_model(step, dummy_run=False)
+    assert runner.eplb_state._gimbal_controller.batch == (7, 1)
+    runner.sample_tokens(None)
+    assert getattr(runner.output, PRESSURE) == 2.0
 
 
 def test_fallbacks_travel_when_there_are_more():
