@@ -26,7 +26,7 @@ MAX_FRONT_ENDS = 16
 class Field(IntEnum):
     """Columns of one engine's snapshot row. All are float64: integers below 2**53 stay exact."""
 
-    SEQUENCE = 0  # scheduling steps published so far
+    SEQUENCE = 0  # snapshots published so far: about two a step
     TIMESTAMP_US = 1  # CLOCK_MONOTONIC when the snapshot was taken
     EPOCH = 2  # changes when the engine process is a new one: its counters restarted
     WAITING_REQUESTS = 3

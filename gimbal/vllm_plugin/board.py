@@ -131,7 +131,8 @@ def _create(path: Path) -> None:
     handle, draft = tempfile.mkstemp(prefix=".gimbal-", dir=path.parent)
     try:
         os.write(handle, words.tobytes())
-        os.ftruncate(handle, _WORDS * 8)
+        # Now, where a full /dev/shm is an error: a page that is missing later is a SIGBUS.
+        os.posix_fallocate(handle, 0, _WORDS * 8)
         with contextlib.suppress(FileExistsError):
             os.link(draft, path)  # atomic: nobody ever opens a half-made board
     finally:

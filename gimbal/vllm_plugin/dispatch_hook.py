@@ -2,8 +2,9 @@
 
 Gimbal only names a rank; vLLM's own method then does its bookkeeping for that rank exactly as it
 does for a request pinned by ``X-data-parallel-rank``, so aborts, streaming sessions and elastic
-resizing keep working as vLLM means them to. Requests that are pinned, belong to an open streaming
-session or to late interaction are vLLM's to place; Gimbal enters them in its accounts.
+resizing keep working as vLLM means them to. Requests that are pinned or belong to late interaction
+are vLLM's to place; Gimbal enters them in its accounts. Later chunks of an open streaming session
+go where the session is, which is in the accounts already.
 
 When Gimbal cannot decide, the request goes where the fewest prompt tokens are in flight; when that
 fails too, where vLLM would have sent it.

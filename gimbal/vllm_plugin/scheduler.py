@@ -189,6 +189,7 @@ REFUSALS = (
 def _count_refusals() -> None:
     """A front end must not wait for the acknowledgement of a request its engine refused."""
     from vllm.utils import length_from_prompt_token_ids_or_embeds
+    from vllm.v1.engine import EngineCoreRequestType
     from vllm.v1.engine.core import EngineCoreProc
 
     def counting(refuse: Any) -> Any:
@@ -201,6 +202,8 @@ def _count_refusals() -> None:
                     request.prompt_token_ids, request.prompt_embeds
                 )
                 signals.refused(request.client_index, tokens)
+                # An idle engine waits for its input queue, and would never publish the refusal.
+                self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
         return refuse_and_count
 

@@ -199,7 +199,8 @@ class SchedulerSignals:
     def idle(self) -> None:
         """There is nothing to schedule; said at once, then every `IDLE_INTERVAL_US`."""
         now = now_us()
-        if self._idle_since_us is None or now - self._idle_since_us >= IDLE_INTERVAL_US:
+        since = self._idle_since_us
+        if since is None or now - since >= IDLE_INTERVAL_US or self._refused:
             if self.log is not None and self._idle_since_us is None:
                 self.log.flush()
             self._idle_since_us = now
@@ -381,9 +382,7 @@ def _publisher(scheduler: Any) -> SchedulerSignals:
     vllm_config = scheduler.vllm_config
     parallel = vllm_config.parallel_config
     rank = parallel.data_parallel_index
-    if remote.spans_hosts(vllm_config) and not remote.is_this_host(
-        parallel.data_parallel_master_ip
-    ):
+    if remote.front_end_is_elsewhere(vllm_config):
         port = remote.board_port(vllm_config, scheduler.gimbal_config.board_port)
         address = f"tcp://{parallel.data_parallel_master_ip}:{port}"
         logger.info("Gimbal: engine %d publishes to %s", rank, address)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,6 +139,43 @@ def test_an_idle_engine_says_so_once_and_then_seldom(engine: Any) -> None:
     for _ in range(50):
         assert not scheduler.has_requests()
     assert before < rows.count <= before + 2
+
+
+def test_an_idle_engine_says_at_once_that_it_refused_somebody(engine: Any) -> None:
+    scheduler, rows = engine()
+    scheduler.has_requests()
+    before = rows.count
+    scheduler.gimbal_signals.refused(2, 30)
+    scheduler.has_requests()
+    assert rows.count == before + 1
+    assert rows.row[ACCEPTED_REQUESTS + 2] == 1.0
+    assert rows.row[ACCEPTED_TOKENS + 2] == 30.0
+
+
+def test_a_refused_request_wakes_its_engine(monkeypatch: Any) -> None:
+    """An engine of a dense model that is idle blocks on its input queue, and would stay silent."""
+    from vllm.v1.engine import EngineCoreRequestType, core
+
+    from gimbal.vllm_plugin import scheduler as module
+
+    class Process:
+        def __init__(self) -> None:
+            self.refused: list[tuple[int, int]] = []
+            self.input_queue: queue.Queue[Any] = queue.Queue()
+            signals = SimpleNamespace(refused=lambda *told: self.refused.append(told))
+            self.scheduler = SimpleNamespace(gimbal_signals=signals)
+
+        def _handle_request_preproc_error(self, request: Any) -> None:
+            self.answered = request
+
+    monkeypatch.setattr(core, "EngineCoreProc", Process)
+    module._count_refusals()
+    process = Process()
+    request = SimpleNamespace(client_index=1, prompt_token_ids=[1, 2, 3], prompt_embeds=None)
+    process._handle_request_preproc_error(request)
+    assert process.answered is request
+    assert process.refused == [(1, 3)]
+    assert process.input_queue.get_nowait() == (EngineCoreRequestType.WAKEUP, None)
 
 
 def _aborted() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from typing import Any
 
@@ -12,7 +13,7 @@ from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.placement.stats import map_in_force, to_file
 from gimbal.workloads.routing import write_routing
 
-RPC_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 30.0
 """A worker answers between two steps: seconds on a busy CPU server."""
 
 
@@ -27,7 +28,17 @@ async def routing_route(request: Request) -> Response:
     core = operator.engine_client.engine_core
     only_map = bool(request.query_params.get("map"))
     method = "gimbal_experts_map" if only_map else "gimbal_routing"
-    engines = await core.call_utility_all_async("collective_rpc", method, RPC_TIMEOUT_S, (), {})
+    # Without a limit in the engine: vLLM would leave an answer that comes after it in the channel,
+    # and take it for the output of the next step.
+    asked = asyncio.ensure_future(
+        core.call_utility_all_async("collective_rpc", method, None, (), {})
+    )
+    try:
+        engines = await asyncio.wait_for(asyncio.shield(asked), ANSWER_TIMEOUT_S)
+    except TimeoutError:
+        asked.add_done_callback(lambda late: late.cancelled() or late.exception())
+        error = f"the workers did not answer within {ANSWER_TIMEOUT_S:.0f} s"
+        return JSONResponse({"error": error}, 504)
     answers: list[dict[str, Any]] = [worker for workers in engines for worker in workers]
     try:
         if only_map:
