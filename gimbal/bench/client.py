@@ -15,6 +15,7 @@ from typing import Any
 
 import aiohttp
 
+from gimbal.bench.endpoint import authorization
 from gimbal.bench.sse import EventScanner
 
 REJECTED = frozenset({429, 503})
@@ -129,7 +130,10 @@ class Client:
         self._open = self._peak = self._events = self._finished = 0
         tasks: list[asyncio.Task[ClientResult]] = []
         async with aiohttp.ClientSession(
-            timeout=timeout, connector=connector, auto_decompress=False
+            timeout=timeout,
+            connector=connector,
+            auto_decompress=False,
+            headers=authorization(),
         ) as session:
             cpu, waited = time.process_time(), _cpu_wait_s()
             self._start = time.perf_counter()

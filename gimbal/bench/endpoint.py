@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 import urllib.error
@@ -30,6 +31,13 @@ _ENGINE = re.compile(r'(?:^|,)engine="(\d+)"')
 Counters = dict[str, dict[int, float]]
 
 
+def authorization() -> dict[str, str]:
+    """The header a server with an API key wants: the key in ``VLLM_API_KEY`` or, without it,
+    ``OPENAI_API_KEY``."""
+    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """What ``/v1/models`` says: the name to ask for, where it came from, its context length."""
@@ -49,7 +57,8 @@ class Endpoint:
     def _call(self, path: str, payload: Mapping[str, Any] | None = None) -> bytes:
         data = None if payload is None else json.dumps(payload).encode()
         request = urllib.request.Request(self.url.rstrip("/") + path, data=data)
-        request.add_header("Content-Type", "application/json")
+        for name, value in ({"Content-Type": "application/json"} | authorization()).items():
+            request.add_header(name, value)
         with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
             body: bytes = response.read()
         return body

@@ -1,10 +1,10 @@
-"""``GET /gimbal/status`` and ``POST /gimbal/control`` on vLLM's own API server.
+"""``GET /gimbal``, ``GET /gimbal/status`` and ``POST /gimbal/control`` on vLLM's own API server.
 
-Status is read-only. Control switches what decides on a running server, so that two policies can
-be compared in turns without a restart; it answers only with ``admin: true`` in the configuration.
-A control message goes through the board, where every front end and engine of the server sees it
-before its next decision or step. vLLM loads endpoint plugins only when ``VLLM_PLUGINS`` names
-them; ``gimbal serve`` sees to that.
+The first is a page for people, drawn from the second; both are read-only. Control switches what
+decides on a running server, so that two policies can be compared in turns without a restart; it
+answers only with ``admin: true`` in the configuration. A control message goes through the board,
+where every front end and engine of the server sees it before its next decision or step. vLLM loads
+endpoint plugins only when ``VLLM_PLUGINS`` names them; ``gimbal serve`` sees to that.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import dataclasses
 import time
 from argparse import Namespace
 from collections.abc import Mapping
+from importlib import resources
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 
 import gimbal
 from gimbal.core.config import LEVELS, GimbalConfig, parse_config
@@ -49,6 +50,7 @@ class GimbalEndpoints:
     def attach_router(self, app: FastAPI) -> None:
         """Adds the routes, and the header that names a request's engine."""
         router = APIRouter(prefix="/gimbal")
+        router.add_api_route("", _page, methods=["GET"], include_in_schema=False)
         router.add_api_route("/status", _status, methods=["GET"])
         router.add_api_route("/control", _control, methods=["POST"])
         router.add_api_route("/routing", routing_route, methods=["GET"])
@@ -59,6 +61,19 @@ class GimbalEndpoints:
         """Finds the server's configuration and board."""
         config = None if engine_client is None else bridge.gimbal_config(engine_client.vllm_config)
         state.gimbal_operator = None if config is None else Operator(engine_client, config)
+        state.gimbal_authentication = _authentication(args)
+
+
+def _authentication(args: Namespace) -> Any:
+    """vLLM's own check of ``--api-key`` or ``VLLM_API_KEY``; None on a server without a key.
+
+    vLLM applies it to its API paths only, and switching policies should need no less.
+    """
+    from vllm import envs
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    keys = [key for key in (getattr(args, "api_key", None) or [envs.VLLM_API_KEY]) if key]
+    return AuthenticationMiddleware(None, keys) if keys else None
 
 
 class Operator:
@@ -165,6 +180,11 @@ def _check_levels(levels: Any, config: GimbalConfig) -> list[str]:
     return [level for level in LEVELS if level in levels]
 
 
+async def _page() -> HTMLResponse:
+    page = resources.files("gimbal.vllm_plugin").joinpath("live_page.html")
+    return HTMLResponse(page.read_text(encoding="utf-8"))
+
+
 async def _status(request: Request) -> JSONResponse:
     operator: Operator | None = request.app.state.gimbal_operator
     if operator is None:
@@ -174,6 +194,9 @@ async def _status(request: Request) -> JSONResponse:
 
 async def _control(request: Request) -> JSONResponse:
     operator: Operator | None = request.app.state.gimbal_operator
+    authentication = request.app.state.gimbal_authentication
+    if authentication is not None and not authentication.verify_token(request.headers):
+        return JSONResponse({"error": "Unauthorized"}, 401)
     if operator is None or not operator.config.admin:
         return JSONResponse({"error": "needs `admin: true` in Gimbal's configuration"}, 403)
     try:

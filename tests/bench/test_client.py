@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import signal
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -138,3 +140,29 @@ def test_endpoint_speaks_for_the_server() -> None:
         assert endpoint.model().name == "echo"
         assert endpoint.wait_idle(2)
     assert not Endpoint("http://127.0.0.1:9").healthy()
+
+
+def test_the_servers_api_key_is_sent_with_every_request(monkeypatch) -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            seen.append((self.path, self.headers["Authorization"]))
+            self.send_response(401)
+            self.end_headers()
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("OPENAI_API_KEY", "other")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert not Endpoint(url).healthy()
+        [result] = asyncio.run(Client(url).replay(requests(1, 3))).results
+        server.shutdown()
+    assert result.status == "failed"
+    assert seen == [("/health", "Bearer secret"), ("/v1/completions", "Bearer secret")]

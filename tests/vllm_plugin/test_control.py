@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from gimbal.vllm_plugin import control, identity
 from gimbal.vllm_plugin.board import Board
 from gimbal.vllm_plugin.board_slots import SlotWriter
 from gimbal.vllm_plugin.control import GimbalEndpoints, check_control
+from gimbal.vllm_plugin.placement import route
 
 CONFIG = parse_config({"levels": ["dispatch", "queue", "placement"]})
 
@@ -81,10 +83,13 @@ def site(tmp_path: Path, monkeypatch: Any) -> Any:
     board = tmp_path / "gimbal-test.board"
     monkeypatch.setattr(control, "server_board_path", lambda config: board)
 
-    def make(gimbal: dict[str, Any] | None) -> tuple[TestClient, Engine, Path]:
+    def make(
+        gimbal: dict[str, Any] | None, key: str | None = None
+    ) -> tuple[TestClient, Engine, Path]:
         app, engine, plugin = FastAPI(), Engine(gimbal), GimbalEndpoints()
         plugin.attach_router(app)
-        asyncio.run(plugin.init_state(engine, app.state, SimpleNamespace()))
+        args = SimpleNamespace(api_key=[key] if key else None)
+        asyncio.run(plugin.init_state(engine, app.state, args))
         return TestClient(app), engine, board
 
     return make
@@ -104,10 +109,53 @@ def test_status_names_every_field_of_every_engine(site: Any) -> None:
     assert found["dispatch"] is None
 
 
+def test_the_page_loads_nothing_and_reads_only_what_status_says(site: Any) -> None:
+    client, _, _ = site({"levels": ["queue"]})
+    answer = client.get("/gimbal")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert not re.search(r"https?://|<link|\bsrc=|@import", answer.text)
+    status = client.get("/gimbal/status").json()
+    read = set(re.findall(r"\bengine\.(\w+)|\bsum\(\"(\w+)\"\)", answer.text))
+    fields = {field for pair in read for field in pair if field}
+    assert len(fields) > 15
+    # Only a front end that dispatches has accounts.
+    assert fields - {"unacknowledged_requests"} <= set(status["engines"][0])
+    assert set(re.findall(r"\bstatus\.(\w+)", answer.text)) <= set(status)
+
+
 def test_control_needs_admin(site: Any) -> None:
     client, _, path = site({"levels": ["dispatch"]})
     assert client.post("/gimbal/control", json={"policy": "vllm"}).status_code == 403
     assert Board(path).control_version() == 0
+
+
+def test_control_needs_the_servers_key(site: Any) -> None:
+    client, _, path = site({"levels": ["dispatch"], "admin": True}, key="secret")
+    for header in ({}, {"Authorization": "Bearer guess"}):
+        answer = client.post("/gimbal/control", json={"policy": "vllm"}, headers=header)
+        assert answer.status_code == 401
+    assert Board(path).control_version() == 0
+    header = {"Authorization": "Bearer secret"}
+    answer = client.post("/gimbal/control", json={"policy": "vllm"}, headers=header)
+    assert answer.status_code == 200
+    assert client.get("/gimbal/status").status_code == 200
+
+
+def test_routing_that_takes_too_long_is_no_ones_harm(site: Any, monkeypatch: Any) -> None:
+    client, engine, _ = site({"levels": ["dispatch"]})
+    asked = []
+
+    async def never(*args: Any) -> Any:
+        asked.append(args)
+        await asyncio.sleep(3600)
+
+    engine.engine_core = SimpleNamespace(call_utility_all_async=never)
+    monkeypatch.setattr(route, "ANSWER_TIMEOUT_S", 0.05)
+    answer = client.get("/gimbal/routing")
+    assert answer.status_code == 504
+    assert "did not answer" in answer.json()["error"]
+    # A limit in the engine would leave the late answer where the next step's output is awaited.
+    assert asked == [("collective_rpc", "gimbal_routing", None, (), {})]
 
 
 def test_control_merges_and_resets(site: Any) -> None:

@@ -172,6 +172,8 @@ class Supervisor:
             f"ready in {took_s:.1f} s at {self.plan.url} "
             f"(model {self.plan.model}; levels: {levels}; {memory_gib:.1f} GiB resident)"
         )
+        if self.plan.config.levels:
+            self._say(f"watch it: {self.plan.url.removesuffix('/v1')}/gimbal")
         body = {
             "model": self.plan.model,
             "messages": [{"role": "user", "content": "Hello"}],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -66,6 +67,7 @@ def test_phases_ready_line_and_a_clean_stop(number: int) -> None:
     text = "".join(seen)
     assert process.returncode == 0, errors
     assert text.index("importing vLLM") < text.index("building the engine") < text.index("ready in")
+    assert re.search(r"watch it: http://\S+/gimbal\n", text)
     assert "stopped; no process and no shared memory left" in rest
 
 
