@@ -71,7 +71,7 @@ class DispatchMetrics:
         self._signals = {
             field: Gauge(
                 f"gimbal_engine_{_metric_name(field)}",
-                f"Engine snapshot: {field.name.lower()}",
+                f"Latest snapshot of the engine: {_metric_name(field).replace('_', ' ')}",
                 engine,
                 multiprocess_mode="mostrecent",
             )
@@ -135,14 +135,12 @@ class DispatchMetrics:
 
 def _metric_name(field: Field) -> str:
     """Prometheus wants base units: ``STEP_TIME_US`` becomes ``step_time_seconds``."""
-    name = field.name.lower()
-    if field is Field.PREFILL_US_PER_TOKEN:
-        return "prefill_seconds_per_token"
+    name = field.name.lower().replace("_us_per_", "_seconds_per_")
     return f"{name[:-3]}_seconds" if name.endswith("_us") else name
 
 
 def _scale(field: Field) -> float:
-    return 1e-6 if field.name.endswith("_US") or field is Field.PREFILL_US_PER_TOKEN else 1.0
+    return 1e-6 if field.name.endswith("_US") or "_US_PER_" in field.name else 1.0
 
 
 @lru_cache(maxsize=1)

@@ -102,6 +102,7 @@ def test_decisions_and_signals_are_in_the_metrics(server: Any) -> None:
         assert total(server, "gimbal_engine_kv_blocks_total", engine=engine) > 0
         assert total(server, "gimbal_engine_step_time_seconds", engine=engine) > 0
         assert total(server, "gimbal_engine_prefill_seconds_per_token", engine=engine) > 0
+        assert 0 <= total(server, "gimbal_engine_decode_seconds_per_request", engine=engine) < 1
     assert total(server, "gimbal_fallback_total") == 0
     terms = [s for s in server.metrics() if s.startswith("gimbal_dispatch_cost_seconds{")]
     assert any('term="queue"' in sample for sample in terms)
