@@ -1,7 +1,8 @@
 """The paper's ablation on live servers: one run directory per load, continued where it stopped.
 
 Arms that place experts get a server of their own, since they leave experts where they moved them;
-the others share one. All loads of a server are measured before the next one is started.
+the others share one. Arms whose servers are alive at once take turns. With fewer servers alive than
+the matrix has, all loads and repeats of a server are measured before the next one is started.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +78,9 @@ class LiveRun:
         with ExitStack() as stack:
             sessions = {load: self._session(load, stack) for load in self._matrix.loads}
             try:
-                for spec, arms in self._matrix.specs().items():
-                    for load, session in sessions.items():
-                        self._server(spec, arms, load, session)
+                for load, turn in self._turns():
+                    if not sessions[load].has(turn.arm.name, turn.repeat):
+                        self._measure(load, turn, sessions[load])
             finally:
                 self._pool.close()
             for session in sessions.values():
@@ -114,29 +116,32 @@ class LiveRun:
             writer.write(records)
         return session
 
-    def _server(
-        self, spec: ServerSpec, arms: Sequence[Arm], load: float, session: BenchSession
-    ) -> None:
-        repeats = range(self._matrix.options.repeats)
-        missing = [
-            (repeat, arm)
-            for repeat in repeats
-            for arm in arms[:: 1 if repeat % 2 == 0 else -1]
-            if not session.has(arm.name, repeat)
-        ]
-        for repeat, arm in missing:
-            if session.capacity_rps is None:
-                session.capacity_rps = self._capacity(session)
-            session.settle_rate(spec, arm)
-            session.switches = spec.shared
-            before = self._recorded(spec)
-            self._say(f"load {load:g}: {arm.name}, repeat {repeat + 1}")
-            session.run(Turn(repeat, arm, spec))
-            for kind, old in before.items():
-                new = self._read(spec, kind)[old:]
-                session.writer.write(
-                    dataclasses.replace(r, arm=arm.name, repeat=repeat) for r in new
-                )
+    def _turns(self) -> Iterator[tuple[float, Turn]]:
+        """(load, turn) in the order in which they are measured."""
+        specs = self._matrix.specs()
+        groups = [[(spec, arm) for arm in arms] for spec, arms in specs.items()]
+        if self._pool.resident >= len(groups):
+            groups = [list(chain.from_iterable(groups))]
+        for group in groups:
+            for load in self._matrix.loads:
+                for repeat in range(self._matrix.options.repeats):
+                    for spec, arm in group[:: 1 if repeat % 2 == 0 else -1]:
+                        yield load, Turn(repeat, arm, spec)
+
+    def _measure(self, load: float, turn: Turn, session: BenchSession) -> None:
+        spec, arm = turn.spec, turn.arm
+        if session.capacity_rps is None:
+            session.capacity_rps = self._capacity(session)
+        session.settle_rate(spec, arm)
+        session.switches = spec.shared
+        before = self._recorded(spec)
+        self._say(f"load {load:g}: {arm.name}, repeat {turn.repeat + 1}")
+        session.run(turn)
+        for kind, old in before.items():
+            new = self._read(spec, kind)[old:]
+            session.writer.write(
+                dataclasses.replace(r, arm=arm.name, repeat=turn.repeat) for r in new
+            )
 
     def _capacity(self, session: BenchSession) -> float:
         """Measured once per directory, on the arm `vllm`."""

@@ -18,6 +18,13 @@ from rich.console import Console
 @click.option("--repeat", default=1, show_default=True, help="turns of every arm and load")
 @click.option("--duration", default=60.0, show_default=True, help="seconds of arrivals per turn")
 @click.option("--capacity", type=float, help="requests per second; measured first if not given")
+@click.option(
+    "--resident",
+    default=1,
+    show_default=True,
+    help="servers alive at once; with one per group of arms (4 of the default arms, some 4 GB each "
+    "for the demo) all arms take turns, otherwise those of one server",
+)
 @click.option("--seed", default=2000, show_default=True, help="of every random choice")
 @click.option(
     "--out",
@@ -60,7 +67,8 @@ def live(**values: Any) -> None:
     from gimbal.bench.live import LiveRun
 
     arguments = values["server_arguments"] or ("--demo",)
-    run = LiveRun(matrix, out, ServerPool(arguments, out, say=say), vocabulary, info, say)
+    pool = ServerPool(arguments, out, values["resident"], say)
+    run = LiveRun(matrix, out, pool, vocabulary, info, say)
     try:
         paths = run.run()
     except KeyboardInterrupt:
@@ -96,8 +104,9 @@ def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:
     for name, number in (("duration", values["duration"]), *(("loads", x) for x in loads)):
         if not number > 0:
             raise InputError(f"--{name} {number:g}: expected a number > 0")
-    if values["repeat"] < 1:
-        raise InputError(f"--repeat {values['repeat']}: expected a whole number >= 1")
+    for name in ("repeat", "resident"):
+        if values[name] < 1:
+            raise InputError(f"--{name} {values[name]}: expected a whole number >= 1")
     names = (
         tuple(n.strip() for n in values["arm_names"].split(",")) if values["arm_names"] else ARMS
     )

@@ -44,19 +44,28 @@ ROWS = [TraceRequest(i * 0.02, 20, 4) for i in range(40)]
 THREE = ("vllm-legacy", "vllm", "gimbal-ep")
 
 
-def live_run(directory: Path, said: list[str], arms=THREE, stop_before: str = "") -> LiveRun:
+def live_run(
+    directory: Path,
+    said: list[str],
+    arms=THREE,
+    stop_before: str = "",
+    resident: int = 1,
+    repeats: int = 1,
+) -> LiveRun:
     directory.mkdir(exist_ok=True)
     script = directory / "fake.py"
     script.write_text(FAKE)
     trace = make_trace("t", ROWS)
-    options = BenchOptions(trace, WorkloadOptions(requests=10), warm_up=0, capacity_rps=50.0)
+    options = BenchOptions(
+        trace, WorkloadOptions(requests=10), repeats=repeats, warm_up=0, capacity_rps=50.0
+    )
 
     def say(text: str) -> None:
         said.append(text)
         if stop_before and stop_before in text:
             raise KeyboardInterrupt
 
-    pool = ServerPool((), directory, say=say, command=(sys.executable, str(script)))
+    pool = ServerPool((), directory, resident, say, (sys.executable, str(script)))
     info = RunInfo("bench", (), 0, 1, {"name": "t"}, {}, {})
     return LiveRun(
         LiveMatrix(options, (0.5, 0.9), arms),
@@ -97,6 +106,25 @@ def test_a_stopped_matrix_continues_and_ends_with_a_report_per_load(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("resident", [1, 2])
+def test_arms_take_turns_where_their_servers_are_alive_together(
+    tmp_path: Path, resident: int
+) -> None:
+    said: list[str] = []
+    arms = ("vllm", "gimbal-ep")
+    live_run(tmp_path, said, arms, resident=resident, repeats=2).run()
+    orders = {
+        1: ["vllm 1", "vllm 2", "gimbal-ep 1", "gimbal-ep 2"],
+        2: ["vllm 1", "gimbal-ep 1", "gimbal-ep 2", "vllm 2"],
+    }
+    seen = [line for line in turns(said) if line.startswith("load 0.5")]
+    assert seen == [
+        f"load 0.5: {name}, repeat {repeat}" for name, repeat in map(str.split, orders[resident])
+    ]
+    assert sum(line.startswith("server") for line in said) == 2
+
+
+@pytest.mark.slow
 def test_rearrangements_land_in_the_run_under_their_arm(tmp_path: Path) -> None:
     said: list[str] = []
     run = live_run(tmp_path, said, arms=("gimbal-ep",))
@@ -128,6 +156,7 @@ def test_arms_that_place_experts_have_servers_of_their_own() -> None:
         (("--loads", "a"), "--loads 'a': expected numbers"),
         (("--loads", "0"), "--loads 0: expected a number > 0"),
         (("--repeat", "0"), "--repeat 0"),
+        (("--resident", "0"), "--resident 0"),
         (("--arms", "gimball"), "unknown arm 'gimball'"),
     ],
 )
