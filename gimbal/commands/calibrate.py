@@ -6,8 +6,10 @@ import dataclasses
 import json
 import os
 import platform
+import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -165,9 +167,20 @@ def _warm(samples: list[Any]) -> list[Any]:
 
 
 def _machine() -> str:
-    """Processor and cores, as a profile names them."""
+    """Processor, cores and GPUs, as a profile names them."""
     name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, no GPU"
+    return f"{name}, {os.cpu_count()} cores, {_gpus() or 'no GPU'}"
+
+
+def _gpus() -> str:
+    """Names of NVIDIA GPUs by their driver's own list; empty where there is none."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    counts = Counter(line.strip() for line in listed.stdout.splitlines() if line.strip())
+    return ", ".join(f"{count} x {gpu}" for gpu, count in sorted(counts.items()))
 
 
 def _read_config(model_dir: Path) -> dict[str, Any]:

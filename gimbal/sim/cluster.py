@@ -30,7 +30,7 @@ class Cluster:
         async_scheduling: step k+1 is scheduled while step k runs, so what arrives during k is
             first scheduled in k+2.
         stats_interval_ms: the coordinator forwards request counts at most this often.
-        eplb_step_interval, eplb_window_size: steps, as in vLLM's --eplb-config.
+        eplb_step_interval: steps, as in vLLM's --eplb-config; the window is the whole interval.
         eplb_async: experts move layer by layer beside the steps instead of stalling one.
         routing: name of the routing population (see `gimbal.sim.routing.named_population`).
     """
@@ -51,10 +51,8 @@ class Cluster:
     async_scheduling: bool = True
     stats_interval_ms: float = 100.0
     eplb_step_interval: int = 3000
-    eplb_window_size: int = 1000
     eplb_async: bool = True
     routing: str = "domains"
-    front_ends: int = 1
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 

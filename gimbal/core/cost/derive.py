@@ -49,22 +49,27 @@ GPUS = {
 """Vendor data sheets, SXM where there is one; dense rates without sparsity."""
 
 
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 def model_shape(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
     """What a Hugging Face configuration fixes; raises InputError when it is no MoE model's."""
-    experts = config.get("num_experts") or config.get("n_routed_experts")
-    if not experts:
-        raise InputError(f"{where}: no num_experts or n_routed_experts: not a MoE model")
+    experts = next((config[key] for key in _EXPERT_KEYS if config.get(key)), None)
+    if experts is None:
+        raise InputError(f"{where}: none of {', '.join(_EXPERT_KEYS)}: not a MoE model")
     try:
         heads = config["num_attention_heads"]
         kv = config.get("num_key_value_heads", heads)
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         layers = config["num_hidden_layers"] - config.get("first_k_dense_replace", 0)
+        # Models without dense layers (Mixtral) have one width only.
+        width = config.get("moe_intermediate_size") or config["intermediate_size"]
         return ModelShape(
             layers=layers,
             experts=experts,
             top_k=config["num_experts_per_tok"],
             hidden=config["hidden_size"],
-            expert_bytes=3 * config["hidden_size"] * config["moe_intermediate_size"] * BF16_BYTES,
+            expert_bytes=3 * config["hidden_size"] * width * BF16_BYTES,
             kv_bytes_per_token=config["num_hidden_layers"] * 2 * kv * head_dim * BF16_BYTES,
         )
     except KeyError as error:
@@ -111,7 +116,7 @@ def derive_profile(
     kv_layer = model.kv_bytes_per_token / config["num_hidden_layers"] / tp
     dense = 4.0 * heads * head_dim / tp
     vocabulary = config.get("vocab_size", 0) * hidden * BF16_BYTES / tp
-    expert_flops = 6.0 * hidden * config["moe_intermediate_size"]
+    expert_flops = 2.0 * model.expert_bytes / BF16_BYTES  # a multiplication and an addition each
     weights = model.layers * model.experts / layout.ep * model.expert_bytes
     free = max(0.0, sheet.memory_gb * 1e9 * 0.9 - 1.15 * weights)
     return Profile(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gimbal.core.cost.derive import derive_profile
+from gimbal.core.cost.derive import derive_profile, model_shape
 from gimbal.core.cost.profile import Layout, load_profile
 from gimbal.core.cost.step import BatchShape, expected_active, step_time
 from gimbal.core.errors import InputError
@@ -40,6 +40,15 @@ def test_estimates_say_so_and_scale_with_the_data_sheet():
     assert slow.moe.source.startswith("estimate")
     assert slow.moe.per_active_expert_us > fast.moe.per_active_expert_us
     assert slow.kv_tokens < fast.kv_tokens
+
+
+def test_other_families_call_their_experts_otherwise():
+    mixtral = {k: v for k, v in QWEN3_30B.items() if k not in ("num_experts", "head_dim")}
+    mixtral |= {"num_local_experts": 8, "intermediate_size": 14336, "num_experts_per_tok": 2}
+    del mixtral["moe_intermediate_size"]
+    shape = model_shape(mixtral)
+    assert (shape.experts, shape.top_k) == (8, 2)
+    assert shape.expert_bytes == 3 * 2048 * 14336 * 2
 
 
 @pytest.mark.parametrize(
