@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from gimbal.core.config import LEVELS
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.doctor.findings import Finding
 from gimbal.vllm_plugin.seams import SEAMS, check_seams
@@ -55,9 +56,10 @@ def check_levels(root: Path) -> Iterator[Finding]:
         for problem in bad:
             seam = problem.seam
             wanted = f"({', '.join(seam.parameters)})" if seam.parameters else "to exist"
+            switch = "switch the level off (--levels), or " if level in LEVELS else ""
             yield Finding(
                 f"symbols of {level}",
                 "failed",
                 f"vllm.{seam.module}.{seam.symbol}: {problem.found}; expected {wanted}",
-                f"switch the level off (--levels), or use vLLM {supported_text()}; it {seam.why}",
+                f"{switch}use vLLM {supported_text()}; it {seam.why}",
             )

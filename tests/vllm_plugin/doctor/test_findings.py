@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gimbal.core.config import LEVELS
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.doctor import machine, seams_report, software
 from gimbal.vllm_plugin.doctor.findings import Finding, report
@@ -89,7 +90,10 @@ def test_sources_are_found_and_their_version_read(tmp_path: Path) -> None:
     # An empty tree lacks every symbol, and each is reported with what it is for.
     missing = list(seams_report.check_levels(root))
     assert {finding.status for finding in missing} == {"failed"}
-    assert all("--levels" in finding.advice for finding in missing)
+    levels = {f"symbols of {level}" for level in LEVELS}
+    assert {"symbols of dispatch", "symbols of serve"} < {finding.check for finding in missing}
+    for finding in missing:
+        assert ("--levels" in finding.advice) == (finding.check in levels)
 
 
 def test_a_warning_does_not_fail_the_report() -> None:
