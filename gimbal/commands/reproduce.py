@@ -43,8 +43,9 @@ def paper(**values: Any) -> None:
     """The Gimbal paper's comparison: DP=2, TP=2, EP=4, Qwen3-30B-A3B on four H100.
 
     Five length distributions over BurstGPT, loads from 0.3 to 1.2 of the simulated capacity, eight
-    arms, under named conditions. Every finished cell is a file: interrupted and started again, it
-    continues. Writes report.md, result.json and, for `gimbal report`, one run per scenario.
+    arms (ten in scenario `routed`), under named conditions. Every finished cell is a file:
+    interrupted and started again, it continues. Writes report.md, result.json and, for
+    `gimbal report`, one run per scenario.
     """
     from gimbal.records.environment import describe_environment
     from gimbal.sim import paper as tables

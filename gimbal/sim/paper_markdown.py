@@ -56,9 +56,9 @@ def _losses(report: Mapping[str, Any]) -> list[str]:
         "A comparison is one metric against one baseline at one load of one length distribution "
         "in one scenario, paired by seed; its 95 % interval is Student's t over "
         f"{len(report['seeds'])} seeds. Gimbal wins {report['won']} of them beyond the interval; "
-        f"chance alone would put about {0.025 * checked:.0f} on either side. Its mean is behind, "
-        f"however little, in {len(rows)}: the largest follow, those beyond their interval first, "
-        "marked *.",
+        f"chance alone would put about {0.025 * checked:.0f} on either side. Its mean is behind "
+        f"by more than a thousandth in {len(rows)}: the largest follow, those beyond their "
+        "interval first, marked *.",
         "",
     ]
     body = [

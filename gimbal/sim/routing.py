@@ -3,7 +3,7 @@
 A token of domain d picks expert x of layer l with probability ``share[d, l, x]`` (they sum to
 top_k). For a placement this folds into two tables: S[d, l, r], the pairs one token of d puts on
 rank r, and A[n, l, r], the expected distinct experts hit on r by n tokens of the run's average
-mix. A step then costs one small matrix product and one interpolation (``docs/cost-model.md``).
+mix. A step then costs one small matrix product and one interpolation (``docs/simulator.md``).
 """
 
 from __future__ import annotations

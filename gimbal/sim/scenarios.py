@@ -90,8 +90,9 @@ SCENARIOS = {
         ),
         Scenario(
             "long-prompts",
-            "today's engine with 2048-token budget and prompts six times BurstGPT's: prefill work "
-            "queues, and one prompt is many steps",
+            "today's engine with 2048-token budget, 256 seats and six times BurstGPT's prompts and "
+            "outputs, cut at 30000 and 150 tokens: prefill work queues, and one prompt is many "
+            "steps",
             {"max_num_batched_tokens": 2048, "max_num_seqs": 256},
             {},
             {"scale_length": 6.0, "max_prompt": 30_000, "max_output": 150},

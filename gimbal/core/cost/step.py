@@ -5,7 +5,7 @@ All DP ranks step together, so every term is the slowest rank's:
 ``layer = max_r(dense(T_r) + attention_r) + collectives(G) + max_e moe(A_e, P_e, G)``
 ``step  = max(layers * layer + sampling, launch) + host``
 
-Formulas and the fits behind the packaged profiles: ``docs/cost-model.md``.
+Formulas and the fits behind the packaged profiles: ``docs/simulator.md``.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def rank_straggling_us(load: RankLoad, constants: CostConstants) -> FloatArray:
     """[ranks] microseconds per step by which a rank's experts take longer than the mean rank's.
 
     ``sum over kinds k of share_k * sum over layers of max(0, t_kr - mean_r t_kr)`` with t the MoE
-    time of the cost model (docs/cost-model.md). What all ranks pay alike is left out.
+    time of the cost model (docs/simulator.md). What all ranks pay alike is left out.
     """
     times = moe_kernel_us(load.active, load.pairs, constants)
     above = np.maximum(times - times.mean(axis=2, keepdims=True), 0.0).sum(axis=1)
