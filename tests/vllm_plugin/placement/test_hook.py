@@ -1,5 +1,6 @@
 """What the hook reads from vLLM's objects, and what it attaches to them."""
 
+import inspect
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from gimbal.vllm_plugin.placement.hook import (
     PRESSURE,
     attach_news,
     batch_tokens,
+    patch_model_runner,
     patch_model_runners,
     routes_all_tokens,
 )
@@ -86,6 +88,27 @@ def test_both_model_runners_are_followed(monkeypatch, late):
     assert runner.eplb_state._gimbal_controller.batch == (7, 1)
     runner.sample_tokens(None)
     assert getattr(runner.output, PRESSURE) == 2.0
+
+
+@pytest.mark.slow
+def test_vllms_own_v2_runner_can_be_followed(monkeypatch):
+    """It needs Triton to run a step; its class is there without, and so is what it returns."""
+    runner = pytest.importorskip("vllm.v1.worker.gpu.model_runner").GPUModelRunner
+    async_output = pytest.importorskip("vllm.v1.worker.gpu.async_utils").AsyncOutput
+    for name in ("execute_model", "sample_tokens"):
+        monkeypatch.setattr(runner, name, getattr(runner, name))  # taken back after the test
+    patch_model_runner(runner)
+    sender, steps = controller(2.0), []
+    failed = SimpleNamespace(
+        execute_model_state=None,  # the step before failed: vLLM answers nothing
+        eplb_state=SimpleNamespace(_gimbal_controller=sender),
+        eplb=SimpleNamespace(step=lambda **kind: steps.append(kind)),
+    )
+    assert runner.sample_tokens(failed, None) is None
+    assert steps == [{"is_dummy": False, "is_profile": False}]
+    assert sender.pressure_news  # for the next output
+    assert isinstance(runner.eplb_state, property)
+    assert "self.model_runner_output = " in inspect.getsource(async_output.__init__)
 
 
 def test_fallbacks_travel_when_there_are_more():
