@@ -156,6 +156,8 @@ def completed(
 
     Args:
         function: importable by name, because tasks run in spawned processes when `jobs` > 1.
+
+    Closed early or interrupted, it starts no further task; those that run end by themselves.
     """
     if jobs <= 1:
         for index, task in enumerate(tasks):
@@ -163,10 +165,12 @@ def completed(
         return
     # Spawned, not forked: numba's and numpy's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent)
+    try:
         futures = {pool.submit(function, task): i for i, task in enumerate(tasks)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        # Once: the pool's own end of a `with` would take the cancellation back, and an
+        # interrupted run would go on to its last task.
+        pool.shutdown(wait=False, cancel_futures=True)

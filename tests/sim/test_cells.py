@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from left_over import gone
 
 RUN = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from gimbal.sim.cells import completed
 
 def task(seconds):
@@ -21,6 +21,7 @@ def task(seconds):
     return seconds
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     tasks = [float(a) for a in sys.argv[1:]]
     print(json.dumps([result for _, result in completed(task, tasks, 2)]))
 """
@@ -40,6 +41,17 @@ def test_a_killed_run_leaves_no_workers(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert gone(workers, 20)
+
+
+def test_an_interrupted_run_starts_nothing_more(tmp_path):
+    process = start(tmp_path, *["0.2"] * 60)
+    assert process.stdout is not None
+    first = [process.stdout.readline() for _ in range(2)]
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    # Two ran, and the pool hands out a few ahead of time.
+    assert len(first) + len(rest.splitlines()) < 12
 
 
 def test_workers_end_with_a_run_that_ends(tmp_path):
