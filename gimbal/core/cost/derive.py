@@ -49,14 +49,15 @@ GPUS = {
 """Vendor data sheets, SXM where there is one; dense rates without sparsity."""
 
 
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Under which a Hugging Face configuration counts its experts, by family."""
 
 
 def model_shape(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
     """What a Hugging Face configuration fixes; raises InputError when it is no MoE model's."""
-    experts = next((config[key] for key in _EXPERT_KEYS if config.get(key)), None)
+    experts = next((config[key] for key in EXPERT_KEYS if config.get(key)), None)
     if experts is None:
-        raise InputError(f"{where}: none of {', '.join(_EXPERT_KEYS)}: not a MoE model")
+        raise InputError(f"{where}: none of {', '.join(EXPERT_KEYS)}: not a MoE model")
     try:
         heads = config["num_attention_heads"]
         kv = config.get("num_key_value_heads", heads)

@@ -12,13 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gimbal.core.cost.derive import EXPERT_KEYS
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.serve.flags import VllmFlags
 
 SUPPORTED = ((0, 32), (0, 33))
 """vLLM minor versions Gimbal works with; `docs/compatibility.md` says what was tested."""
-
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ def model_config(model: str) -> dict[str, Any] | None:
 def count_experts(config: dict[str, Any]) -> int:
     """Routed experts per layer that a Hugging Face config declares; 0 for a dense model."""
     for section in (config, config.get("text_config") or {}):
-        for key in _EXPERT_KEYS:
+        for key in EXPERT_KEYS:
             if isinstance(section.get(key), int) and section[key] > 1:
                 return int(section[key])
     return 0
