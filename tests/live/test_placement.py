@@ -7,9 +7,12 @@ others, and the gain gate is set to react within seconds. What must not change i
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +32,59 @@ CONFIG = {
 EPLB = {"window_size": 60, "step_interval": 80, "num_redundant_experts": 4}
 
 
-def records_of(tp: int) -> Path:
-    return Path(tempfile.gettempdir()) / f"gimbal-live-placement-tp{tp}"
+TRITON_ON_CPU = Path(__file__).parent / "triton_on_cpu"
+MODEL_RUNNER_V2 = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "TRITON_INTERPRET": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, (str(TRITON_ON_CPU), os.environ.get("PYTHONPATH")))),
+}
 
 
-def layout(tp: int) -> Any:
-    """The test's parameter for DP=2, TP=`tp`, with its server."""
-    config = {"gimbal": {"placement": CONFIG | {"records": str(records_of(tp))}}}
-    flags = (
-        "--enable-eplb",
-        "--eplb-config",
-        json.dumps(EPLB | {"use_async": False}),
-        "--tensor-parallel-size",
-        str(tp),
-        "--additional-config",
-        json.dumps(config),
-    )
-    mark = pytest.mark.server(*flags, levels="placement")
-    return pytest.param(records_of(tp), marks=mark, id=f"DP2-TP{tp}-EP{2 * tp}")
+@dataclass(frozen=True)
+class Layout:
+    """DP=2 with `tensor_parallel` ranks an engine, under vLLM's older model runner or V2."""
+
+    tensor_parallel: int
+    v2: bool = False
+
+    @property
+    def name(self) -> str:
+        tp = self.tensor_parallel
+        return f"DP2-TP{tp}-EP{2 * tp}" + "-V2" * self.v2
+
+    @property
+    def records(self) -> Path:
+        return Path(tempfile.gettempdir()) / f"gimbal-live-placement-{self.name}"
+
+    def parameter(self) -> Any:
+        """The test's parameter, with its server."""
+        config = {"gimbal": {"placement": CONFIG | {"records": str(self.records)}}}
+        flags = (
+            "--enable-eplb",
+            "--eplb-config",
+            json.dumps(EPLB | {"use_async": False}),
+            "--tensor-parallel-size",
+            str(self.tensor_parallel),
+            "--additional-config",
+            json.dumps(config),
+        )
+        levels = "dispatch,placement,feedback"
+        marks = [pytest.mark.server(*flags, levels=levels, env=MODEL_RUNNER_V2 if self.v2 else {})]
+        if self.v2:
+            missing = find_spec("triton") is None
+            marks.append(pytest.mark.skipif(missing, reason="model runner V2 needs Triton"))
+        return pytest.param(self, marks=marks, id=self.name)
 
 
+LAYOUTS = (Layout(1), Layout(2), Layout(1, v2=True))
 DOMAIN_OF_ENGINE = (("ember", "harbor"), ("meadow", "quartz"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_old_records() -> None:
     """Before the server starts: its workers remember where in the file their last line is."""
-    for tp in (1, 2):
-        records_of(tp).joinpath("rebalances.jsonl").unlink(missing_ok=True)
+    for layout in LAYOUTS:
+        layout.records.joinpath("rebalances.jsonl").unlink(missing_ok=True)
 
 
 def complete(server: Any, prompt: list[int], engine: int, tokens: int) -> dict[str, Any]:
@@ -87,26 +115,44 @@ def load(server: Any, manifest: DemoManifest, rng: np.random.Generator) -> None:
         list(pool.map(lambda job: complete(server, *job, 24), jobs))
 
 
+def rebalances(layout: Layout) -> list[dict[str, Any]]:
+    """One record per window that was judged, oldest first."""
+    path = layout.records / "rebalances.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def since_first_commit(layout: Layout) -> list[dict[str, Any]]:
+    """The first migration and all windows after it."""
+    records = rebalances(layout)
+    at = next((i for i, r in enumerate(records) if r["committed"]), len(records))
+    return records[at:]
+
+
 @pytest.mark.live
-@pytest.mark.parametrize("records_dir", [layout(1), layout(2)])
-def test_experts_move_to_who_asks_and_texts_stay(server: Any, records_dir: Path) -> None:
+@pytest.mark.parametrize("layout", [layout.parameter() for layout in LAYOUTS])
+def test_experts_move_to_who_asks_and_texts_stay(server: Any, layout: Layout) -> None:
     models = json.loads(urllib.request.urlopen(f"{server.url}/models", timeout=10).read())
     manifest = load_manifest(Path(models["data"][0]["root"]))
     rng = np.random.default_rng(0)
-    fixed = [manifest.prompt(d, 60, rng) for d in manifest.domains]
-    before = [complete(server, prompt, i % 2, 16) for i, prompt in enumerate(fixed)]
-    settled = 0
+    # On the engine of its domain, so that no window holds tokens that ask from elsewhere.
+    fixed = [
+        (manifest.prompt(domain, 60, rng), engine)
+        for engine, domains in enumerate(DOMAIN_OF_ENGINE)
+        for domain in domains
+    ]
+    before = [complete(server, *job, 16) for job in fixed]
     for _ in range(30):
         load(server, manifest, rng)
-        # Two more rounds after the first migration: its successor judges what it gained.
-        path = records_dir / "rebalances.jsonl"
-        settled += path.exists() and '"committed":true' in path.read_text()
-        if settled == 3:
+        # Two windows after the first migration: its successor judges what it gained. And no
+        # migration in the last: what is served at home is counted since experts last moved.
+        since = since_first_commit(layout)
+        if len(since) >= 3 and not since[-1]["committed"]:
             break
-    after = [complete(server, prompt, i % 2, 16) for i, prompt in enumerate(fixed)]
+    # While the engines' windows still hold the load, not the few tokens of `after`.
+    live = fetch(server.root, 60.0)
+    records = rebalances(layout)
+    after = [complete(server, *job, 16) for job in fixed]
 
-    lines = records_dir.joinpath("rebalances.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
     committed = [r for r in records if r["committed"]]
     assert committed, [r["reason"] for r in records]
     assert sum(r["received_experts"] for r in committed) > 0
@@ -115,17 +161,15 @@ def test_experts_move_to_who_asks_and_texts_stay(server: Any, records_dir: Path)
     first = committed[0]
     assert first["predicted_gain_us_per_step"] > 0.0
     assert first["realized_gain_us_per_step"] is not None
-    # The window that follows; the last one also holds the fixed prompts, which belong nowhere.
-    following = records[records.index(first) + 1]
-    gained = first["local_share_before"], following["local_share_before"]
-    assert gained[1] > gained[0] + 0.05, gained
+    # The first migration may go by a window of few requests, which the second then corrects.
+    shares = [r["local_share_before"] for r in records[records.index(first) :]]
+    assert max(shares[1:]) > shares[0] + 0.04, shares
     for old, new in zip(before, after, strict=True):
         assert old["text"] == new["text"]
         # bf16 activations: other batch shapes alone change a log-probability by up to 0.05.
         one, other = (np.array(c["logprobs"]["token_logprobs"]) for c in (old, new))
         assert np.abs(one - other).max() < 0.15
         assert np.abs(one - other).mean() < 0.02
-    live = fetch(server.root, 60.0)
     assert live.counts.shape == (2, 4, 32)
     assert live.metadata["committed"] == len(committed)
     assert live.metadata["fallbacks"] == {}
@@ -133,6 +177,16 @@ def test_experts_move_to_who_asks_and_texts_stay(server: Any, records_dir: Path)
     summary = summarize(live)
     assert summary["divergence_bits"] > 0.02
     assert 0.0 < summary["decode_share"] < 1.0
-    # Replica tables that know the source serve more at home than an even choice would.
-    assert live.metadata["served_locally"] > summary["local_share"] + 0.01
-    assert "not committed" not in server.log.read_text(errors="replace")
+    nearer = live.metadata["served_locally"] - summary["local_share"]
+    if layout.tensor_parallel == 1:
+        # Replica tables that know the source serve more at home than an even choice would.
+        assert nearer > 0.08
+    else:
+        # The ranks of one engine route the same tokens: the tables stay vLLM's, the choice even.
+        assert abs(nearer) < 0.08
+    pressure = server.metric_by_engine("gimbal_engine_expert_pressure_seconds")
+    assert len(pressure) == 2
+    assert max(pressure.values()) > 0.0
+    log = server.log.read_text(errors="replace")
+    assert ("Using V2 Model Runner" in log) == layout.v2
+    assert "not committed" not in log
