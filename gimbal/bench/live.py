@@ -1,8 +1,9 @@
 """The paper's ablation on live servers: one run directory per load, continued where it stopped.
 
 Arms that place experts get a server of their own, since they leave experts where they moved them;
-the others share one. Arms whose servers are alive at once take turns. With fewer servers alive than
-the matrix has, all loads and repeats of a server are measured before the next one is started.
+the others share one. Arms whose servers are alive at once take turns, in Williams order. With fewer
+servers alive than the matrix has, all loads and repeats of a server are measured before the next
+one is started.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gimbal.bench.arms import Arm, ServerSpec, select_arms
+from gimbal.bench.compare import turns
 from gimbal.bench.endpoint import Endpoint
 from gimbal.bench.servers import ServerPool
 from gimbal.bench.session import BenchOptions, BenchSession, Turn
@@ -119,14 +121,14 @@ class LiveRun:
     def _turns(self) -> Iterator[tuple[float, Turn]]:
         """(load, turn) in the order in which they are measured."""
         specs = self._matrix.specs()
-        groups = [[(spec, arm) for arm in arms] for spec, arms in specs.items()]
+        groups = [{arm.name: (arm, spec) for arm in arms} for spec, arms in specs.items()]
         if self._pool.resident >= len(groups):
-            groups = [list(chain.from_iterable(groups))]
+            groups = [dict(chain.from_iterable(group.items() for group in groups))]
         for group in groups:
             for load in self._matrix.loads:
-                for repeat in range(self._matrix.options.repeats):
-                    for spec, arm in group[:: 1 if repeat % 2 == 0 else -1]:
-                        yield load, Turn(repeat, arm, spec)
+                for repeat, row in enumerate(turns([*group], self._matrix.options.repeats)):
+                    for name in row:
+                        yield load, Turn(repeat, *group[name])
 
     def _measure(self, load: float, turn: Turn, session: BenchSession) -> None:
         spec, arm = turn.spec, turn.arm

@@ -25,6 +25,8 @@ from rich.console import Console
     help="servers alive at once; with one per group of arms (4 of the default arms, some 4 GB each "
     "for the demo) all arms take turns, otherwise those of one server",
 )
+@click.option("--max-prompt", type=click.IntRange(1), help="cut longer prompts to this many tokens")
+@click.option("--max-output", type=click.IntRange(1), help="cut longer outputs to this many tokens")
 @click.option("--seed", default=2000, show_default=True, help="of every random choice")
 @click.option(
     "--out",
@@ -39,7 +41,8 @@ def live(**values: Any) -> None:
     """The paper's ablation on live servers: vllm-legacy, vllm, and Gimbal level by level.
 
     On the demo model (DP=2, EP=2, CPU) unless a model and vLLM flags follow after `--`.
-    BurstGPT's lengths, gamma arrivals. Finished turns are kept: interrupted and started again, it
+    BurstGPT's lengths, gamma arrivals. A turn ends with its longest request: cut outputs make turns
+    of a few seconds comparable. Finished turns are kept: interrupted and started again, it
     continues. Each load is a run for `gimbal report OUT/live-LOAD`.
     """
     import signal
@@ -112,7 +115,12 @@ def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:
     )
     select_arms(names)
     trace = load_trace("burstgpt")
-    workload = WorkloadOptions(arrivals="gamma", cv=2.0)
+    workload = WorkloadOptions(
+        arrivals="gamma",
+        cv=2.0,
+        max_prompt=values["max_prompt"],
+        max_output=values["max_output"],
+    )
     options = BenchOptions(
         trace=trace,
         workload=workload,
