@@ -79,10 +79,11 @@ class LiveRun:
         paths = [self.path(load) for load in self._matrix.loads]
         with ExitStack() as stack:
             sessions = {load: self._session(load, stack) for load in self._matrix.loads}
+            plan = list(self._turns())
             try:
-                for load, turn in self._turns():
+                for number, (load, turn) in enumerate(plan, 1):
                     if not sessions[load].has(turn.arm.name, turn.repeat):
-                        self._measure(load, turn, sessions[load])
+                        self._measure(load, turn, sessions[load], f"{number} of {len(plan)}")
             finally:
                 self._pool.close()
             for session in sessions.values():
@@ -130,14 +131,15 @@ class LiveRun:
                     for name in row:
                         yield load, Turn(repeat, *group[name])
 
-    def _measure(self, load: float, turn: Turn, session: BenchSession) -> None:
+    def _measure(self, load: float, turn: Turn, session: BenchSession, place: str) -> None:
         spec, arm = turn.spec, turn.arm
         if session.capacity_rps is None:
             session.capacity_rps = self._capacity(session)
-        session.settle_rate(spec, arm)
+        if session.rate_rps is None:
+            session.settle_rate(spec, arm)
         session.switches = spec.shared
         before = self._recorded(spec)
-        self._say(f"load {load:g}: {arm.name}, repeat {turn.repeat + 1}")
+        self._say(f"load {load:g}: {arm.name}, repeat {turn.repeat + 1} (turn {place})")
         session.run(turn)
         for kind, old in before.items():
             new = self._read(spec, kind)[old:]

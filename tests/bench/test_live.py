@@ -78,7 +78,7 @@ def live_run(
 
 
 def turns(said: list[str]) -> list[str]:
-    return [line for line in said if line.startswith("load ")]
+    return [line.partition(" (turn ")[0] for line in said if line.startswith("load ")]
 
 
 @pytest.mark.slow
