@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +121,15 @@ class LiveRun:
     def _turns(self) -> Iterator[tuple[float, Turn]]:
         """(load, turn) in the order in which they are measured."""
         specs = self._matrix.specs()
-        groups = [{arm.name: (arm, spec) for arm in arms} for spec, arms in specs.items()]
+        turn_of = {arm.name: (arm, spec) for spec, arms in specs.items() for arm in arms}
+        groups = [[arm.name for arm in arms] for arms in specs.values()]
         if self._pool.resident >= len(groups):
-            groups = [dict(chain.from_iterable(group.items() for group in groups))]
+            groups = [[*turn_of]]
         for group in groups:
             for load in self._matrix.loads:
-                for repeat, row in enumerate(turns([*group], self._matrix.options.repeats)):
+                for repeat, row in enumerate(turns(group, self._matrix.options.repeats)):
                     for name in row:
-                        yield load, Turn(repeat, *group[name])
+                        yield load, Turn(repeat, *turn_of[name])
 
     def _measure(self, load: float, turn: Turn, session: BenchSession, place: str) -> None:
         spec, arm = turn.spec, turn.arm

@@ -11,6 +11,8 @@ from typing import Any
 import click
 from rich.console import Console
 
+from gimbal.commands.workload_options import MAX_OUTPUT, MAX_PROMPT
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--loads", default="0.9", show_default=True, help="shares of the capacity of vllm")
@@ -25,8 +27,8 @@ from rich.console import Console
     help="servers alive at once; with one per group of arms (4 of the default arms, some 4 GB each "
     "for the demo) all arms take turns, otherwise those of one server",
 )
-@click.option("--max-prompt", type=click.IntRange(1), help="cut longer prompts to this many tokens")
-@click.option("--max-output", type=click.IntRange(1), help="cut longer outputs to this many tokens")
+@MAX_PROMPT
+@MAX_OUTPUT
 @click.option("--seed", default=2000, show_default=True, help="of every random choice")
 @click.option(
     "--out",
@@ -107,9 +109,10 @@ def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:
     for name, number in (("duration", values["duration"]), *(("loads", x) for x in loads)):
         if not number > 0:
             raise InputError(f"--{name} {number:g}: expected a number > 0")
-    for name in ("repeat", "resident"):
-        if values[name] < 1:
-            raise InputError(f"--{name} {values[name]}: expected a whole number >= 1")
+    for name in ("repeat", "resident", "max_prompt", "max_output"):
+        if values[name] is not None and values[name] < 1:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} {values[name]}: expected a whole number >= 1")
     names = (
         tuple(n.strip() for n in values["arm_names"].split(",")) if values["arm_names"] else ARMS
     )

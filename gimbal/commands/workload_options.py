@@ -13,6 +13,9 @@ from gimbal.workloads.distributions import DISTRIBUTIONS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+MAX_PROMPT = click.option("--max-prompt", type=int, help="cut longer prompts to this many tokens")
+MAX_OUTPUT = click.option("--max-output", type=int, help="cut longer outputs to this many tokens")
+
 _OPTIONS = [
     click.option(
         "--trace",
@@ -47,8 +50,8 @@ _OPTIONS = [
         show_default=True,
         help="multiply prompt, output and prefix-block lengths",
     ),
-    click.option("--max-prompt", type=int, help="cut longer prompts to this many tokens"),
-    click.option("--max-output", type=int, help="cut longer outputs to this many tokens"),
+    MAX_PROMPT,
+    MAX_OUTPUT,
     click.option("--seed", default=0, show_default=True, help="of every random choice"),
     click.option("--repeat", default=1, show_default=True, help="turns of every arm"),
 ]

@@ -157,6 +157,7 @@ def test_arms_that_place_experts_have_servers_of_their_own() -> None:
         (("--loads", "0"), "--loads 0: expected a number > 0"),
         (("--repeat", "0"), "--repeat 0"),
         (("--resident", "0"), "--resident 0"),
+        (("--max-output", "0"), "--max-output 0"),
         (("--arms", "gimball"), "unknown arm 'gimball'"),
     ],
 )
