@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gimbal.commands.reproduce_live import live
+from gimbal.commands.reproduce_live import live, resumable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,18 +57,14 @@ def paper(**values: Any) -> None:
     jobs = values["jobs"] or len(os.sched_getaffinity(0))
     console = Console(stderr=True)
     columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
         def on_done(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        try:
+        with resumable(out, console):
             results = list(reproduce.run_matrix(matrix, out, jobs, on_done))
-        except KeyboardInterrupt:
-            console.print(f"interrupted: the same command continues from {out}", highlight=False)
-            sys.exit(1)
     result = tables.report(results, values["quick"], describe_environment())
     text = render(result)
     (out / "report.md").write_text(text, encoding="utf-8")

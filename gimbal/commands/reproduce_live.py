@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +50,12 @@ def live(**values: Any) -> None:
     of a few seconds comparable. Finished turns are kept: interrupted and started again, it
     continues. Each load is a run for `gimbal report OUT/live-LOAD`.
     """
-    import signal
-
     from gimbal.bench.servers import ServerPool
     from gimbal.bench.table import print_report
     from gimbal.records.store import RunReader
     from gimbal.workloads.prompts import read_vocabulary
 
     matrix, info = _matrix(values)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     out: Path = values["out"]
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
@@ -75,10 +75,8 @@ def live(**values: Any) -> None:
     pool = ServerPool(arguments, out, values["resident"], say)
     run = LiveRun(matrix, out, pool, vocabulary, info, say)
     try:
-        paths = run.run()
-    except KeyboardInterrupt:
-        say(f"interrupted: the same command continues from {out}")
-        sys.exit(1)
+        with resumable(out, console):
+            paths = run.run()
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
     results = {path.name: RunReader(path).info().result for path in paths}
@@ -88,6 +86,17 @@ def live(**values: Any) -> None:
     terminal = Console()
     for result in filter(None, results.values()):
         print_report(result, terminal if terminal.is_terminal else Console(width=160))
+
+
+@contextmanager
+def resumable(out: Path, console: Console) -> Iterator[None]:
+    """Ends the command with exit code 1 and how to go on when it is interrupted or terminated."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"interrupted: the same command continues from {out}", highlight=False)
+        sys.exit(1)
 
 
 def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:
