@@ -75,6 +75,11 @@ class QueueConfig:
         "keep vLLM's --prefill-schedule-interval until an engine has this many full steps of "
         "prefill to do; 0: vLLM's rule, until anybody waits (gimbal)",
     )
+    graph_steps: NotNegative = option(
+        2.0,
+        "prefill a backlog that fits into this many steps in steps that replay CUDA graphs, where "
+        "measured steps say that it pays; 0 never (gimbal)",
+    )
     protect_decodes: bool = option(False, "bound the prefill that rides along with decodes")
     tpot_factor: AtLeastOne = option(
         2.5, "how much longer than a decode-only step one with prefill may be (protect_decodes)"

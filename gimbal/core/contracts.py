@@ -57,6 +57,7 @@ class Field(IntEnum):
     QUEUE_OLDEST_BOUND_US = 28  # what the ordering's bound allowed it, when it came; 0: no bound
     QUEUE_FALLBACKS = 29  # times the queue level fell back to vLLM's behaviour
     PLACEMENT_FALLBACKS = 30  # the same of the placement level, in the worker that answers
+    QUEUE_GRAPH_STEPS = 31  # steps whose prefill was cut to what a CUDA graph covers
 
 
 SNAPSHOT_FIELDS = 32

@@ -1,10 +1,11 @@
 """Level `queue` in one engine: the waiting queue, the step's prefill budget, the run-time switch.
 
 `GimbalQueueMixin` sits in front of the scheduler class. Per step it sets, through levers vLLM
-has, what core decided: ``max_num_scheduled_tokens`` (decode protection); for a running prefill
-that yields to shorter newcomers and to decodes its chunk (``_reserve_prefill_lookahead``, which
-vLLM asks about every chunk it is about to schedule); and ``prefill_capacity_bound``, which lifts
-vLLM's prefill interval. vLLM's ``schedule()`` itself is untouched.
+has, what core decided: ``max_num_scheduled_tokens`` (CUDA graphs, decode protection); for a
+running prefill that yields to shorter newcomers and to decodes its chunk
+(``_reserve_prefill_lookahead``, which vLLM asks about every chunk it is about to schedule); and
+``prefill_capacity_bound``, which lifts vLLM's prefill interval. vLLM's ``schedule()`` itself is
+untouched.
 """
 
 from __future__ import annotations
@@ -133,6 +134,8 @@ class QueueLevel:
             return budget, {}
         if (throttled or self.planner.held_back()) and self.planner.deferred():
             return budget, {}
+        if self.config.graph_steps > 0.0:
+            budget = self.planner.graph_budget(budget)
         if self.config.protect_decodes:
             budget = self.planner.protected_budget(budget)
         return budget, self.planner.caps(budget) if self.config.in_batch else {}
@@ -154,6 +157,7 @@ class QueueLevel:
             0.0 if oldest is None or isinf(oldest.bound_s) else oldest.bound_s * 1e6,
             sum(self.guard.counts.values()),
         )
+        row[Field.QUEUE_GRAPH_STEPS] = self.planner.graph_steps
 
 
 def _board(scheduler: Any) -> Any:

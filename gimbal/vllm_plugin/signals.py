@@ -27,10 +27,12 @@ from gimbal.core.contracts import (
     FloatArray,
 )
 from gimbal.core.cost.online import OnlineStepCost
+from gimbal.core.queue.graph_steps import GraphStepCosts
 from gimbal.vllm_plugin import remote
 from gimbal.vllm_plugin.board import Board
 from gimbal.vllm_plugin.board_slots import BoardReader, SlotWriter
 from gimbal.vllm_plugin.clock import now_us
+from gimbal.vllm_plugin.engine_facts import graph_tokens
 from gimbal.vllm_plugin.identity import close_at_exit, server_board_path
 from gimbal.vllm_plugin.step_log import StepLog
 
@@ -75,6 +77,7 @@ class SchedulerSignals:
         needs_recount: set when an event was missed; the next snapshot starts from a full count.
         row: [ROW_WIDTH] the snapshot under construction.
         log: takes one record per step, or None.
+        graph_costs: what steps with and without CUDA graphs take; None where vLLM uses none.
     """
 
     def __init__(
@@ -88,6 +91,8 @@ class SchedulerSignals:
         self.sink = sink
         self.group = group
         self.cost = OnlineStepCost(scheduler.scheduler_config.max_num_batched_tokens)
+        graph = graph_tokens(scheduler.vllm_config)
+        self.graph_costs = GraphStepCosts(graph) if graph else None
         self.needs_recount = False
         self.log: StepLog | None = None
         self.row: FloatArray = np.zeros(ROW_WIDTH)
@@ -334,6 +339,14 @@ class SchedulerSignals:
         self.cost.observe(step.prefill_tokens, step.decodes, step_us, fullest)
         self.row[Field.PREFILL_US_PER_TOKEN] = self.cost.prefill_us_per_token
         self.row[Field.DECODE_US_PER_REQUEST] = self.cost.decode_us_per_request
+        if self.graph_costs is not None:
+            tokens = float(step.output.total_num_scheduled_tokens)
+            if self.group is not None:
+                others = self.group.peek(Field.STEP_PREFILL_TOKENS)
+                others = others + self.group.peek(Field.DECODING_REQUESTS)
+                tokens = max(tokens, float(others.max()))
+            prefill = max(step.prefill_tokens, fullest or 0.0)
+            self.graph_costs.observe(step.prefill_tokens, step.decodes, step_us, prefill, tokens)
         if self.log is not None:
             self.log.write(
                 self.row, now, step_us, step.prefill_tokens, step.prefill_pairs, step.decodes

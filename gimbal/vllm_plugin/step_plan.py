@@ -9,7 +9,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import RequestStatus
 
 from gimbal.core.config import QueueConfig
-from gimbal.core.contracts import Field
+from gimbal.core.contracts import Field, FloatArray
 from gimbal.core.queue.budget import (
     NEWCOMERS,
     PrefillCandidate,
@@ -19,6 +19,7 @@ from gimbal.core.queue.budget import (
     running_candidate,
     waiting_candidate,
 )
+from gimbal.core.queue.graph_steps import fits_graph_steps
 from gimbal.vllm_plugin.board_slots import BoardReader
 from gimbal.vllm_plugin.engine_facts import EngineFacts
 from gimbal.vllm_plugin.waiting_queue import PLACE, GimbalRequestQueue
@@ -35,6 +36,10 @@ class StepPlanner:
         scheduler: vLLM's scheduler; only read, but for whether its prefill interval is lifted.
         queue: its waiting queue.
         group: rows of the engines in lock step with this one, itself included, or None.
+
+    Attributes:
+        yields: steps in which a running prefill left budget to newcomers.
+        graph_steps: steps whose budget was cut to what a CUDA graph covers.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class StepPlanner:
         self.facts = facts
         self.group = group
         self.yields = 0
+        self.graph_steps = 0
         self._steps = 0
         self._sharing = PrefillSharing()
         # Where a chunk's end matters to the model, or whether a request can start is not
@@ -60,6 +66,15 @@ class StepPlanner:
             or scheduler.connector is not None
             or scheduler.lora_config
             or scheduler.is_encoder_decoder
+        )
+        # A step cut short could for ever be too short for a whole prompt or image, and with
+        # pipeline stages several steps run at once.
+        vllm_config = scheduler.vllm_config
+        self._may_cut = (
+            self.can_share
+            and scheduler.scheduler_config.enable_chunked_prefill
+            and not vllm_config.model_config.supports_multimodal_inputs
+            and vllm_config.parallel_config.pipeline_parallel_size == 1
         )
 
     def caps(self, budget_tokens: int) -> dict[str, int]:
@@ -152,6 +167,35 @@ class StepPlanner:
         )
         return decode_tokens + prefill_tokens
 
+    def graph_budget(self, budget_tokens: int) -> int:
+        """Tokens of this step where a CUDA graph had better cover it; at most `budget_tokens`.
+
+        By the fullest engine of the group, as `protected_budget`, but for what this one took in
+        since it published.
+        """
+        signals = self.scheduler.gimbal_signals
+        costs = None if signals is None else signals.graph_costs
+        if costs is None or not self._may_cut or costs.graph_tokens >= budget_tokens:
+            return budget_tokens
+        scheduler = self.scheduler
+        decoding = len(scheduler.running) - len(scheduler._inflight_prefills)
+        backlog = self.queue.heap.waiting_tokens + self.facts.running_prefill_tokens()
+        if decoding <= 0 or backlog + decoding <= costs.graph_tokens:
+            return budget_tokens
+        decode_tokens = self._decode_tokens()
+        most_backlog, most_decodes = backlog, decode_tokens
+        if self.group is not None:
+            rows = self.group.read()
+            most_backlog = max(most_backlog, _backlog(rows).max())
+            most_decodes = max(most_decodes, rows[:, Field.DECODING_REQUESTS].max())
+        fits = fits_graph_steps(
+            most_backlog, most_decodes, costs.graph_tokens, self.config.graph_steps
+        )
+        if not fits or not costs.small_steps_pay(most_backlog, decoding):
+            return budget_tokens
+        self.graph_steps += 1
+        return int(costs.graph_tokens)
+
     def _decode_tokens(self) -> int:
         """Tokens that vLLM will schedule in this step for running requests past their prompt.
 
@@ -178,9 +222,7 @@ class StepPlanner:
             facts = self.facts
             waiting = max(facts.field(Field.WAITING_PREFILL_TOKENS), self.queue.heap.waiting_tokens)
             return int(waiting) + facts.running_prefill_tokens()
-        rows = self.group.read()
-        backlog = rows[:, Field.WAITING_PREFILL_TOKENS] + rows[:, Field.RUNNING_PREFILL_TOKENS]
-        return int(backlog.max())
+        return int(_backlog(self.group.read()).max())
 
     def _longest_chunk(self, budget_tokens: int) -> int:
         """The most tokens of one prompt that vLLM schedules in a step in which others wait."""
@@ -222,3 +264,8 @@ class StepPlanner:
         """Whether a priority class always goes before the next."""
         by_priority = self.scheduler.policy == SchedulingPolicy.PRIORITY
         return by_priority and not self.queue.heap.priority_tokens
+
+
+def _backlog(rows: FloatArray) -> FloatArray:
+    """[engines] prefill tokens that wait or run, of [engines, ROW_WIDTH] snapshots."""
+    return rows[:, Field.WAITING_PREFILL_TOKENS] + rows[:, Field.RUNNING_PREFILL_TOKENS]

@@ -332,6 +332,61 @@ def test_decode_protection_goes_by_the_fullest_engine_of_the_group(build):
     assert run(scheduler, requests)[2] == {"decodes": 1, "long": 200}
 
 
+def with_graphs(scheduler, pays=True, tokens=128):
+    """As if vLLM had graphs for steps of `tokens`, and small steps had been seen to pay or not."""
+    scheduler.gimbal_signals.graph_costs = SimpleNamespace(
+        graph_tokens=tokens, small_steps_pay=lambda backlog, decodes: pays, observe=lambda *a: None
+    )
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("pays", "most_steps", "prompt", "expected"),
+    [
+        (True, 2.0, 240, [128, 114]),  # beside a decode 127 tokens of prefill fit into a graph
+        (True, 2.0, 260, [261]),  # more than twice 127
+        (True, 3.0, 260, [128, 128, 7]),
+        (True, 2.0, 120, [121]),
+        (True, 0.0, 240, [241]),
+        (False, 2.0, 240, [241]),
+    ],
+)
+def test_a_backlog_of_two_graphs_is_prefilled_in_graphs(build, pays, most_steps, prompt, expected):
+    scheduler = with_graphs(build({"queue": {"graph_steps": most_steps}}), pays)
+    counts = run(scheduler, [(0, real.request("decodes", 50, 30)), (2, real.request("p", prompt))])
+    assert [sum(step.values()) for step in counts[2 : 2 + len(expected)]] == expected
+    assert scheduler.gimbal_queue.planner.graph_steps == len(expected) - 1 or prompt == 120
+    assert scheduler.max_num_scheduled_tokens == 512
+
+
+def test_graphs_go_by_the_fullest_engine_of_the_group(build):
+    from gimbal.core.contracts import ROW_WIDTH, Field
+
+    def tokens_in_step_2(backlog, decodes):
+        scheduler = with_graphs(build({}))
+        rows = np.zeros((2, ROW_WIDTH))
+        rows[1, Field.WAITING_PREFILL_TOKENS], rows[1, Field.DECODING_REQUESTS] = backlog, decodes
+        scheduler.gimbal_queue.planner.group = SimpleNamespace(read=rows.copy)
+        requests = [(0, real.request("decodes", 50, 30)), (2, real.request("p", 200))]
+        return sum(run(scheduler, requests)[2].values())
+
+    assert tokens_in_step_2(0, 0) == 128
+    assert tokens_in_step_2(254, 1) == 128
+    assert tokens_in_step_2(255, 1) == 201  # its step will be a large one whatever this one does
+    assert tokens_in_step_2(0, 100) == 201
+
+
+def test_nothing_is_cut_where_prompts_must_stay_whole(build):
+    scheduler = with_graphs(build({}, budget=8192, enable_chunked_prefill=False))
+    requests = [(0, real.request("decodes", 50, 30)), (2, real.request("p", 200))]
+    assert sum(run(scheduler, requests)[2].values()) == 201
+
+
+def test_without_decodes_a_step_is_as_large_as_it_can_be(build):
+    scheduler = with_graphs(build({}))
+    assert run(scheduler, [(0, real.request("p", 200))])[0] == {"p": 200}
+
+
 @pytest.mark.parametrize(
     ("most_steps", "expected"), [(0.0, [300, 0]), (4.0, [0, 0]), (0.5, [300, 0])]
 )

@@ -20,6 +20,7 @@ import real_scheduler
 
 from gimbal.records.schema import StepRecord
 from gimbal.records.store import read_records
+from gimbal.vllm_plugin.engine_facts import graph_tokens
 from gimbal.vllm_plugin.signals import SchedulerSignals
 
 
@@ -272,3 +273,41 @@ def test_steps_are_recorded_when_a_directory_is_configured(tmp_path: Path) -> No
     # Attention pairs n * (p + n/2) of the two chunks.
     assert [r.prefill_pairs for r in records[:2]] == [512 * 256.0, 188 * (512 + 94.0)]
     assert all(r.duration_us > 0 for r in records)
+
+
+@pytest.mark.parametrize(
+    ("mode", "largest", "expected"),
+    [
+        ("NONE", 512, 0),
+        ("PIECEWISE", 512, 512),
+        ("FULL", 256, 256),
+        ("FULL_DECODE_ONLY", 512, 0),
+        ("FULL_AND_PIECEWISE", 1024, 1024),
+        ("FULL_AND_PIECEWISE", None, 0),
+    ],
+)
+def test_the_largest_step_with_prefill_that_has_a_graph(
+    mode: str, largest: int | None, expected: int
+) -> None:
+    from vllm.config import CUDAGraphMode
+
+    compilation = SimpleNamespace(
+        cudagraph_mode=CUDAGraphMode[mode], max_cudagraph_capture_size=largest
+    )
+    assert graph_tokens(SimpleNamespace(compilation_config=compilation)) == expected
+
+
+def test_a_step_is_as_large_as_the_fullest_of_its_group(engine: Any) -> None:
+    scheduler, _ = engine()
+    assert scheduler.gimbal_signals.graph_costs is None  # the CPU backend captures no graphs
+    seen: list[tuple[float, ...]] = []
+    signals = scheduler.gimbal_signals
+    signals.graph_costs = SimpleNamespace(observe=lambda *figures: seen.append(figures))
+    scheduler.add_request(real_scheduler.request("a", 40))
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    columns = {Field.STEP_PREFILL_TOKENS: [30.0, 90.0], Field.DECODING_REQUESTS: [2.0, 5.0]}
+    signals.group = SimpleNamespace(peek=lambda field: np.array(columns[field]))
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    own = [(prefill, decodes) for prefill, decodes, *_ in seen]
+    assert own == [(40, 0), (0, 1)]
+    assert [figures[3:] for figures in seen] == [(40, 40.0), (90.0, 95.0)]
