@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gimbal.core.config import QueueConfig
 from gimbal.core.errors import InputError, nearest
 
 
@@ -16,6 +17,8 @@ class Arm:
         fresh_signals: the policy reads the board at the moment it decides; False gives it the
             coordinator's request counts of up to 100 ms ago, as vLLM's own path does.
         ordering: waiting-queue ordering by name.
+        graph_steps: as in the configuration's section `queue`; of an arm with Gimbal's ordering, on
+            a profile with CUDA graphs.
         interval_backlog_steps: as in the configuration's section `queue`; says something only on a
             cluster with a ``prefill_schedule_interval``.
         placer: ``static`` for vLLM's initial placement throughout, ``gimbal`` for the planner
@@ -39,6 +42,7 @@ class Arm:
     affinity: str = "none"
     oracle: bool = False
     interval_backlog_steps: float = 0.0
+    graph_steps: float = QueueConfig().graph_steps
 
 
 def _dispatch_only(policy: str) -> Arm:
@@ -62,6 +66,7 @@ ARMS = {
         Arm("gimbal-ep", placer="gimbal"),
         Arm("gimbal-no-feedback", "gimbal", True, "gimbal", "gimbal"),
         Arm("gimbal", "gimbal", True, "gimbal", "gimbal", True),
+        Arm("gimbal-no-graphs", "gimbal", True, "gimbal", "gimbal", True, graph_steps=0.0),
         Arm("gimbal-owner", "gimbal", True, "gimbal", "gimbal", True, "owner"),
         Arm("gimbal-affinity", "gimbal", True, "gimbal", "gimbal", True, affinity="local"),
         Arm("moe-tuner", placer="moe-tuner", oracle=True),

@@ -177,14 +177,22 @@ class Engine:
 
     # -- one step ----------------------------------------------------------------------------
 
-    def schedule(self, now_s: float, admit: bool = True) -> StepBatch:
-        """Chooses this step's batch; `admit` False holds back prefills beside decodes."""
+    def schedule(
+        self, now_s: float, admit: bool = True, budget_tokens: int | None = None
+    ) -> StepBatch:
+        """Chooses this step's batch.
+
+        Args:
+            admit: False holds back prefills beside decodes.
+            budget_tokens: of this step, where it is less than the engine's own.
+        """
         batch = StepBatch()
         admit = admit or self.decodes == 0
         self.domain_tokens[:] = self.domain_decodes
         self._grow_decodes()
         batch.decodes, batch.kv_tokens = self.decodes, self.kv_tokens
-        budget = self.budget - self.decodes
+        whole = self.budget if budget_tokens is None else budget_tokens
+        budget = whole - self.decodes
         if admit:
             caps = self._caps(budget, now_s)
             for number, request in enumerate(list(self.prefilling)):

@@ -188,6 +188,14 @@ def scenario_tables(cells: Cells, scenario: str) -> dict[str, Any]:
             for arm in ("gimbal", "gimbal-owner", "gimbal-affinity")
             if arm in here
         },
+        "graphs_add": {
+            f"{load:g}": {
+                m: change(cells, "gimbal", "gimbal-no-graphs", m, [k for k in keys if k[2] == load])
+                for m in METRICS
+            }
+            for load in loads
+            if "gimbal-no-graphs" in here
+        },
         "levels": {arm: _level(cells[arm], scenario, loads) for arm in here},
         "experts": {arm: _experts(cells[arm], scenario) for arm in here},
     }

@@ -126,6 +126,10 @@ def _scenario(report: Mapping[str, Any], name: str, tables: Mapping[str, Any]) -
     lines += ["What the loop adds (against gimbal-no-feedback, all loads):", ""]
     rows = [[arm, *_cells(values)] for arm, values in tables["feedback_adds"].items()]
     lines += _table(["arm", *METRICS.values()], rows)
+    if tables["graphs_add"]:
+        lines += ["What staying within CUDA graphs adds (against gimbal-no-graphs):", ""]
+        rows = [[load, *_cells(values)] for load, values in tables["graphs_add"].items()]
+        lines += _table(["load", *METRICS.values()], rows)
     lines += _absolute(tables)
     return lines
 

@@ -17,6 +17,7 @@ from gimbal.core.dispatch.dispatcher import Dispatcher, TimedPolicy
 from gimbal.core.errors import InputError
 from gimbal.core.feedback.affinity import AffinityPolicy, HomePolicy, home_engines
 from gimbal.core.queue import ORDERINGS
+from gimbal.core.queue.graph_steps import fits_graph_steps
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.sim import kernels
 from gimbal.sim.arms import Arm
@@ -106,7 +107,13 @@ class Simulation:
         compile_kernels()
         self._domains = population.names
         homes = self._use_affinity(domains)
-        self.signals = Signals(self.engines, arm.fresh_signals, cluster.stats_interval_ms * 1e3)
+        ours = arm.ordering == "gimbal" and arm.graph_steps > 0.0
+        self.signals = Signals(
+            self.engines,
+            arm.fresh_signals,
+            cluster.stats_interval_ms * 1e3,
+            profile.graph_tokens if ours else 0,
+        )
         self.dispatcher.fit_prefix_index(self.signals.board)
         expected = self._expected_tokens(homes) if arm.oracle else None
         self.experts = Experts(cluster, profile, population, arm, seed, expected)
@@ -174,8 +181,12 @@ class Simulation:
 
     def _step(self, start_us: float) -> float:
         """Runs one lock-step step of all engines; returns the time of its end."""
-        admit = self._admit()
-        batches = [e.schedule(start_us / 1e6, a) for e, a in zip(self.engines, admit, strict=True)]
+        batches = [
+            engine.schedule(start_us / 1e6, admit, budget)
+            for engine, admit, budget in zip(
+                self.engines, self._admit(), self._budgets(), strict=True
+            )
+        ]
         if self.cluster.async_scheduling:
             # Step k+1 is scheduled as soon as k runs: what came during k waits for k+2.
             self._deliver(start_us)
@@ -209,6 +220,27 @@ class Simulation:
             return [engine.capacity_bound for engine in self.engines]
         limit = self.arm.interval_backlog_steps * self.cluster.max_num_batched_tokens
         return [max(engine.backlog_tokens for engine in self.engines) > limit] * len(self.engines)
+
+    def _budgets(self) -> list[int | None]:
+        """Per engine, the step's token budget where a CUDA graph had better cover it.
+
+        As `step_plan.StepPlanner.graph_budget` on a server.
+        """
+        budgets: list[int | None] = [None] * len(self.engines)
+        if not self.signals.graph_costs:
+            return budgets
+        backlog = max(engine.backlog_tokens for engine in self.engines)
+        decodes = max(engine.decodes for engine in self.engines)
+        graph = self.profile.graph_tokens
+        if not fits_graph_steps(backlog, decodes, graph, self.arm.graph_steps):
+            return budgets
+        for index, (engine, cost) in enumerate(
+            zip(self.engines, self.signals.graph_costs, strict=True)
+        ):
+            large = engine.backlog_tokens + engine.decodes > graph
+            if large and engine.decodes and cost.small_steps_pay(backlog, engine.decodes):
+                budgets[index] = min(graph, engine.budget)
+        return budgets
 
     def _release(self, now_us: float) -> None:
         """In a closed loop the end of one request sends the next."""

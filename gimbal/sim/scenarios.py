@@ -72,6 +72,7 @@ SCENARIOS = {
             "today",
             "vLLM 0.32 as it comes on this machine: asynchronous EPLB and scheduling, CUDA graphs, "
             "8192-token budget, 1024 seats",
+            more_arms=("gimbal-no-graphs",),
         ),
         Scenario(
             "paper-era",

@@ -14,6 +14,7 @@ from gimbal.core.contracts import (
     FloatArray,
 )
 from gimbal.core.cost.online import OnlineStepCost
+from gimbal.core.queue.graph_steps import GraphStepCosts
 from gimbal.sim.engine import Engine, StepBatch
 
 SMOOTHING = 0.2
@@ -51,9 +52,16 @@ class Signals:
         fresh: True publishes every step; False only request counts and KV usage, at most every
             `stats_interval_us` and only when a count changed, as vLLM's coordinator does.
         stats_interval_us: see `fresh`.
+        graph_tokens: the largest step that replays a CUDA graph; 0 learns nothing about them.
     """
 
-    def __init__(self, engines: Sequence[Engine], fresh: bool, stats_interval_us: float) -> None:
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        fresh: bool,
+        stats_interval_us: float,
+        graph_tokens: int = 0,
+    ) -> None:
         self._engines = engines
         self._fresh = fresh
         self._interval_us = stats_interval_us
@@ -66,6 +74,7 @@ class Signals:
         self.board[:, Field.STEP_TOKEN_BUDGET] = [e.budget for e in engines]
         self.board[:, Field.MAX_RUNNING_REQUESTS] = [e.seats for e in engines]
         self.costs = [OnlineStepCost(e.budget) for e in engines]
+        self.graph_costs = [GraphStepCosts(graph_tokens) for _ in engines if graph_tokens]
 
     def step_done(self, batches: Sequence[StepBatch], duration_us: float) -> None:
         """Learns from one finished step (every engine saw the same duration)."""
@@ -80,6 +89,12 @@ class Signals:
         if self._fresh:
             for cost, batch in zip(self.costs, batches, strict=True):
                 cost.observe(batch.prefill_tokens, batch.decodes, duration_us, fullest)
+        if self.graph_costs:
+            tokens = max(batch.tokens for batch in batches)
+            for graph_cost, batch in zip(self.graph_costs, batches, strict=True):
+                graph_cost.observe(
+                    batch.prefill_tokens, batch.decodes, duration_us, fullest, tokens
+                )
 
     def read(self, now_us: float) -> FloatArray:
         """The board as a front end sees it at `now_us`."""

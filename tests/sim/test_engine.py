@@ -147,3 +147,10 @@ def test_tokens_are_counted_by_domain(domain):
     assert engine.domain_tokens[domain] == 6
     engine.schedule(1.0)
     np.testing.assert_array_equal(engine.domain_tokens, np.eye(2)[domain])
+
+
+def test_a_step_may_be_given_less_than_the_whole_budget():
+    engine = make_engine()
+    engine.add(SimRequest(0, "r0", 0.0, 30, 4), 0.0, 0)
+    assert engine.schedule(0.0, budget_tokens=5).prefill_tokens == 5
+    assert engine.schedule(1.0).prefill_tokens == 16

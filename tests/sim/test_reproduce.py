@@ -172,7 +172,8 @@ def test_the_command_writes_table_json_and_runs_for_the_report(tmp_path):
     assert text.index("Where Gimbal loses") < text.index("## today")
     assert "paper: gimbal/vllm-legacy | -42.9 %" in text
     report = json.loads((tmp_path / "result.json").read_text())
-    assert report["cells"] == 5 * 3 * 8
+    assert report["cells"] == 5 * 3 * 9
+    assert "What staying within CUDA graphs adds" in text
     assert write_report(tmp_path / "today").exists()
     page = write_reproduction(tmp_path).read_text()
     assert page.index("Where Gimbal loses") < page.index("today: TTFT mean")

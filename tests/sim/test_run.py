@@ -58,6 +58,42 @@ def test_an_engine_alone_decodes_at_the_profile_step_time():
     assert 5 < tpot_ms < 8  # about 6 ms on the device plus host time
 
 
+def step_tokens(arm, profile):
+    """[steps] most tokens that an engine had in each step, of a run with medium prompts."""
+    rng = np.random.default_rng(5)
+    arrivals = np.cumsum(rng.exponential(1 / 40, 400))
+    prompts = rng.integers(100, 700, 400)
+    rows = [TraceRequest(a, int(p), 60) for a, p in zip(arrivals, prompts, strict=True)]
+    trace = make_trace("medium", rows)
+    simulation = Simulation(trace, CLUSTER, profile, POPULATION, get_arm(arm), 0)
+    steps, done = [], simulation.signals.step_done
+
+    def step_done(batches, duration_us):
+        steps.append(max(batch.tokens for batch in batches))
+        done(batches, duration_us)
+
+    simulation.signals.step_done = step_done
+    records = simulation.run().records
+    tpot = [(r.last_token_s - r.first_token_s) / (r.output_tokens - 1) for r in records]
+    return np.array(steps), float(np.mean(tpot))
+
+
+def test_steps_stay_within_cuda_graphs_only_where_that_pays():
+    assert PROFILE.graph_tokens == 512
+
+    def just_above(steps):
+        return int(((steps > 512) & (steps < 900)).sum())
+
+    plain, plain_tpot = step_tokens("gimbal-no-graphs", PROFILE)
+    cut, cut_tpot = step_tokens("gimbal", PROFILE)
+    assert just_above(plain) > 50 > 2 * just_above(cut)
+    assert cut_tpot < 0.97 * plain_tpot
+    # Where launches make no floor, nothing is cut.
+    cheap = dataclasses.replace(PROFILE, launch_layer_us=100.0)
+    same, _ = step_tokens("gimbal", cheap)
+    assert np.array_equal(same, step_tokens("gimbal-no-graphs", cheap)[0])
+
+
 def test_asynchronous_scheduling_admits_one_step_later():
     trace = make_trace("two", [TraceRequest(0.0, 2000, 50), TraceRequest(0.06, 100, 2)])
     sync = dataclasses.replace(CLUSTER, async_scheduling=False)
