@@ -74,6 +74,12 @@ class QueueLevel:
             reader = BoardReader(self.board, engines)
         self.planner = StepPlanner(scheduler, self.config, self.queue, self.facts, reader)
         self._use(self.ordering)
+        if self.planner.graph_tokens and self.own_ordering and self.config.graph_steps > 0.0:
+            logger.info(
+                "Gimbal: prefill keeps to steps of %d tokens, which replay CUDA graphs, where "
+                "measured steps say that it pays",
+                self.planner.graph_tokens,
+            )
 
     def _build(self, name: str) -> QueueOrdering:
         if name == "gimbal":

@@ -167,6 +167,13 @@ class StepPlanner:
         )
         return decode_tokens + prefill_tokens
 
+    @property
+    def graph_tokens(self) -> int:
+        """The step to which prefill may keep for the sake of CUDA graphs; 0: it never does."""
+        signals = self.scheduler.gimbal_signals
+        costs = None if signals is None else signals.graph_costs
+        return costs.graph_tokens if costs is not None and self._may_cut else 0
+
     def graph_budget(self, budget_tokens: int) -> int:
         """Tokens of this step where a CUDA graph had better cover it; at most `budget_tokens`.
 

@@ -101,12 +101,19 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         """Takes the request that was peeked at: vLLM has allocated its blocks by then."""
         if not self._all:
             raise IndexError("pop from an empty waiting queue")
-        request: Request
-        if self.fallback is not None and self._peeked is not None:
+        request: Request | None = None
+        if self.fallback is None:
+            try:
+                request = self._pop()
+            except Exception as error:
+                self._fall_back(error)
+        if request is None:
+            assert self.fallback is not None
             request = self._peeked
-            self.fallback.remove_request(request)
-        else:
-            request = self._guarded("pop_request", self._pop)
+            if request is None:
+                request = self.fallback.pop_request()
+            else:
+                self.fallback.remove_request(request)
         self._peeked = None
         del self._all[request.request_id]
         return request
@@ -118,9 +125,18 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
             return offered.item
         if not self._all:
             raise IndexError("peek from an empty waiting queue")
-        request: Request = self._guarded("peek_request", self._peek)
-        self._peeked = request
-        return request
+        if self.fallback is None:
+            try:
+                # Within a pass vLLM pops what it peeked at; every change of the queue asks anew.
+                offered = self._offered = self._choose()
+            except Exception as error:
+                self._fall_back(error)
+            else:
+                self._peeked = offered.item
+                return offered.item
+        assert self.fallback is not None
+        self._peeked = self.fallback.peek_request()
+        return self._peeked
 
     def prepend_request(self, request: Request) -> None:
         """Puts a request back: a preempted one at the front, a skipped one at its old place."""
@@ -199,11 +215,6 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
             entry.bound_s = self.bound_s(ahead, uncached, state.prefill_tokens_per_s)
         setattr(request, PLACE, entry)
 
-    def _peek(self) -> Request:
-        # Within a pass vLLM pops what it peeked at; every change of the queue asks anew.
-        self._offered = self._choose()
-        return self._offered.item
-
     def _choose(self) -> Entry[Request]:
         head = self.heap.peek(self.clock())
         if self.gate is None:
@@ -260,15 +271,12 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
             try:
                 return action(*arguments)
             except Exception as error:
-                queue = self._fall_back(error)
+                self._fall_back(error)
                 if name in ("add_request", "prepend_request"):
                     return None  # the queue that took over holds it already
-                if name == "pop_request" and self._peeked is not None:
-                    queue.remove_request(self._peeked)
-                    return self._peeked
         return getattr(self.fallback, name)(*arguments)
 
-    def _fall_back(self, error: Exception) -> RequestQueue:
+    def _fall_back(self, error: Exception) -> None:
         """Hands everything that waits to vLLM's own queue, oldest first, for good."""
         queue = create_request_queue(self.policy)
         for request in sorted(self._all.values(), key=lambda r: r.arrival_time):
@@ -277,4 +285,3 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         self._offered = None
         self.gate = None
         self.guard.fell_back("ordering", error)
-        return queue

@@ -124,7 +124,9 @@ class WaitingHeap(Generic[T]):
 
     def peek(self, now_s: float) -> Entry[T]:
         """The next entry; raises IndexError when empty."""
-        head = self._head()
+        heap = self._heap
+        # Twice per admission: the common case spares a call.
+        head = heap[0][-1] if heap and heap[0][-1].rank is heap[0] else self._head()
         if self.max_wait_s is None or now_s <= self._none_late_until_s or head.lane == FRONT:
             return head
         oldest = self._oldest_of(self._level(head.request))
@@ -142,18 +144,19 @@ class WaitingHeap(Generic[T]):
 
     def take(self, entry: Entry[T]) -> Entry[T]:
         """Takes a waiting entry for service: a pop that may come from behind the head."""
-        oldest = self._oldest_of(self._level(entry.request))
+        level = self._level(entry.request)
+        oldest = self._oldest_of(level)
         if oldest is not None and oldest.sequence < entry.sequence:
             entry.overtook = True
             self.overtakes += 1
         self.promotions += entry.promoted
-        return self._detach(entry)
+        return self._detach(entry, level)
 
     def remove(self, request_id: str) -> Entry[T]:
         """Takes a request out by id (an abort); raises KeyError when it is not waiting."""
         entry = self._entries[request_id]
         entry.promoted = False
-        return self._detach(entry)
+        return self._detach(entry, self._level(entry.request))
 
     def oldest(self) -> Entry[T] | None:
         """The entry that has waited longest, over all classes."""
@@ -275,7 +278,7 @@ class WaitingHeap(Generic[T]):
             else:  # one that comes back
                 insort(ages, entry, key=_BY_SEQUENCE)
 
-    def _detach(self, entry: Entry[T]) -> Entry[T]:
+    def _detach(self, entry: Entry[T], level: int) -> Entry[T]:
         rank = entry.rank
         del self._entries[entry.request.request_id]
         self.waiting_tokens -= entry.request.uncached_tokens
@@ -287,7 +290,6 @@ class WaitingHeap(Generic[T]):
         if len(heap) > dead_limit:
             self._heap = [r for r in heap if r[-1].rank is r]
             heapq.heapify(self._heap)
-        level = self._level(entry.request)
         ages = self._by_age[level]
         if len(ages) > dead_limit:
             for other in ages:

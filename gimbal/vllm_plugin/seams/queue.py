@@ -117,6 +117,14 @@ SEAMS: tuple[Seam, ...] = (
         patched=False,
     ),
     Seam(
+        "config.compilation",
+        "CUDAGraphMode.mixed_mode",
+        ("self",),
+        "queue",
+        "whether steps with prefill replay CUDA graphs; their largest is in `CompilationConfig`",
+        patched=False,
+    ),
+    Seam(
         "v1.core.block_pool",
         "BlockPool.get_num_free_blocks",
         ("self",),
