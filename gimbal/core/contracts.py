@@ -58,9 +58,10 @@ class Field(IntEnum):
     QUEUE_FALLBACKS = 29  # times the queue level fell back to vLLM's behaviour
     PLACEMENT_FALLBACKS = 30  # the same of the placement level, in the worker that answers
     QUEUE_GRAPH_STEPS = 31  # steps whose prefill was cut to what a CUDA graph covers
+    STEP_TOKENS = 32  # all tokens of the step that runs now
 
 
-SNAPSHOT_FIELDS = 32
+SNAPSHOT_FIELDS = 36
 """Width reserved for `Field`; the accepted counters follow it in a row."""
 ACCEPTED_REQUESTS = SNAPSHOT_FIELDS
 """First of MAX_FRONT_ENDS columns: requests accepted from front end f since EPOCH."""

@@ -232,13 +232,11 @@ class Simulation:
         backlog = max(engine.backlog_tokens for engine in self.engines)
         decodes = max(engine.decodes for engine in self.engines)
         graph = self.profile.graph_tokens
-        if not fits_graph_steps(backlog, decodes, graph, self.arm.graph_steps):
+        if decodes == 0 or not fits_graph_steps(backlog, decodes, graph, self.arm.graph_steps):
             return budgets
-        for index, (engine, cost) in enumerate(
-            zip(self.engines, self.signals.graph_costs, strict=True)
-        ):
+        for index, engine in enumerate(self.engines):
             large = engine.backlog_tokens + engine.decodes > graph
-            if large and engine.decodes and cost.small_steps_pay(backlog, engine.decodes):
+            if large and self.signals.graph_costs[index].small_steps_pay(backlog):
                 budgets[index] = min(graph, engine.budget)
         return budgets
 

@@ -92,9 +92,7 @@ class Signals:
         if self.graph_costs:
             tokens = max(batch.tokens for batch in batches)
             for graph_cost, batch in zip(self.graph_costs, batches, strict=True):
-                graph_cost.observe(
-                    batch.prefill_tokens, batch.decodes, duration_us, fullest, tokens
-                )
+                graph_cost.observe(batch.decodes, duration_us, fullest, tokens)
 
     def read(self, now_us: float) -> FloatArray:
         """The board as a front end sees it at `now_us`."""

@@ -216,8 +216,7 @@ class GimbalQueueMixin:
             self.max_num_scheduled_tokens = whole
             if caps:
                 del self._reserve_prefill_lookahead
-        if caps:
-            level.planner.yielded(output.total_num_scheduled_tokens, budget)
+        level.planner.scheduled(output.total_num_scheduled_tokens, budget, bool(caps))
         return output
 
 

@@ -95,6 +95,7 @@ class GimbalSchedulerMixin:
         return output
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self._gimbal_report("completing")
         outputs = super().update_from_output(  # type: ignore[misc]
             scheduler_output, *args, **kwargs
         )

@@ -91,8 +91,13 @@ class SchedulerSignals:
         self.sink = sink
         self.group = group
         self.cost = OnlineStepCost(scheduler.scheduler_config.max_num_batched_tokens)
+        # Of the step that ends: the most that any engine of the group has.
+        self._group_prefill = self._group_tokens = 0.0
+        self._group_complete = False
         graph = graph_tokens(scheduler.vllm_config)
-        self.graph_costs = GraphStepCosts(graph) if graph else None
+        alone = scheduler.vllm_config.parallel_config.data_parallel_size == 1
+        sees_all = alone or group is not None
+        self.graph_costs = GraphStepCosts(graph) if graph and sees_all else None
         self.needs_recount = False
         self.log: StepLog | None = None
         self.row: FloatArray = np.zeros(ROW_WIDTH)
@@ -188,8 +193,28 @@ class SchedulerSignals:
             decodes = len(counts) - admitted - advanced
             tokens, pairs = new_tokens + more_tokens, new_pairs + more_pairs
             self._steps.append(_Step(output, now, tokens, pairs, decodes))
-        self.row[Field.STEP_PREFILL_TOKENS] = self._steps[0].prefill_tokens if self._steps else 0.0
+        if self._steps:
+            oldest = self._steps[0]
+            self.row[Field.STEP_PREFILL_TOKENS] = oldest.prefill_tokens
+            self.row[Field.STEP_TOKENS] = oldest.output.total_num_scheduled_tokens
+        else:
+            self.row[Field.STEP_PREFILL_TOKENS] = self.row[Field.STEP_TOKENS] = 0.0
         self.publish(now)
+
+    def completing(self) -> None:
+        """A step has ended and its result is about to be taken in.
+
+        What the group ran in it is read now: a moment later those with less to do publish the next.
+        """
+        group = self.group
+        if group is None:
+            return
+        self._group_prefill = float(group.peek(Field.STEP_PREFILL_TOKENS).max())
+        if self.graph_costs is not None:
+            self._group_tokens = float(group.peek(Field.STEP_TOKENS).max())
+            if not self._group_complete:
+                # Behind an external load balancer other engines publish on boards of their own.
+                self._group_complete = bool(group.peek(Field.SEQUENCE).all())
 
     def completed(self, output: Any) -> None:
         """A step's result is in: learn what it took."""
@@ -209,7 +234,7 @@ class SchedulerSignals:
             if self.log is not None and self._idle_since_us is None:
                 self.log.flush()
             self._idle_since_us = now
-            self.row[Field.STEP_PREFILL_TOKENS] = 0.0
+            self.row[Field.STEP_PREFILL_TOKENS] = self.row[Field.STEP_TOKENS] = 0.0
             self.publish(now)
 
     def publish(self, now: float) -> None:
@@ -333,20 +358,18 @@ class SchedulerSignals:
                 SMOOTHING if self._prefill_rate else 1.0
             )
             self.row[Field.PREFILL_TOKENS_PER_S] = self._prefill_rate
-        fullest = (
-            None if self.group is None else float(self.group.peek(Field.STEP_PREFILL_TOKENS).max())
-        )
+        fullest = None if self.group is None else self._group_prefill
         self.cost.observe(step.prefill_tokens, step.decodes, step_us, fullest)
         self.row[Field.PREFILL_US_PER_TOKEN] = self.cost.prefill_us_per_token
         self.row[Field.DECODE_US_PER_REQUEST] = self.cost.decode_us_per_request
         if self.graph_costs is not None:
             tokens = float(step.output.total_num_scheduled_tokens)
-            if self.group is not None:
-                others = self.group.peek(Field.STEP_PREFILL_TOKENS)
-                others = others + self.group.peek(Field.DECODING_REQUESTS)
-                tokens = max(tokens, float(others.max()))
-            prefill = max(step.prefill_tokens, fullest or 0.0)
-            self.graph_costs.observe(step.prefill_tokens, step.decodes, step_us, prefill, tokens)
+            if self.group is None:
+                self.graph_costs.observe(step.decodes, step_us, step.prefill_tokens, tokens)
+            elif self._group_complete:
+                self.graph_costs.observe(
+                    step.decodes, step_us, self._group_prefill, max(tokens, self._group_tokens)
+                )
         if self.log is not None:
             self.log.write(
                 self.row, now, step_us, step.prefill_tokens, step.prefill_pairs, step.decodes

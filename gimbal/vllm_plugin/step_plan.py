@@ -57,6 +57,7 @@ class StepPlanner:
         self.group = group
         self.yields = 0
         self.graph_steps = 0
+        self._cut_to = 0
         self._steps = 0
         self._sharing = PrefillSharing()
         # Where a chunk's end matters to the model, or whether a request can start is not
@@ -67,15 +68,7 @@ class StepPlanner:
             or scheduler.lora_config
             or scheduler.is_encoder_decoder
         )
-        # A step cut short could for ever be too short for a whole prompt or image, and with
-        # pipeline stages several steps run at once.
-        vllm_config = scheduler.vllm_config
-        self._may_cut = (
-            self.can_share
-            and scheduler.scheduler_config.enable_chunked_prefill
-            and not vllm_config.model_config.supports_multimodal_inputs
-            and vllm_config.parallel_config.pipeline_parallel_size == 1
-        )
+        self._may_cut = self.can_share and _may_cut_steps(scheduler.vllm_config)
 
     def caps(self, budget_tokens: int) -> dict[str, int]:
         """Request id -> most prefill tokens in this step, for running prefills.
@@ -111,11 +104,19 @@ class StepPlanner:
         # Caps of a whole chunk do no harm, and hold where vLLM's longest chunk is longer.
         return {r.request_id: s for r, s in zip(running, shares, strict=True) if s < budget_tokens}
 
-    def yielded(self, scheduled_tokens: int, budget_tokens: int) -> None:
-        """After a step with caps: when vLLM left tokens unused, nothing is yielded for a while."""
-        self.yields += self._sharing.claimed
-        left_over = scheduled_tokens < budget_tokens and len(self.queue) > 0
-        self._sharing.end(self._steps, left_over)
+    def scheduled(self, tokens: int, budget_tokens: int, capped: bool) -> None:
+        """After vLLM has scheduled a step with caps, or with less than its own budget.
+
+        Args:
+            tokens: what it scheduled; `budget_tokens`: what it might have.
+            capped: `caps` had something to say.
+        """
+        self.graph_steps += 0 < self._cut_to == tokens
+        if capped:
+            self.yields += self._sharing.claimed
+            # When vLLM left tokens unused, nothing is yielded for a while.
+            left_over = tokens < budget_tokens and len(self.queue) > 0
+            self._sharing.end(self._steps, left_over)
 
     def deferred(self) -> bool:
         """Whether vLLM schedules no prefill in a step that its interval holds back.
@@ -180,28 +181,27 @@ class StepPlanner:
         By the fullest engine of the group, as `protected_budget`, but for what this one took in
         since it published.
         """
+        self._cut_to = 0
         signals = self.scheduler.gimbal_signals
         costs = None if signals is None else signals.graph_costs
         if costs is None or not self._may_cut or costs.graph_tokens >= budget_tokens:
             return budget_tokens
-        scheduler = self.scheduler
-        decoding = len(scheduler.running) - len(scheduler._inflight_prefills)
         backlog = self.queue.heap.waiting_tokens + self.facts.running_prefill_tokens()
-        if decoding <= 0 or backlog + decoding <= costs.graph_tokens:
-            return budget_tokens
         decode_tokens = self._decode_tokens()
+        if backlog + decode_tokens <= costs.graph_tokens:
+            return budget_tokens
         most_backlog, most_decodes = backlog, decode_tokens
         if self.group is not None:
             rows = self.group.read()
             most_backlog = max(most_backlog, _backlog(rows).max())
-            most_decodes = max(most_decodes, rows[:, Field.DECODING_REQUESTS].max())
+            now = rows[:, Field.STEP_TOKENS] - rows[:, Field.STEP_PREFILL_TOKENS]
+            most_decodes = max(most_decodes, rows[:, Field.DECODING_REQUESTS].max(), now.max())
         fits = fits_graph_steps(
             most_backlog, most_decodes, costs.graph_tokens, self.config.graph_steps
         )
-        if not fits or not costs.small_steps_pay(most_backlog, decoding):
-            return budget_tokens
-        self.graph_steps += 1
-        return int(costs.graph_tokens)
+        if most_decodes > 0 and fits and costs.small_steps_pay(most_backlog):
+            self._cut_to = costs.graph_tokens
+        return self._cut_to or budget_tokens
 
     def _decode_tokens(self) -> int:
         """Tokens that vLLM will schedule in this step for running requests past their prompt.
@@ -276,3 +276,20 @@ class StepPlanner:
 def _backlog(rows: FloatArray) -> FloatArray:
     """[engines] prefill tokens that wait or run, of [engines, ROW_WIDTH] snapshots."""
     return rows[:, Field.WAITING_PREFILL_TOKENS] + rows[:, Field.RUNNING_PREFILL_TOKENS]
+
+
+def _may_cut_steps(vllm_config: Any) -> bool:
+    """Whether a step may be cut to what a CUDA graph covers, as far as the configuration says."""
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    return bool(
+        # A step cut short could for ever be too short for a whole prompt or image,
+        scheduler.enable_chunked_prefill
+        and not vllm_config.model_config.supports_multimodal_inputs
+        # what is left would wait for the interval's next step,
+        and scheduler.prefill_schedule_interval == 1
+        # several steps run at once, a rank has but a part of the tokens, or a step of half the
+        # size is split in two and runs without graphs.
+        and parallel.pipeline_parallel_size == 1
+        and parallel.prefill_context_parallel_size == 1
+        and not parallel.use_ubatching
+    )

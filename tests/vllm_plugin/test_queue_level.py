@@ -335,7 +335,7 @@ def test_decode_protection_goes_by_the_fullest_engine_of_the_group(build):
 def with_graphs(scheduler, pays=True, tokens=128):
     """As if vLLM had graphs for steps of `tokens`, and small steps had been seen to pay or not."""
     scheduler.gimbal_signals.graph_costs = SimpleNamespace(
-        graph_tokens=tokens, small_steps_pay=lambda backlog, decodes: pays, observe=lambda *a: None
+        graph_tokens=tokens, small_steps_pay=lambda backlog: pays, observe=lambda *a: None
     )
     return scheduler
 
@@ -374,6 +374,40 @@ def test_graphs_go_by_the_fullest_engine_of_the_group(build):
     assert tokens_in_step_2(254, 1) == 128
     assert tokens_in_step_2(255, 1) == 201  # its step will be a large one whatever this one does
     assert tokens_in_step_2(0, 100) == 201
+
+
+def test_an_engine_that_decodes_nothing_spares_its_neighbours_a_large_step(build):
+    from gimbal.core.contracts import ROW_WIDTH, Field
+
+    scheduler = with_graphs(build({}))
+    rows = np.zeros((2, ROW_WIDTH))
+    rows[1, Field.STEP_TOKENS], rows[1, Field.STEP_PREFILL_TOKENS] = 40.0, 10.0
+    scheduler.gimbal_queue.planner.group = SimpleNamespace(read=rows.copy)
+    assert run(scheduler, [(0, real.request("p", 190))])[0] == {"p": 128}
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("scheduler_config", "prefill_schedule_interval", 2),
+        ("scheduler_config", "enable_chunked_prefill", False),
+        ("parallel_config", "pipeline_parallel_size", 2),
+        ("parallel_config", "prefill_context_parallel_size", 2),
+        ("parallel_config", "use_ubatching", True),
+        ("model_config", "supports_multimodal_inputs", True),
+    ],
+)
+def test_steps_are_cut_only_where_nothing_waits_for_a_whole_one(build, section, field, value):
+    from gimbal.vllm_plugin.step_plan import _may_cut_steps
+
+    real_config = build({}).vllm_config
+    names = ("scheduler_config", "parallel_config", "model_config")
+    assert _may_cut_steps(real_config)
+    config = SimpleNamespace(**{name: getattr(real_config, name) for name in names})
+    part = getattr(config, section)
+    fields = {name: getattr(part, name) for name in dir(part) if not name.startswith("_")}
+    setattr(config, section, SimpleNamespace(**{**fields, field: value}))
+    assert not _may_cut_steps(config)
 
 
 def test_nothing_is_cut_where_prompts_must_stay_whole(build):
@@ -480,7 +514,7 @@ def test_yielding_pauses_when_vllm_admits_nobody_for_it(build):
     real.finish_step(scheduler, scheduler.schedule())
     scheduler.add_request(real.request("short", 100))
     assert planner.caps(512) == {"long": 412}
-    planner.yielded(scheduled_tokens=412, budget_tokens=512)
+    planner.scheduled(412, budget_tokens=512, capped=True)
     held = [planner.caps(512) for _ in range(8)]
     assert held[:7] == [{}] * 7
     assert held[7] == {"long": 412}

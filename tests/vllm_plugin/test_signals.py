@@ -305,9 +305,13 @@ def test_a_step_is_as_large_as_the_fullest_of_its_group(engine: Any) -> None:
     signals.graph_costs = SimpleNamespace(observe=lambda *figures: seen.append(figures))
     scheduler.add_request(real_scheduler.request("a", 40))
     real_scheduler.finish_step(scheduler, scheduler.schedule())
-    columns = {Field.STEP_PREFILL_TOKENS: [30.0, 90.0], Field.DECODING_REQUESTS: [2.0, 5.0]}
+    columns = {
+        Field.STEP_PREFILL_TOKENS: [30.0, 90.0],
+        Field.STEP_TOKENS: [32.0, 95.0],
+        Field.SEQUENCE: [7.0, 0.0],
+    }
     signals.group = SimpleNamespace(peek=lambda field: np.array(columns[field]))
     real_scheduler.finish_step(scheduler, scheduler.schedule())
-    own = [(prefill, decodes) for prefill, decodes, *_ in seen]
-    assert own == [(40, 0), (0, 1)]
-    assert [figures[3:] for figures in seen] == [(40, 40.0), (90.0, 95.0)]
+    columns[Field.SEQUENCE] = [7.0, 1.0]  # only now has everybody been heard
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    assert [(figures[0], *figures[2:]) for figures in seen] == [(0, 40, 40.0), (1, 90.0, 95.0)]

@@ -2,9 +2,10 @@
 
 vLLM captures CUDA graphs for steps of up to ``max_cudagraph_capture_size`` tokens (512 unless set).
 A larger step launches its kernels one by one, and until it holds enough work to hide the launches
-it takes as long with 600 tokens as with 1,500: on four H100 with Qwen3-30B-A3B some 25 ms, where
-a step of 500 tokens takes 16 (docs/simulator.md). A backlog of 700 tokens then costs decodes less,
-and its first prompts too, in two steps that replay graphs than in one that cannot.
+it takes as long with 600 tokens as with 1,100: by the packaged profile of four H100 (0.5 ms of
+launches per layer, assumed) some 25 ms, where 512 tokens take 18 (`benchmarks/step_time.py`). A
+backlog of 700 tokens then costs decodes less, and its first prompts too, in two steps that replay
+graphs than in one that cannot.
 
 Engines in lock step run without graphs as soon as one of them must (vLLM takes the least of their
 modes), so all decide by the engine that has most.
@@ -12,22 +13,34 @@ modes), so all decide by the engine that has most.
 
 from __future__ import annotations
 
+from collections import deque
+
 from gimbal.core.cost.online import OnlineStepCost
 
 LEAST_ROOM = 0.25
 """Share of a graph's tokens that decodes must leave: with less, prefill would hardly move."""
-FARTHEST = 4.0
-"""Larger steps, in multiples of a graph's tokens, say nothing about those just above it."""
+FARTHEST = 4
+"""Larger steps, in multiples of a graph's tokens, are none that could have been small ones."""
+SIZES = 4
+"""Sizes of large steps that are told apart per multiple of a graph's tokens."""
+REMEMBERED = 9
+"""Large steps that are remembered of each size: frequent ones must not drive out the others."""
 LEAST_STEPS = 8
-"""Steps with prefill to learn from, with graphs and without, before anything is said."""
+"""Steps of either kind with prefill, the large ones comparable, before anything is said."""
 LEAST_GAIN = 0.1
 """Share of the delay that small steps must save: without a floor both kinds cost the same."""
+EXPLORE = 64
+"""One in so many decisions for small steps is turned round, to see what a large one takes now."""
 
 
 class GraphStepCosts:
     """Learns what prefill costs in steps that replay a graph and in those that cannot.
 
-    Two `OnlineStepCost`, because the two kinds share no line: beyond the graphs a step has a floor.
+    Small steps are a line (`OnlineStepCost`). Large ones are no line, they have a floor, and one in
+    a while is a stall (a kernel compiled, experts moved), so they are remembered as they were. A
+    large step takes at least as long as one that had less prefill, and at least as long as one that
+    had more, less what the difference takes in a small step. The median of these bounds counts;
+    without a floor it equals what small steps take.
 
     Args:
         graph_tokens: the largest step that a graph covers.
@@ -36,42 +49,61 @@ class GraphStepCosts:
     def __init__(self, graph_tokens: int) -> None:
         self.graph_tokens = graph_tokens
         self._small = OnlineStepCost(graph_tokens)
-        self._large = OnlineStepCost(2 * graph_tokens)
-        self._small_steps = self._large_steps = 0
+        self._small_steps = 0
+        # Prefill tokens, decodes, microseconds.
+        self._large: list[deque[tuple[float, float, float]]] = [
+            deque(maxlen=REMEMBERED) for _ in range(FARTHEST * SIZES)
+        ]
+        self._decisions = 0
 
     def observe(
-        self,
-        prefill_tokens: float,
-        decodes: float,
-        duration_us: float,
-        group_prefill_tokens: float,
-        group_tokens: float,
+        self, decodes: float, duration_us: float, prefill_tokens: float, step_tokens: float
     ) -> None:
         """Learns from one step.
 
         Args:
-            prefill_tokens, decodes, duration_us: of this engine, as `OnlineStepCost.observe`.
-            group_prefill_tokens: the most that any engine of the group prefilled in it.
-            group_tokens: the most tokens that any of them had in it, decodes included.
+            decodes: requests that decoded in it on this engine.
+            duration_us: see `OnlineStepCost.observe`.
+            prefill_tokens: the most that any engine of the group prefilled in it.
+            step_tokens: the most tokens that any of them had in it, decodes included.
         """
-        if group_tokens <= self.graph_tokens:
-            self._small.observe(prefill_tokens, decodes, duration_us, group_prefill_tokens)
-            self._small_steps += group_prefill_tokens > 0
-        elif group_tokens <= FARTHEST * self.graph_tokens and group_prefill_tokens > 0:
-            self._large.observe(prefill_tokens, decodes, duration_us, group_prefill_tokens)
-            self._large_steps += 1
+        if step_tokens <= self.graph_tokens:
+            self._small.observe(prefill_tokens, decodes, duration_us)
+            self._small_steps += prefill_tokens > 0
+        elif 0 < prefill_tokens < FARTHEST * self.graph_tokens:
+            step = prefill_tokens, decodes, duration_us
+            self._large[self._size(prefill_tokens)].append(step)
 
-    def small_steps_pay(self, backlog_tokens: float, decodes: float) -> bool:
-        """Whether prefilling `backlog_tokens` beside `decodes` delays those less in small steps.
+    def _size(self, prefill_tokens: float) -> int:
+        return int(prefill_tokens * SIZES / self.graph_tokens)
 
-        Compares what it adds to the steps that decode anyway; False until both kinds are known.
+    def small_steps_pay(self, backlog_tokens: float) -> bool:
+        """Whether prefilling `backlog_tokens` in small steps delays those who decode less.
+
+        Compares what it adds to steps that decode anyway. Call once per decision: one in `EXPLORE`
+        is turned round.
         """
-        if min(self._small_steps, self._large_steps) < LEAST_STEPS:
+        if self._small_steps < LEAST_STEPS:
             return False
-        small_us = backlog_tokens * self._small.prefill_us_per_token
-        large_us = self._large.predict_us(backlog_tokens, decodes)
-        added_us = large_us - self._small.step_base_us(decodes)
-        return small_us < (1.0 - LEAST_GAIN) * added_us
+        small = self._small
+        us_per_token, us_per_decode = small.prefill_us_per_token, small.decode_us_per_request
+        base_us = small.step_base_us(0)
+        comparable = self._large[: self._size(backlog_tokens + self.graph_tokens)]
+        large_us = sorted(
+            us
+            - base_us
+            - us_per_decode * decodes
+            - us_per_token * max(0.0, tokens - backlog_tokens)
+            for steps in comparable
+            for tokens, decodes, us in steps
+        )
+        if len(large_us) < LEAST_STEPS:
+            return False
+        small_us = us_per_token * backlog_tokens
+        if small_us >= (1.0 - LEAST_GAIN) * large_us[len(large_us) // 2]:
+            return False
+        self._decisions += 1
+        return self._decisions % EXPLORE != 0
 
 
 def fits_graph_steps(
@@ -79,7 +111,7 @@ def fits_graph_steps(
 ) -> bool:
     """Whether a backlog is prefilled in at most `most_steps` steps that replay graphs.
 
-    The limit is what protects TTFT: a prompt that is cut waits for as many whole steps.
+    The limit is what protects TTFT: who is prefilled last waits for as many whole steps.
 
     Args:
         backlog_tokens: prefill that waits or runs, on the engine of the group that has most.

@@ -2,7 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gimbal.core.queue.graph_steps import FARTHEST, LEAST_STEPS, GraphStepCosts, fits_graph_steps
+from gimbal.core.queue.graph_steps import (
+    EXPLORE,
+    FARTHEST,
+    LEAST_STEPS,
+    REMEMBERED,
+    GraphStepCosts,
+    fits_graph_steps,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,48 +42,83 @@ def costs(large_floor_us, steps=60, graph=512):
     learned = GraphStepCosts(graph)
     for i in range(steps):
         decodes = 20 + i % 7
-        for prefill in (0, 40 * (i % 10), 600 + 53 * (i % 25)):
+        for prefill in (0, 40 * (i % 10), 500 + 53 * (i % 25)):
             tokens = prefill + decodes
             us = 10_000 + 10 * prefill + 30 * decodes
             if tokens > graph:
                 us = max(us, large_floor_us)
-            learned.observe(prefill, decodes, us, prefill, tokens)
+            learned.observe(decodes, us, prefill, tokens)
     return learned
 
 
 @pytest.mark.parametrize(
     ("floor_us", "backlog", "expected"),
     [
-        (25_000, 600, True),  # 6 ms against 14
+        (25_000, 700, True),  # 7 ms against 14
         (25_000, 1000, True),
-        (25_000, 1800, False),  # 18 ms either way: nothing to win by more steps
+        (25_000, 1800, False),  # 18 ms against 14: more small steps delay more
         (15_000, 1000, False),
-        (0, 600, False),  # no floor, so no gain
+        (0, 700, False),  # no floor, so no gain
     ],
 )
 def test_small_steps_pay_where_launches_make_a_floor(floor_us, backlog, expected):
-    assert costs(floor_us).small_steps_pay(backlog, 23) is expected
+    assert costs(floor_us).small_steps_pay(backlog) is expected
 
 
 def test_nothing_is_said_before_both_kinds_of_step_were_seen():
     learned = GraphStepCosts(512)
-    for kind_tokens in (100, 700):
+    for prefill in (100, 700):
         for _ in range(LEAST_STEPS):
-            assert not learned.small_steps_pay(600, 10)
-            us = 11_000.0 if kind_tokens == 100 else 25_000.0
-            learned.observe(kind_tokens, 10, us, kind_tokens, kind_tokens + 10)
-    assert learned.small_steps_pay(600, 10)
+            assert not learned.small_steps_pay(600)
+            learned.observe(10, 11_000.0 if prefill == 100 else 25_000.0, prefill, prefill + 10)
+    assert learned.small_steps_pay(600)
 
 
-def test_an_engine_learns_from_its_neighbours_large_step():
+def test_much_larger_steps_say_nothing_about_one():
+    learned = GraphStepCosts(512)
+    for prefill in (100, 600 + 512 + 128):
+        for _ in range(LEAST_STEPS):
+            learned.observe(10, 11_000.0 if prefill == 100 else 90_000.0, prefill, prefill + 10)
+    assert not learned.small_steps_pay(600)
+
+
+def steps_without_a_floor(learned, count=400):
+    for i in range(count):
+        learned.observe(20, 10_000 + 10 * (i % 400), i % 400, i % 400 + 20)
+
+
+def test_stalls_among_the_first_large_steps_are_no_floor():
+    learned = GraphStepCosts(512)
+    steps_without_a_floor(learned)
+    for i in range(LEAST_STEPS):
+        learned.observe(20, 16_000 + 500_000 * (i % 3 == 0), 600, 620)
+    assert not learned.small_steps_pay(700)
+
+
+def test_a_wrong_beginning_is_unlearned():
+    """All first large steps were stalled: one decision in so many lets another one through."""
+    learned = GraphStepCosts(512)
+    steps_without_a_floor(learned)
+    for _ in range(LEAST_STEPS):
+        learned.observe(20, 516_000, 600, 620)
+    said = []
+    for _ in range(EXPLORE * REMEMBERED):
+        said.append(learned.small_steps_pay(600))
+        if not said[-1]:
+            learned.observe(20, 16_000, 600, 620)
+    assert all(said[: EXPLORE - 1])
+    assert not any(said[-EXPLORE:])
+
+
+def test_one_decision_in_so_many_is_turned_round():
     learned = costs(25_000)
-    for _ in range(40):  # this engine decodes only, while another prefills 700 tokens
-        learned.observe(0, 20, 40_000.0, 700, 720)
-    assert learned.small_steps_pay(1800, 20)
+    said = [learned.small_steps_pay(700) for _ in range(3 * EXPLORE)]
+    assert said.count(False) == 3
 
 
-def test_steps_far_above_the_graphs_say_nothing():
-    learned, far = costs(25_000), FARTHEST * 512 + 1
+def test_steps_that_could_not_have_been_small_are_not_remembered():
+    learned, far = costs(25_000), FARTHEST * 512
     for _ in range(200):
-        learned.observe(far, 0, 1.0, far, far)
-    assert learned.small_steps_pay(600, 23)
+        learned.observe(0, 1.0, far, far)
+        learned.observe(600, 1.0, 0, 600)  # decodes alone, more than a graph covers
+    assert learned.small_steps_pay(700)

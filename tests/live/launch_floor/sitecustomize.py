@@ -1,0 +1,74 @@
+"""Gives a server without CUDA graphs the floor that launches make beyond their largest.
+
+With LAUNCH_FLOOR=TOKENS:MS in its environment a server believes that graphs cover steps of up to
+TOKENS tokens, and every larger step of an engine takes at least MS milliseconds. Read by every
+process of a server that has this folder in PYTHONPATH; modules are changed as they are imported.
+"""
+
+import os
+import sys
+import time
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+
+def slow_down(module: ModuleType, tokens: int, floor_s: float) -> None:
+    """The worker's steps."""
+    execute_model = module.CPUWorker.execute_model
+
+    def execute(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = execute_model(self, scheduler_output, *args, **kwargs)
+        if scheduler_output.total_num_scheduled_tokens > tokens:
+            time.sleep(max(0.0, floor_s - (time.perf_counter() - started)))
+        return result
+
+    module.CPUWorker.execute_model = execute
+
+
+class Changed(Loader):
+    """Runs a module's own loader, then `change`."""
+
+    def __init__(self, loader: Any, change: Any) -> None:
+        self.loader, self.change = loader, change
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        self.change(module)
+
+
+class Finder(MetaPathFinder):
+    """Finds the modules to change, once each."""
+
+    def __init__(self, changes: dict[str, Any]) -> None:
+        self.changes = changes
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        change = self.changes.pop(name, None)
+        if change is None:
+            return None
+        spec = find_spec(name)
+        assert spec is not None
+        spec.loader = Changed(spec.loader, change)
+        return spec
+
+
+if "LAUNCH_FLOOR" in os.environ:
+    largest, milliseconds = map(int, os.environ["LAUNCH_FLOOR"].split(":"))
+    sys.meta_path.insert(
+        0,
+        Finder(
+            {
+                "vllm.v1.worker.cpu_worker": lambda m: slow_down(m, largest, milliseconds / 1e3),
+                "gimbal.vllm_plugin.engine_facts": lambda m: setattr(
+                    m, "graph_tokens", lambda vllm_config: largest
+                ),
+            }
+        ),
+    )

@@ -1,0 +1,75 @@
+"""Steps within CUDA graphs on a running server, whose launches beyond them are imitated."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.live
+
+GRAPH_TOKENS = 128
+ENVIRONMENT = {
+    "LAUNCH_FLOOR": f"{GRAPH_TOKENS}:80",  # a step of 128 tokens takes some 30 ms
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, (str(Path(__file__).parent / "launch_floor"), os.environ.get("PYTHONPATH")))
+    ),
+}
+ADMIN = ("--additional-config", '{"gimbal": {"admin": true}}')
+CUT = "gimbal_engine_queue_graph_steps"
+
+
+def call(url: str, body: dict[str, Any]) -> Any:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        return json.load(reply)
+
+
+def complete(server: Any, prompt_tokens: int, output_tokens: int) -> None:
+    """One request of exactly these lengths, its prompt unlike any other's."""
+    seed = time.perf_counter_ns()
+    prompt = [1000 + (seed >> shift) % 997 + shift for shift in range(prompt_tokens)]
+    body = {
+        "model": server.model,
+        "prompt": prompt,
+        "max_tokens": output_tokens,
+        "ignore_eos": True,
+    }
+    usage = call(f"{server.url}/completions", body)["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt_tokens, output_tokens)
+
+
+def load(server: Any, prompts: int) -> dict[str, float]:
+    """Prompts a little too long for a graph beside decodes; steps cut for them, by engine."""
+    before = server.metric_by_engine(CUT)
+    with ThreadPoolExecutor(32) as pool:
+        decoding = [pool.submit(complete, server, 20, 25 * prompts) for _ in range(6)]
+        time.sleep(0.5)
+        waiting = []
+        for _ in range(prompts):
+            waiting += [pool.submit(complete, server, 160, 4) for _ in range(2)]
+            time.sleep(0.25)
+        for answer in decoding + waiting:
+            answer.result()
+    time.sleep(0.5)  # the last snapshots reach the front end
+    after = server.metric_by_engine(CUT)
+    return {engine: after[engine] - before[engine] for engine in after}
+
+
+@pytest.mark.server(*ADMIN, levels="dispatch,queue", env=ENVIRONMENT)
+def test_prefill_keeps_to_graphs_once_steps_have_shown_that_it_pays(server: Any) -> None:
+    cut = load(server, 40)
+    assert set(cut) == {"0", "1"}
+    assert min(cut.values()) >= 5, cut
+    assert not [
+        name for name in server.metrics() if "_fallbacks" in name and server.metrics()[name]
+    ]
+    call(f"{server.root}/gimbal/control", {"queue": {"graph_steps": 0}})
+    assert max(load(server, 10).values()) == 0
