@@ -226,19 +226,20 @@ class Simulation:
 
         As `step_plan.StepPlanner.graph_budget` on a server.
         """
-        budgets: list[int | None] = [None] * len(self.engines)
-        if not self.signals.graph_costs:
-            return budgets
+        whole: list[int | None] = [None] * len(self.engines)
+        costs = self.signals.graph_costs
+        if costs is None:
+            return whole
+        tokens = max(engine.backlog_tokens + engine.decodes for engine in self.engines)
         backlog = max(engine.backlog_tokens for engine in self.engines)
         decodes = max(engine.decodes for engine in self.engines)
-        graph = self.profile.graph_tokens
-        if decodes == 0 or not fits_graph_steps(backlog, decodes, graph, self.arm.graph_steps):
-            return budgets
-        for index, engine in enumerate(self.engines):
-            large = engine.backlog_tokens + engine.decodes > graph
-            if large and self.signals.graph_costs[index].small_steps_pay(backlog):
-                budgets[index] = min(graph, engine.budget)
-        return budgets
+        graph = costs.graph_tokens
+        if tokens <= graph or decodes == 0:
+            return whole
+        fits = fits_graph_steps(backlog, decodes, graph, self.arm.graph_steps)
+        if not (fits and costs.small_steps_pay(backlog)):
+            return whole
+        return [min(graph, engine.budget) for engine in self.engines]
 
     def _release(self, now_us: float) -> None:
         """In a closed loop the end of one request sends the next."""

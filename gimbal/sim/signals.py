@@ -74,7 +74,8 @@ class Signals:
         self.board[:, Field.STEP_TOKEN_BUDGET] = [e.budget for e in engines]
         self.board[:, Field.MAX_RUNNING_REQUESTS] = [e.seats for e in engines]
         self.costs = [OnlineStepCost(e.budget) for e in engines]
-        self.graph_costs = [GraphStepCosts(graph_tokens) for _ in engines if graph_tokens]
+        # On a server every engine has its own; told the same, they come to the same conclusions.
+        self.graph_costs = GraphStepCosts(graph_tokens) if graph_tokens else None
 
     def step_done(self, batches: Sequence[StepBatch], duration_us: float) -> None:
         """Learns from one finished step (every engine saw the same duration)."""
@@ -89,10 +90,10 @@ class Signals:
         if self._fresh:
             for cost, batch in zip(self.costs, batches, strict=True):
                 cost.observe(batch.prefill_tokens, batch.decodes, duration_us, fullest)
-        if self.graph_costs:
+        if self.graph_costs is not None:
+            decodes = max(batch.decodes for batch in batches)
             tokens = max(batch.tokens for batch in batches)
-            for graph_cost, batch in zip(self.graph_costs, batches, strict=True):
-                graph_cost.observe(batch.decodes, duration_us, fullest, tokens)
+            self.graph_costs.observe(decodes, duration_us, fullest, tokens)
 
     def read(self, now_us: float) -> FloatArray:
         """The board as a front end sees it at `now_us`."""

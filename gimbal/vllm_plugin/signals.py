@@ -92,7 +92,7 @@ class SchedulerSignals:
         self.group = group
         self.cost = OnlineStepCost(scheduler.scheduler_config.max_num_batched_tokens)
         # Of the step that ends: the most that any engine of the group has.
-        self._group_prefill = self._group_tokens = 0.0
+        self._group_prefill = self._group_decodes = self._group_tokens = 0.0
         self._group_complete = False
         graph = graph_tokens(scheduler.vllm_config)
         alone = scheduler.vllm_config.parallel_config.data_parallel_size == 1
@@ -209,9 +209,12 @@ class SchedulerSignals:
         group = self.group
         if group is None:
             return
-        self._group_prefill = float(group.peek(Field.STEP_PREFILL_TOKENS).max())
+        prefill = group.peek(Field.STEP_PREFILL_TOKENS)
+        self._group_prefill = float(prefill.max())
         if self.graph_costs is not None:
-            self._group_tokens = float(group.peek(Field.STEP_TOKENS).max())
+            tokens = group.peek(Field.STEP_TOKENS)
+            self._group_tokens = float(tokens.max())
+            self._group_decodes = float((tokens - prefill).max())
             if not self._group_complete:
                 # Behind an external load balancer other engines publish on boards of their own.
                 self._group_complete = bool(group.peek(Field.SEQUENCE).all())
@@ -363,12 +366,13 @@ class SchedulerSignals:
         self.row[Field.PREFILL_US_PER_TOKEN] = self.cost.prefill_us_per_token
         self.row[Field.DECODE_US_PER_REQUEST] = self.cost.decode_us_per_request
         if self.graph_costs is not None:
-            tokens = float(step.output.total_num_scheduled_tokens)
             if self.group is None:
-                self.graph_costs.observe(step.decodes, step_us, step.prefill_tokens, tokens)
+                tokens = float(step.output.total_num_scheduled_tokens)
+                decodes = tokens - step.prefill_tokens
+                self.graph_costs.observe(decodes, step_us, step.prefill_tokens, tokens)
             elif self._group_complete:
                 self.graph_costs.observe(
-                    step.decodes, step_us, self._group_prefill, max(tokens, self._group_tokens)
+                    self._group_decodes, step_us, self._group_prefill, self._group_tokens
                 )
         if self.log is not None:
             self.log.write(

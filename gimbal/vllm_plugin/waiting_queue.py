@@ -151,6 +151,8 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         if request.request_id not in self._all:
             raise ValueError(f"request {request.request_id!r} is not waiting")
         self._guarded("remove_request", self._remove, request)
+        if self._peeked is request:
+            self._peeked = None
         del self._all[request.request_id]
 
     def remove_requests(self, requests: Iterable[Request]) -> None:

@@ -307,11 +307,11 @@ def test_a_step_is_as_large_as_the_fullest_of_its_group(engine: Any) -> None:
     real_scheduler.finish_step(scheduler, scheduler.schedule())
     columns = {
         Field.STEP_PREFILL_TOKENS: [30.0, 90.0],
-        Field.STEP_TOKENS: [32.0, 95.0],
+        Field.STEP_TOKENS: [37.0, 95.0],
         Field.SEQUENCE: [7.0, 0.0],
     }
     signals.group = SimpleNamespace(peek=lambda field: np.array(columns[field]))
     real_scheduler.finish_step(scheduler, scheduler.schedule())
     columns[Field.SEQUENCE] = [7.0, 1.0]  # only now has everybody been heard
     real_scheduler.finish_step(scheduler, scheduler.schedule())
-    assert [(figures[0], *figures[2:]) for figures in seen] == [(0, 40, 40.0), (1, 90.0, 95.0)]
+    assert [(figures[0], *figures[2:]) for figures in seen] == [(0, 40, 40.0), (7, 90.0, 95.0)]

@@ -30,7 +30,8 @@ LEAST_STEPS = 8
 LEAST_GAIN = 0.1
 """Share of the delay that small steps must save: without a floor both kinds cost the same."""
 EXPLORE = 64
-"""One in so many decisions for small steps is turned round, to see what a large one takes now."""
+"""After so many decisions for small steps without a large one that they could have been, one is
+turned round, to see what it takes now. All engines of a group see it, so they do not all do so."""
 
 
 class GraphStepCosts:
@@ -59,12 +60,12 @@ class GraphStepCosts:
     def observe(
         self, decodes: float, duration_us: float, prefill_tokens: float, step_tokens: float
     ) -> None:
-        """Learns from one step.
+        """Learns from one step; engines of a group, told the same, come to the same conclusions.
 
         Args:
-            decodes: requests that decoded in it on this engine.
+            decodes: tokens of decodes in it, on the engine of the group that had most.
             duration_us: see `OnlineStepCost.observe`.
-            prefill_tokens: the most that any engine of the group prefilled in it.
+            prefill_tokens: the most that any engine prefilled in it.
             step_tokens: the most tokens that any of them had in it, decodes included.
         """
         if step_tokens <= self.graph_tokens:
@@ -73,6 +74,8 @@ class GraphStepCosts:
         elif 0 < prefill_tokens < FARTHEST * self.graph_tokens:
             step = prefill_tokens, decodes, duration_us
             self._large[self._size(prefill_tokens)].append(step)
+            if prefill_tokens <= 2 * self.graph_tokens:
+                self._decisions = 0
 
     def _size(self, prefill_tokens: float) -> int:
         return int(prefill_tokens * SIZES / self.graph_tokens)
@@ -80,8 +83,7 @@ class GraphStepCosts:
     def small_steps_pay(self, backlog_tokens: float) -> bool:
         """Whether prefilling `backlog_tokens` in small steps delays those who decode less.
 
-        Compares what it adds to steps that decode anyway. Call once per decision: one in `EXPLORE`
-        is turned round.
+        Compares what it adds to steps that decode anyway. Call once per decision, see `EXPLORE`.
         """
         if self._small_steps < LEAST_STEPS:
             return False
@@ -103,7 +105,7 @@ class GraphStepCosts:
         if small_us >= (1.0 - LEAST_GAIN) * large_us[len(large_us) // 2]:
             return False
         self._decisions += 1
-        return self._decisions % EXPLORE != 0
+        return self._decisions <= EXPLORE
 
 
 def fits_graph_steps(

@@ -106,14 +106,22 @@ def test_a_wrong_beginning_is_unlearned():
         said.append(learned.small_steps_pay(600))
         if not said[-1]:
             learned.observe(20, 16_000, 600, 620)
-    assert all(said[: EXPLORE - 1])
+    assert all(said[:EXPLORE])
     assert not any(said[-EXPLORE:])
 
 
-def test_one_decision_in_so_many_is_turned_round():
+def test_a_large_step_is_let_through_when_none_was_seen_for_long():
     learned = costs(25_000)
-    said = [learned.small_steps_pay(700) for _ in range(3 * EXPLORE)]
-    assert said.count(False) == 3
+
+    def said(count):
+        return [learned.small_steps_pay(700) for _ in range(count)]
+
+    assert all(said(EXPLORE))
+    assert not any(said(3))  # until somebody's large step has been seen
+    learned.observe(23, 25_000, 700, 723)
+    assert all(said(EXPLORE // 2))
+    learned.observe(23, 25_000, 600, 623)  # of another engine: as good as an own one
+    assert all(said(EXPLORE))
 
 
 def test_steps_that_could_not_have_been_small_are_not_remembered():
