@@ -112,6 +112,7 @@ class StepPlanner:
             capped: `caps` had something to say.
         """
         self.graph_steps += 0 < self._cut_to == tokens
+        self._cut_to = 0
         if capped:
             self.yields += self._sharing.claimed
             # When vLLM left tokens unused, nothing is yielded for a while.
@@ -181,7 +182,6 @@ class StepPlanner:
         By the fullest engine of the group, as `protected_budget`, but for what this one took in
         since it published.
         """
-        self._cut_to = 0
         signals = self.scheduler.gimbal_signals
         costs = None if signals is None else signals.graph_costs
         if costs is None or not self._may_cut or costs.graph_tokens >= budget_tokens:
@@ -199,9 +199,10 @@ class StepPlanner:
         fits = fits_graph_steps(
             most_backlog, most_decodes, costs.graph_tokens, self.config.graph_steps
         )
-        if most_decodes > 0 and fits and costs.small_steps_pay(most_backlog):
-            self._cut_to = costs.graph_tokens
-        return self._cut_to or budget_tokens
+        if not (most_decodes > 0 and fits and costs.small_steps_pay(most_backlog)):
+            return budget_tokens
+        self._cut_to = int(costs.graph_tokens)
+        return self._cut_to
 
     def _decode_tokens(self) -> int:
         """Tokens that vLLM will schedule in this step for running requests past their prompt.
