@@ -107,7 +107,9 @@ class Simulation:
         compile_kernels()
         self._domains = population.names
         homes = self._use_affinity(domains)
+        # Under a prefill interval a server cuts nothing either.
         ours = arm.ordering == "gimbal" and arm.graph_steps > 0.0
+        ours = ours and cluster.prefill_schedule_interval <= 1
         self.signals = Signals(
             self.engines,
             arm.fresh_signals,
