@@ -107,15 +107,8 @@ class Simulation:
         compile_kernels()
         self._domains = population.names
         homes = self._use_affinity(domains)
-        # Under a prefill interval a server cuts nothing either.
-        ours = arm.ordering == "gimbal" and arm.graph_steps > 0.0
-        ours = ours and cluster.prefill_schedule_interval <= 1
-        self.signals = Signals(
-            self.engines,
-            arm.fresh_signals,
-            cluster.stats_interval_ms * 1e3,
-            profile.graph_tokens if ours else 0,
-        )
+        interval_us, graph_tokens = cluster.stats_interval_ms * 1e3, self._graph_tokens()
+        self.signals = Signals(self.engines, arm.fresh_signals, interval_us, graph_tokens)
         self.dispatcher.fit_prefix_index(self.signals.board)
         expected = self._expected_tokens(homes) if arm.oracle else None
         self.experts = Experts(cluster, profile, population, arm, seed, expected)
@@ -129,6 +122,14 @@ class Simulation:
             engine.domain_tokens, engine.domain_decodes = tokens, decodes
         self._step_us: list[float] = []
         self._step_decodes: list[int] = []
+
+    def _graph_tokens(self) -> int:
+        """The largest step that a CUDA graph covers, where the arm's queue keeps to it; else 0."""
+        ours = self.arm.ordering == "gimbal" and self.arm.graph_steps > 0.0
+        # Under a prefill interval a server cuts nothing either.
+        return (
+            self.profile.graph_tokens if ours and self.cluster.prefill_schedule_interval <= 1 else 0
+        )
 
     def _use_affinity(self, domains: dict[str, int]) -> dict[str, int]:
         """Wraps the arm's dispatch policy as its affinity asks; returns domains' home engines."""

@@ -17,7 +17,8 @@ from gimbal.core.contracts import Field
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.guard import LevelGuard
-from gimbal.vllm_plugin.signals import SchedulerSignals, open_signals
+from gimbal.vllm_plugin.publishing import open_signals
+from gimbal.vllm_plugin.signals import SchedulerSignals
 
 logger = logging.getLogger("vllm.gimbal")
 

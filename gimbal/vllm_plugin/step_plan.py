@@ -174,7 +174,7 @@ class StepPlanner:
         """The step to which prefill may keep for the sake of CUDA graphs; 0: it never does."""
         signals = self.scheduler.gimbal_signals
         costs = None if signals is None else signals.graph_costs
-        return costs.graph_tokens if costs is not None and self._may_cut else 0
+        return int(costs.graph_tokens) if costs is not None and self._may_cut else 0
 
     def graph_budget(self, budget_tokens: int) -> int:
         """Tokens of this step where a CUDA graph had better cover it; at most `budget_tokens`.
@@ -182,13 +182,12 @@ class StepPlanner:
         By the fullest engine of the group, as `protected_budget`, but for what this one took in
         since it published.
         """
-        signals = self.scheduler.gimbal_signals
-        costs = None if signals is None else signals.graph_costs
-        if costs is None or not self._may_cut or costs.graph_tokens >= budget_tokens:
+        graph = self.graph_tokens
+        if not 0 < graph < budget_tokens:
             return budget_tokens
         backlog = self.queue.heap.waiting_tokens + self.facts.running_prefill_tokens()
         decode_tokens = self._decode_tokens()
-        if backlog + decode_tokens <= costs.graph_tokens:
+        if backlog + decode_tokens <= graph:
             return budget_tokens
         most_backlog, most_decodes = backlog, decode_tokens
         if self.group is not None:
@@ -196,13 +195,12 @@ class StepPlanner:
             most_backlog = max(most_backlog, _backlog(rows).max())
             now = rows[:, Field.STEP_TOKENS] - rows[:, Field.STEP_PREFILL_TOKENS]
             most_decodes = max(most_decodes, rows[:, Field.DECODING_REQUESTS].max(), now.max())
-        fits = fits_graph_steps(
-            most_backlog, most_decodes, costs.graph_tokens, self.config.graph_steps
-        )
+        costs = self.scheduler.gimbal_signals.graph_costs
+        fits = fits_graph_steps(most_backlog, most_decodes, graph, self.config.graph_steps)
         if not (most_decodes > 0 and fits and costs.small_steps_pay(most_backlog)):
             return budget_tokens
-        self._cut_to = int(costs.graph_tokens)
-        return self._cut_to
+        self._cut_to = graph
+        return graph
 
     def _decode_tokens(self) -> int:
         """Tokens that vLLM will schedule in this step for running requests past their prompt.
