@@ -29,8 +29,8 @@ check: $(STAMP) ## the fast tests: no server, nothing slow
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not live and not slow" $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy (strict on core), import contracts
-	$(BIN)/ruff check gimbal tests benchmarks examples scripts
-	$(BIN)/ruff format --check gimbal tests benchmarks examples scripts
+	$(BIN)/ruff check gimbal reproduction tests benchmarks examples scripts
+	$(BIN)/ruff format --check gimbal reproduction tests benchmarks examples scripts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -44,10 +44,10 @@ validate: $(STAMP) ## the simulator against real runs
 	$(BIN)/python benchmarks/validate_simulator.py $(ARGS)
 
 correctness: $(STAMP) ## expert-parallel answers against one engine's, before and after migrations
-	$(BIN)/python -m gimbal.bench.check.correctness $(ARGS)
+	$(BIN)/python -m tests.live.check.correctness $(ARGS)
 
 soak: $(STAMP) ## 2,000 requests, one in ten aborted, while experts migrate
-	$(BIN)/python -m gimbal.bench.check.soak $(ARGS)
+	$(BIN)/python -m tests.live.check.soak $(ARGS)
 
 bench-start: $(STAMP) ## start the demo server five times: seconds to ready by phase, memory
 	$(BIN)/python benchmarks/startup.py $(ARGS)

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gimbal.board.file import Board, board_directory, board_path
+from gimbal.board.slots import BoardReader, SlotWriter
 from gimbal.core.contracts import ROW_WIDTH
-from gimbal.vllm_plugin.board import Board, board_directory, board_path
-from gimbal.vllm_plugin.board_slots import BoardReader, SlotWriter
 
 ROUNDS = 20_000
 
@@ -55,8 +55,8 @@ def waiting_scheduler(waiting: int) -> Any:
 @pytest.mark.parametrize("waiting", [0, 10_000])
 def test_snapshot(benchmark: Any, board: Board, waiting: int) -> None:
     """One `SchedulerSignals.publish` into shared memory."""
-    from gimbal.vllm_plugin.clock import now_us
-    from gimbal.vllm_plugin.signals import SchedulerSignals
+    from gimbal.board.clock import now_us
+    from gimbal.vllm_plugin.engine.signals import SchedulerSignals
 
     signals = SchedulerSignals(waiting_scheduler(waiting), SlotWriter(board, 0))
     for index in range(waiting):
@@ -99,11 +99,11 @@ def test_route(benchmark: Any, board: Board, engines: int, monkeypatch: Any) -> 
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
+    from gimbal.board.clock import now_us
     from gimbal.core.compiled import compile_kernels
     from gimbal.core.config import parse_config
     from gimbal.core.contracts import Field
-    from gimbal.vllm_plugin.clock import now_us
-    from gimbal.vllm_plugin.dispatch_hook import FrontEnd
+    from gimbal.vllm_plugin.dispatch.hook import FrontEnd
 
     client = DPLBAsyncMPClient.__new__(DPLBAsyncMPClient)
     client.client_count, client.client_index = 1, 0

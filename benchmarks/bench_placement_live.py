@@ -29,7 +29,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gimbal.bench.arms import Arm
 from gimbal.bench.endpoint import Endpoint
 from gimbal.bench.servers import ServerPool
 from gimbal.bench.session import BenchOptions, BenchSession, plan_turns
@@ -40,6 +39,7 @@ from gimbal.demo.manifest import load_manifest
 from gimbal.records.environment import describe_environment
 from gimbal.records.schema import RunInfo
 from gimbal.records.store import RunWriter
+from gimbal.report.arms import Arm
 from gimbal.workloads import WorkloadOptions, load_trace
 from gimbal.workloads.prompts import read_vocabulary
 

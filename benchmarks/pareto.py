@@ -67,7 +67,7 @@ def _pair(arm: Mapping[str, Mapping[str, float]], statistic: str) -> tuple[float
 
 def plot(panels: Mapping[str, list[Point]], ours: tuple[str, ...], unit: str, out: Path) -> None:
     """One panel per statistic, written to `out`."""
-    from gimbal.bench.plots import pyplot
+    from gimbal.report.plots import pyplot
 
     plt = pyplot()
     from matplotlib.ticker import LogFormatter

@@ -68,7 +68,7 @@ def main() -> None:
         times = [row(launch_ms, tokens, everywhere) for tokens in PREFILLS]
         print(f"{name:24}" + "".join(f"{time:7.1f}" for time in times))
     if options.plot is not None:
-        from gimbal.bench.plots import pyplot
+        from gimbal.report.plots import pyplot
 
         plt = pyplot()
         figure, axes = plt.subplots(figsize=(7.0, 4.0), layout="constrained")

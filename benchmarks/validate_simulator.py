@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from gimbal.bench.compare import compare
-from gimbal.bench.metrics import Slo, samples, summarize
 from gimbal.core.cost.profile import Profile, load_profile, slowed
 from gimbal.records.schema import RequestRecord
 from gimbal.records.store import RunReader
+from gimbal.report.compare import compare
+from gimbal.report.metrics import Slo, samples, summarize
 from gimbal.sim.arms import Arm, get_arm
 from gimbal.sim.cells import gaps_ms
 from gimbal.sim.cluster import Cluster, load_cluster

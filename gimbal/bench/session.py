@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from gimbal.bench.arms import Arm, ServerSpec
 from gimbal.bench.capacity import measure_capacity
 from gimbal.bench.client import Replay
 from gimbal.bench.client_process import ReplayJob, run_replay
-from gimbal.bench.compare import compare, nested, turns
 from gimbal.bench.endpoint import Endpoint, counter_differences
-from gimbal.bench.metrics import Slo, balance, summarize
 from gimbal.bench.turn_rows import client_cost, hit_rate, run_row, sum_engines
 from gimbal.records.schema import RequestRecord, RunInfo
 from gimbal.records.store import RunWriter
+from gimbal.report.arms import Arm, ServerSpec
+from gimbal.report.compare import compare, nested, turns
+from gimbal.report.metrics import Slo, balance, summarize
 from gimbal.workloads import Trace, WorkloadOptions, build_workload
 from gimbal.workloads.load import DEFAULT_RATE_RPS
 from gimbal.workloads.prompts import Vocabulary

@@ -80,7 +80,7 @@ def command(**values: Any) -> None:
     if values["as_json"]:
         click.echo(json.dumps(report))
     else:
-        from gimbal.bench.table import print_report
+        from gimbal.report.table import print_report
 
         out = Console()
         print_report(report, out if out.is_terminal else Console(width=160))
@@ -178,10 +178,10 @@ class _Bench:
 
     def _check(self) -> tuple[Any, list[Any], bool]:
         """Options and arms, everything that can be refused refused before a server starts."""
-        from gimbal.bench.arms import Arm, select_arms
-        from gimbal.bench.metrics import parse_slo
         from gimbal.bench.session import BenchOptions
         from gimbal.core.errors import InputError
+        from gimbal.report.arms import Arm, select_arms
+        from gimbal.report.metrics import parse_slo
         from gimbal.workloads import build_workload, load_trace
 
         v = self.values

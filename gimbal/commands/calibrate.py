@@ -103,7 +103,7 @@ def command(**values: Any) -> None:
     out = values["out"] or Path(f"{values['name']}.yaml")
     out.write_text(dump_profile(profile), encoding="utf-8")
     if values["plot"] is not None:
-        from gimbal.bench.plots import plot_fit
+        from gimbal.report.plots import plot_fit
 
         measured = [s.duration_us / 1e3 for s in samples]
         plot_fit(measured, (fit.predict_us(samples) / 1e3).tolist(), values["plot"])
@@ -212,9 +212,9 @@ def _estimate(values: dict[str, Any]) -> None:
 
 def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
     """Serves, sends the phases of `calibration_load`, stops; returns the model's folder."""
-    from gimbal.bench.arms import ServerSpec
     from gimbal.bench.client_process import ReplayJob, run_replay
     from gimbal.bench.servers import ServerPool
+    from gimbal.report.arms import ServerSpec
     from gimbal.workloads.prompts import read_vocabulary
 
     arguments = (*(("--demo",) if values["demo"] else ()), *values["server_arguments"])

@@ -12,7 +12,7 @@ import click
 from gimbal.demo.sizes import DemoSizes
 
 if TYPE_CHECKING:
-    from gimbal.vllm_plugin.model_stats import ModelStats
+    from gimbal.vllm_plugin.cpu_backend.model_stats import ModelStats
 
 _DEFAULTS = DemoSizes()
 _HELP = {
@@ -71,7 +71,7 @@ def demo(out: Path, **sizes: Any) -> None:
 @click.option("--continuation-tokens", default=64, show_default=True, help="greedy tokens each")
 def stats(model: Path, as_json: bool, **options: Any) -> None:
     """Runs the demo model over prompts of each domain and prints how its tokens route."""
-    from gimbal.vllm_plugin.model_stats import measure
+    from gimbal.vllm_plugin.cpu_backend.model_stats import measure
 
     measured = measure(model, **options)
     if as_json:

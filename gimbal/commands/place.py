@@ -77,7 +77,7 @@ def command(**values: Any) -> None:
     if values["out"]:
         _write(plan.physical_to_logical, values)
     if values["plot"]:
-        from gimbal.bench.placement_plot import plot_placement
+        from gimbal.report.placement_plot import plot_placement
 
         counts, current = problem.routing.counts, problem.current
         plot_placement(counts, current, plan.physical_to_logical, problem.topology, values["plot"])

@@ -20,10 +20,13 @@ def command(directory: Path, out: Path | None) -> None:
     `gimbal reproduce`. Plots also go to `plots` beside the page, as SVG and (with matplotlib,
     `pip install 'gimbal-moe[plot]'`) as PNG.
     """
-    from gimbal.bench.report import write_report
-    from gimbal.bench.report_reproduction import RESULT_FILE, write_reproduction
+    from gimbal.report.report import write_report
 
-    reproduction = (directory / RESULT_FILE).exists()
-    path = (write_reproduction if reproduction else write_report)(directory, out)
+    if (directory / "result.json").exists():  # of a whole reproduction
+        from gimbal.commands.reproduce import laboratory
+
+        path = laboratory("report").write_reproduction(directory, out)
+    else:
+        path = write_report(directory, out)
     png = "SVG and PNG" if find_spec("matplotlib") else "SVG (PNG needs matplotlib)"
     click.echo(f"wrote {path} and plots as {png} in {path.parent / 'plots'}")

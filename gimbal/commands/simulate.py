@@ -47,15 +47,15 @@ def command(**values: Any) -> None:
     if values["as_json"]:
         click.echo(json.dumps(report))
         return
-    from gimbal.bench.table import print_report
+    from gimbal.report.table import print_report
 
     out = Console()
     print_report(report, out if out.is_terminal else Console(width=160))
 
 
 def _simulate(values: dict[str, Any]) -> dict[str, Any]:
-    from gimbal.bench.metrics import parse_slo
     from gimbal.core.errors import InputError
+    from gimbal.report.metrics import parse_slo
     from gimbal.sim.arms import get_arm
     from gimbal.sim.capacity import capacity_rps
     from gimbal.sim.cells import POPULATION_SEED, Cell, run_cells
@@ -115,8 +115,8 @@ def report_of(
     """The report of ``--json`` from `CellResult` objects; ratios are to the arm `base`."""
     import numpy as np
 
-    from gimbal.bench.compare import compare, nested
-    from gimbal.bench.metrics import balance, summarize
+    from gimbal.report.compare import compare, nested
+    from gimbal.report.metrics import balance, summarize
 
     by_arm = {name: [r for r in results if r.arm == name] for name in names}
     arms: dict[str, Any] = {}

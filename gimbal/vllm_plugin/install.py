@@ -9,10 +9,10 @@ logger = logging.getLogger("vllm.gimbal")
 
 HOOKS: tuple[str, ...] = (
     "cpu_backend.hook",
-    "identity",
-    "scheduler",
-    "dispatch_hook",
-    "queue_metrics",
+    "engine.identity",
+    "engine.scheduler",
+    "dispatch.hook",
+    "queue.metrics",
     "placement.hook",
 )
 """Modules of this package with an idempotent ``install()``; each patches only seams it lists."""

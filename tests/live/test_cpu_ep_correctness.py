@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gimbal.bench.check.agreement import FLOAT32
-from gimbal.bench.check.correctness import (
+from tests.live.check.agreement import FLOAT32
+from tests.live.check.correctness import (
     BREAKER,
     MIGRATIONS,
     STEP_INTERVAL,
@@ -21,7 +21,7 @@ from gimbal.bench.check.correctness import (
     migrate,
     take_reference,
 )
-from gimbal.bench.check.server import CheckedServer, Layout
+from tests.live.check.server import CheckedServer, Layout
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 

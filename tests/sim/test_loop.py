@@ -12,8 +12,8 @@ from gimbal.sim.experts import Experts
 from gimbal.sim.loop import PERIOD_STEPS, Loop
 from gimbal.sim.routing import Population
 from gimbal.sim.run import Simulation
-from gimbal.sim.scenarios import SCENARIOS, built
 from gimbal.workloads.trace import TraceRequest, make_trace
+from reproduction.scenarios import SCENARIOS, built
 
 CLUSTER, PROFILE = built("routed")
 # A link as slow as one between nodes, so that bytes weigh against load.

@@ -55,7 +55,7 @@ def build(
     from vllm.v1.structured_output import StructuredOutputManager
 
     from gimbal.core.config import parse_config
-    from gimbal.vllm_plugin.scheduler import with_gimbal
+    from gimbal.vllm_plugin.engine.scheduler import with_gimbal
 
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     scheduler_config = SchedulerConfig(

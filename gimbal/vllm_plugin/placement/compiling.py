@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gimbal.core.config import PlacementConfig
-from gimbal.vllm_plugin.placement.planner import ModelFacts, Planner
+from gimbal.core.placement.planner import ModelFacts, Planner
 
 logger = logging.getLogger("vllm.gimbal")
 

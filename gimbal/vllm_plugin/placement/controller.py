@@ -21,13 +21,13 @@ from gimbal.core.config import PlacementConfig
 from gimbal.core.contracts import IntArray, RoutingCounts
 from gimbal.core.feedback.outlook import window_overlap
 from gimbal.core.feedback.pressure import expert_pressure_us
+from gimbal.core.guard import LevelGuard
 from gimbal.core.placement import verify
+from gimbal.core.placement.planner import Decision
 from gimbal.core.placement.replica_split import near_split
 from gimbal.records.schema import RebalanceRecord
-from gimbal.vllm_plugin.guard import LevelGuard
 from gimbal.vllm_plugin.placement.agreement import Gather, Verdict, Vote, map_hash, outcome
 from gimbal.vllm_plugin.placement.ledger import Ledger
-from gimbal.vllm_plugin.placement.planner import Decision
 from gimbal.vllm_plugin.placement.replicas import write_tables
 from gimbal.vllm_plugin.placement.rows import (
     SourceCounts,

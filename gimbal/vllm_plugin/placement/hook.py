@@ -13,12 +13,12 @@ import threading
 import time
 from typing import Any
 
+from gimbal.core.guard import LevelGuard
+from gimbal.core.placement.planner import ModelFacts, Planner, check_config
 from gimbal.vllm_plugin.bridge import level_config
-from gimbal.vllm_plugin.guard import LevelGuard
 from gimbal.vllm_plugin.placement.agreement import gather_over
 from gimbal.vllm_plugin.placement.compiling import warm_up
 from gimbal.vllm_plugin.placement.controller import Controller
-from gimbal.vllm_plugin.placement.planner import ModelFacts, Planner, check_config
 from gimbal.vllm_plugin.placement.sending import SendMeter
 from gimbal.vllm_plugin.placement.view import ModelView, Place
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from gimbal.core.feedback import damping
 from gimbal.core.feedback.pressure import PERIOD_STEPS
-from gimbal.vllm_plugin.guard import LevelGuard
+from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin.placement.rows import Sources
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gimbal.core.contracts import IntArray, Topology
 from gimbal.core.feedback.outlook import Outlook
-from gimbal.vllm_plugin.placement.planner import Planner
+from gimbal.core.placement.planner import Planner
 from gimbal.vllm_plugin.placement.rows import SourceCounts
 from gimbal.vllm_plugin.placement.sending import SendMeter
 

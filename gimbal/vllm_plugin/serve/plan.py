@@ -17,9 +17,9 @@ from typing import Any
 from gimbal.core.config import GimbalConfig
 from gimbal.core.config_sources import merge_config, parse_levels, read_config_file, to_mapping
 from gimbal.core.errors import InputError
-from gimbal.vllm_plugin.placement.planner import check_config as check_placement
+from gimbal.core.placement.planner import check_config as check_placement
+from gimbal.vllm_plugin.cpu_backend.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve import checks
-from gimbal.vllm_plugin.serve.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve.flags import VllmFlags, read_flags
 
 DEMO_NAME = "gimbal-demo"

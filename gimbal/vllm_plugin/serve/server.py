@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     if os.environ.pop("GIMBAL_ZYGOTE", "0") == "1":
         import vllm.v1.engine.async_llm  # noqa: F401  (shared by every process, so before the fork)
 
-        from gimbal.vllm_plugin.serve import zygote
+        from gimbal.vllm_plugin.cpu_backend import zygote
 
         if not zygote.start():
             print("gimbal: slow start: every process imports vLLM by itself", file=sys.stderr)

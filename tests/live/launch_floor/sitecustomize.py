@@ -66,7 +66,7 @@ if "LAUNCH_FLOOR" in os.environ:
         Finder(
             {
                 "vllm.v1.worker.cpu_worker": lambda m: slow_down(m, largest, milliseconds / 1e3),
-                "gimbal.vllm_plugin.engine_facts": lambda m: setattr(
+                "gimbal.vllm_plugin.queue.facts": lambda m: setattr(
                     m, "graph_tokens", lambda vllm_config: largest
                 ),
             }

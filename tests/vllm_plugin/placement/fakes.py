@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from gimbal.core.config import PlacementConfig
-from gimbal.vllm_plugin.guard import LevelGuard
+from gimbal.core.guard import LevelGuard
+from gimbal.core.placement.planner import ModelFacts, Planner
 from gimbal.vllm_plugin.placement.controller import Controller
 from gimbal.vllm_plugin.placement.hook import _meter
-from gimbal.vllm_plugin.placement.planner import ModelFacts, Planner
 from gimbal.vllm_plugin.placement.view import ModelView, Place
 from gimbal.vllm_plugin.placement.window import to_logical
 

@@ -1,4 +1,0 @@
-"""Checks of a live expert-parallel server: right answers, and endurance.
-
-Each is one command: ``python -m gimbal.bench.check.correctness`` and ``.soak``.
-"""

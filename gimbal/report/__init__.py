@@ -1,0 +1,1 @@
+"""What reads records and draws: metrics, comparisons, tables, charts, the HTML page."""

@@ -1,0 +1,100 @@
+"""Which server a process belongs to: the name of its board.
+
+vLLM gives no identity that every process of a server knows (with several API servers each makes
+its own ``VllmConfig``). The process that launches the engines is the parent of them all, so it
+draws a run id there and leaves it in the environment, which engines and API servers inherit. Ray
+starts engines elsewhere and hands on one ``VllmConfig``; its ``instance_id`` serves then.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import re
+import time
+from functools import wraps
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any
+
+from gimbal.board.file import Board, board_path, sweep
+from gimbal.core.contracts import MAX_FRONT_ENDS
+from gimbal.vllm_plugin import bridge
+
+logger = logging.getLogger("vllm.gimbal")
+
+RUN_ID = "GIMBAL_RUN_ID"
+"""Environment variable with the server's run id; set by the launcher, never by a user."""
+
+
+def server_identity(vllm_config: Any) -> str:
+    """What every process of this server, and none of another, derives the board's name from."""
+    run_id = os.environ.get(RUN_ID)
+    if run_id:
+        return run_id
+    return re.sub(r"_dp\d+$", "", str(vllm_config.instance_id))
+
+
+def server_board_path(vllm_config: Any) -> Path:
+    """The board of this process's server."""
+    return board_path(server_identity(vllm_config))
+
+
+def why_dispatch_cannot_act(vllm_config: Any, client_count: int = 1) -> str | None:
+    """Why dispatch cannot act in this server, or None."""
+    parallel = vllm_config.parallel_config
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").lower() in ("1", "true"):
+        return "VLLM_USE_RUST_FRONTEND=1: requests are dispatched outside Python"
+    if parallel.data_parallel_size <= 1:
+        return "there is one engine only (--data-parallel-size 1)"
+    if parallel.data_parallel_external_lb:
+        return "an external load balancer chooses the engine (--data-parallel-external-lb)"
+    if client_count > MAX_FRONT_ENDS:
+        return f"{client_count} API servers: signals tell at most {MAX_FRONT_ENDS} apart"
+    return None
+
+
+def launch_board(vllm_config: Any) -> None:
+    """Draws a run id and makes the board before the engines start; this process removes it."""
+    os.environ[RUN_ID] = f"{os.getpid()}-{time.time_ns()}"
+    for path in sweep():
+        logger.info("Gimbal: removed the board %s of a server that is gone", path)
+    board = Board(server_board_path(vllm_config))
+    close_at_exit(board)
+    logger.info("Gimbal: signal board at %s", board.path)
+
+
+def close_at_exit(board: Board) -> None:
+    """Also where a process ends without atexit handlers, as children of multiprocessing do."""
+    Finalize(None, board.close, exitpriority=0)
+
+
+def _prepare(vllm_config: Any) -> None:
+    """In the process that starts the engines, just before it does."""
+    try:
+        launch_board(vllm_config)
+    except OSError:
+        logger.exception("Gimbal: no signal board; dispatch falls back to in-flight work")
+    if bridge.level_config(vllm_config, "dispatch") is not None:
+        servers = getattr(vllm_config.parallel_config, "_api_process_count", 1)
+        reason = why_dispatch_cannot_act(vllm_config, servers)
+        if reason is not None:
+            logger.warning("Gimbal: the dispatch level cannot act: %s", reason)
+
+
+def install() -> None:
+    """Hooks the start of the engine processes."""
+    from vllm.v1.engine.utils import CoreEngineProcManager
+
+    init = CoreEngineProcManager.__init__
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def manager_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        vllm_config = signature.bind(self, *args, **kwargs).arguments["vllm_config"]
+        if bridge.gimbal_config(vllm_config) is not None:
+            _prepare(vllm_config)
+        init(self, *args, **kwargs)
+
+    CoreEngineProcManager.__init__ = manager_init

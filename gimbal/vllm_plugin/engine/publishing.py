@@ -1,0 +1,53 @@
+"""An engine's signals on their way: onto the board of its host, or to the front end's host."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from gimbal.board.file import Board
+from gimbal.board.slots import BoardReader, SlotWriter
+from gimbal.vllm_plugin.engine import remote
+from gimbal.vllm_plugin.engine.identity import close_at_exit, server_board_path
+from gimbal.vllm_plugin.engine.signals import SchedulerSignals
+from gimbal.vllm_plugin.engine.step_log import StepLog
+
+logger = logging.getLogger("vllm.gimbal")
+
+
+class BoardSlot(SlotWriter):
+    """A slot whose board goes with it."""
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def open_signals(scheduler: Any) -> SchedulerSignals:
+    """Signals of the engine that `scheduler` belongs to, with the step log if one is asked for."""
+    signals = _publisher(scheduler)
+    directory = scheduler.gimbal_config.step_records
+    if directory:
+        rank = scheduler.vllm_config.parallel_config.data_parallel_index
+        signals.log = StepLog(Path(directory), rank)
+    return signals
+
+
+def _publisher(scheduler: Any) -> SchedulerSignals:
+    """Signals on the board of the scheduler's server, wherever that board is."""
+    vllm_config = scheduler.vllm_config
+    parallel = vllm_config.parallel_config
+    rank = parallel.data_parallel_index
+    if remote.front_end_is_elsewhere(vllm_config):
+        port = remote.board_port(vllm_config, scheduler.gimbal_config.board_port)
+        address = f"tcp://{parallel.data_parallel_master_ip}:{port}"
+        logger.info("Gimbal: engine %d publishes to %s", rank, address)
+        return SchedulerSignals(scheduler, remote.RowSender(address, rank))
+    board = Board(server_board_path(vllm_config))
+    close_at_exit(board)
+    logger.info("Gimbal: engine %d (process %d) publishes on %s", rank, os.getpid(), board.path)
+    # Engines of a dense model run on their own: vLLM has set their data-parallel size to 1.
+    lock_step = parallel.data_parallel_size > 1
+    group = BoardReader(board, parallel.data_parallel_size) if lock_step else None
+    return SchedulerSignals(scheduler, BoardSlot(board, rank), group)

@@ -1,0 +1,214 @@
+"""The scheduler of an engine: whatever class vLLM would use, with Gimbal's signals attached.
+
+`with_gimbal` derives a class from the one vLLM picks (``AsyncScheduler`` unless the user named
+another), so asynchronous scheduling stays as it was. The overrides only report events to
+`SchedulerSignals`; every report is guarded, so a fault in the accounting costs the signals and
+never a request. The queue level's own overrides are in `queue_level.GimbalQueueMixin`.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial, wraps
+from typing import Any
+
+from gimbal.core.config import GimbalConfig
+from gimbal.core.contracts import Field
+from gimbal.core.errors import InputError
+from gimbal.core.guard import LevelGuard
+from gimbal.vllm_plugin import bridge
+from gimbal.vllm_plugin.engine.publishing import open_signals
+from gimbal.vllm_plugin.engine.signals import SchedulerSignals
+
+logger = logging.getLogger("vllm.gimbal")
+
+LEVELS_IN_SCHEDULER = frozenset({"dispatch", "queue", "feedback"})
+"""Any of these needs the derived scheduler: for its signals, its queue, or both."""
+
+
+class GimbalSchedulerMixin:
+    """Overrides of vLLM's ``Scheduler``; mixed in front of it by `with_gimbal`.
+
+    Attributes:
+        gimbal_config: the server's Gimbal configuration.
+        gimbal_signals: the engine's counters and its board slot; None once they failed for good.
+    """
+
+    gimbal_config: GimbalConfig
+    gimbal_signals: SchedulerSignals | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._gimbal_guard = LevelGuard("signals")
+        try:
+            self.gimbal_signals = open_signals(self)
+        except Exception as error:
+            self._gimbal_guard.fell_back("no_board", error)
+        self._gimbal_install_queue()
+
+    def _gimbal_install_queue(self) -> None:
+        """Where the queue level replaces ``self.waiting``; without it vLLM's own queue stays."""
+
+    def _gimbal_report(self, event: str, *args: Any) -> None:
+        """Calls `event` of the signals; an engine without trustworthy signals publishes none."""
+        signals = self.gimbal_signals
+        if signals is None:
+            return
+        try:
+            getattr(signals, event)(*args)
+        except Exception as error:
+            self._gimbal_guard.fell_back(event, error)
+            # Counters that missed an event are wrong for good: rebuild them from the scheduler.
+            if self._gimbal_guard.disabled:
+                self.gimbal_signals = None
+                signals.close()
+            else:
+                signals.needs_recount = True
+        else:
+            self._gimbal_guard.succeeded()
+
+    def add_request(self, request: Any) -> None:
+        self._gimbal_report("accepted", request)
+        super().add_request(request)  # type: ignore[misc]
+        self._gimbal_report("updated", request.request_id)
+
+    def _enqueue_waiting_request(self, request: Any) -> None:
+        # Before the queue sees it: an ordering needs the uncached tokens found here.
+        self._gimbal_report("enqueued", request)
+        super()._enqueue_waiting_request(request)  # type: ignore[misc]
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        self._gimbal_report("preempting", request)
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+        self._gimbal_report("preempted", request)
+
+    def _handle_stopped_request(self, request: Any) -> bool:
+        self._gimbal_report("stopped", request)
+        return bool(super()._handle_stopped_request(request))  # type: ignore[misc]
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self._gimbal_report("freed", request)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._gimbal_report("scheduled", output)
+        return output
+
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self._gimbal_report("completing")
+        outputs = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, *args, **kwargs
+        )
+        self._gimbal_report("completed", scheduler_output)
+        # Set by the placement level's worker when there is news, absent otherwise.
+        answer = args[0] if args else None
+        fallbacks = getattr(answer, "gimbal_placement_fallbacks", None)
+        if fallbacks is not None:
+            self._gimbal_report("worker_said", Field.PLACEMENT_FALLBACKS, fallbacks)
+        pressure_us = getattr(answer, "gimbal_expert_pressure_us", None)
+        if pressure_us is not None and "feedback" in self.gimbal_config.levels:
+            self._gimbal_report("worker_said", Field.EXPERT_PRESSURE_US, pressure_us)
+        return outputs
+
+    def has_requests(self) -> bool:
+        # vLLM asks this before every step and before it waits for input, so an engine without
+        # work still says so, and keeps saying so while it runs dummy batches.
+        busy = bool(super().has_requests())  # type: ignore[misc]
+        if not busy:
+            self._gimbal_report("idle")
+        return busy
+
+    def shutdown(self) -> None:
+        if self.gimbal_signals is not None:
+            self.gimbal_signals.close()
+            self.gimbal_signals = None
+        super().shutdown()  # type: ignore[misc]
+
+
+def with_gimbal(base: type, config: GimbalConfig) -> type:
+    """`base` with Gimbal in front, named after it; returns `base` when it cannot carry Gimbal."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if not issubclass(base, Scheduler):
+        logger.error(
+            "Gimbal needs a subclass of vLLM's Scheduler; %s is none: its engine publishes no "
+            "signals and keeps its own queue",
+            base.__qualname__,
+        )
+        return base
+    if issubclass(base, GimbalSchedulerMixin):
+        return base
+    members = {"gimbal_config": config, "__module__": base.__module__, "__doc__": base.__doc__}
+    mixins: tuple[type, ...] = (GimbalSchedulerMixin,)
+    if "queue" in config.levels:
+        from gimbal.vllm_plugin.queue.level import GimbalQueueMixin
+
+        mixins = (GimbalQueueMixin, GimbalSchedulerMixin)
+    return type(f"Gimbal{base.__name__}", (*mixins, base), members)
+
+
+def build_scheduler(base: type, *args: Any, **kwargs: Any) -> Any:
+    """The scheduler that vLLM asks `base` for; Gimbal's where the configuration wants one."""
+    try:
+        vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        config = bridge.gimbal_config(vllm_config)
+        if config is not None and LEVELS_IN_SCHEDULER.intersection(config.levels):
+            base = with_gimbal(base, config)
+    except InputError:
+        raise
+    except Exception:
+        logger.exception("Gimbal: no signals and no queue in this engine; vLLM runs without")
+    return base(*args, **kwargs)
+
+
+def install() -> None:
+    """Has ``EngineCore`` build its scheduler through `build_scheduler`.
+
+    Not through ``EngineCore.__init__``: in an engine process that already runs when vLLM loads
+    plugins, and the class is asked for without the ``VllmConfig`` that the instance gets.
+    """
+    from vllm.config.scheduler import SchedulerConfig
+
+    get_scheduler_cls = SchedulerConfig.get_scheduler_cls
+
+    @wraps(get_scheduler_cls)
+    def scheduler_cls(self: Any) -> Any:
+        return partial(build_scheduler, get_scheduler_cls(self))
+
+    SchedulerConfig.get_scheduler_cls = scheduler_cls
+    _count_refusals()
+
+
+REFUSALS = (
+    "_handle_request_preproc_error",
+    "_handle_mm_cache_miss",
+    "_handle_request_validation_error",  # since 0.33
+)
+"""Methods of ``EngineCoreProc`` that answer a request before the scheduler sees it."""
+
+
+def _count_refusals() -> None:
+    """A front end must not wait for the acknowledgement of a request its engine refused."""
+    from vllm.utils import length_from_prompt_token_ids_or_embeds
+    from vllm.v1.engine import EngineCoreRequestType
+    from vllm.v1.engine.core import EngineCoreProc
+
+    def counting(refuse: Any) -> Any:
+        @wraps(refuse)
+        def refuse_and_count(self: Any, request: Any, *args: Any) -> None:
+            refuse(self, request, *args)
+            signals = getattr(self.scheduler, "gimbal_signals", None)
+            if signals is not None:
+                tokens = length_from_prompt_token_ids_or_embeds(
+                    request.prompt_token_ids, request.prompt_embeds
+                )
+                signals.refused(request.client_index, tokens)
+                # An idle engine waits for its input queue, and would never publish the refusal.
+                self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+        return refuse_and_count
+
+    for name in REFUSALS:
+        if hasattr(EngineCoreProc, name):
+            setattr(EngineCoreProc, name, counting(getattr(EngineCoreProc, name)))

@@ -1,0 +1,392 @@
+"""An engine's counters, kept up to date event by event.
+
+`SchedulerSignals` hears of each request's way through the scheduler (accepted, enqueued,
+scheduled, preempted, freed) and of each step. A snapshot then costs the same with ten waiting
+requests as with ten thousand. What vLLM itself counts in constant time (queue lengths, free
+blocks) is read from it; everything else is a running total.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from gimbal.board.clock import now_us
+from gimbal.board.slots import BoardReader
+from gimbal.core.contracts import (
+    ACCEPTED_REQUESTS,
+    ACCEPTED_TOKENS,
+    MAX_FRONT_ENDS,
+    ROW_WIDTH,
+    Field,
+    FloatArray,
+)
+from gimbal.core.cost.online import OnlineStepCost
+from gimbal.core.queue.graph_steps import GraphStepCosts
+from gimbal.vllm_plugin.engine.step_log import StepLog
+from gimbal.vllm_plugin.queue.facts import graph_tokens
+
+SMOOTHING = 0.2
+"""Share of the newest step in the smoothed step time and prefill throughput."""
+IDLE_INTERVAL_US = 50_000.0
+"""An engine without work repeats its snapshot at most this often."""
+RECOUNT_STEPS, RECOUNT_STEPS_SPECULATIVE = 256, 8
+"""Context tokens are recounted this often: rejected draft tokens and failed KV loads take some
+back unseen."""
+
+
+class RowSink(Protocol):
+    """Takes finished rows: a slot of the board, or a socket to the front end's host."""
+
+    def publish(self, row: FloatArray, now_s: float | None = None) -> None: ...
+
+
+@dataclass(slots=True)
+class _Step:
+    """A scheduled step whose output has not come back yet."""
+
+    output: Any
+    scheduled_us: float
+    prefill_tokens: int
+    prefill_pairs: float
+    decodes: int
+
+
+class SchedulerSignals:
+    """Counters of one engine.
+
+    Args:
+        scheduler: vLLM's scheduler; only read, never changed.
+        sink: where snapshots go.
+        group: the board's rows of the engines in lock step with this one, or None.
+        epoch: tells this engine process from an earlier one in the same slot.
+
+    Attributes:
+        needs_recount: set when an event was missed; the next snapshot starts from a full count.
+        row: [ROW_WIDTH] the snapshot under construction.
+        log: takes one record per step, or None.
+        graph_costs: what steps with and without CUDA graphs take; None where vLLM uses none.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        sink: RowSink,
+        group: BoardReader | None = None,
+        epoch: float | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.sink = sink
+        self.group = group
+        self.cost = OnlineStepCost(scheduler.scheduler_config.max_num_batched_tokens)
+        # Of the step that ends: the most that any engine of the group has.
+        self._group_prefill = self._group_decodes = self._group_tokens = 0.0
+        self._group_complete = False
+        graph = graph_tokens(scheduler.vllm_config)
+        alone = scheduler.vllm_config.parallel_config.data_parallel_size == 1
+        sees_all = alone or group is not None
+        self.graph_costs = GraphStepCosts(graph) if graph and sees_all else None
+        self.needs_recount = False
+        self.log: StepLog | None = None
+        self.row: FloatArray = np.zeros(ROW_WIDTH)
+        self._waiting: dict[str, tuple[int, int]] = {}  # uncached, cached tokens
+        self._waiting_tokens = 0
+        self._waiting_cached = 0
+        self._running: set[str] = set()
+        self._running_tokens = 0
+        self._prefilling: dict[str, int] = {}  # prompt tokens still to prefill
+        self._prefill_left = 0
+        self._preemptions = 0
+        self._steps: deque[_Step] = deque()
+        self._refused: deque[tuple[int, int]] = deque()  # client index, prompt tokens
+        self._step_us = 0.0
+        self._prefill_rate = 0.0
+        self._last_done_us = 0.0
+        self._published = 0
+        self._idle_since_us: float | None = None
+        self._recount_steps = (
+            RECOUNT_STEPS_SPECULATIVE if scheduler.num_spec_tokens else RECOUNT_STEPS
+        )
+        row, config = self.row, scheduler.scheduler_config
+        row[Field.EPOCH] = time.time_ns() // 1000 if epoch is None else epoch
+        row[Field.KV_BLOCKS_TOTAL] = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        row[Field.KV_BLOCK_TOKENS] = scheduler.block_size
+        row[Field.STEP_TOKEN_BUDGET] = config.max_num_batched_tokens
+        row[Field.MAX_RUNNING_REQUESTS] = scheduler.max_num_active_reqs
+        self.publish(now_us())
+
+    # Events of one request, in the order of its life.
+
+    def accepted(self, request: Any) -> None:
+        """The engine took a message of a front end: what was sent is now the engine's."""
+        if request.request_id in self.scheduler.requests:
+            return  # the next chunk of a streaming session; front ends count sessions once
+        self._acknowledge(request.client_index, request.num_prompt_tokens)
+
+    def refused(self, client_index: int, prompt_tokens: int) -> None:
+        """The engine answered a message with an error before its scheduler saw it.
+
+        Called by the thread that reads the sockets; taken up by the next snapshot.
+        """
+        self._refused.append((client_index, prompt_tokens))
+
+    def enqueued(self, request: Any) -> None:
+        """`request` enters the waiting queue; looks its prompt up in the prefix cache once."""
+        self._leave_waiting(request.request_id)
+        cached = request.num_computed_tokens or self._cached_tokens(request)
+        uncached = max(request.num_tokens - cached, 0)
+        self._waiting[request.request_id] = uncached, cached
+        self._waiting_tokens += uncached
+        self._waiting_cached += cached
+
+    def updated(self, request_id: str) -> None:
+        """A request may have grown in place: the next chunk of a waiting streaming session."""
+        request = self.scheduler.requests.get(request_id)
+        if request is None or not request.resumable or request_id not in self._waiting:
+            return
+        self.enqueued(request)
+
+    def uncached_tokens(self, request_id: str) -> int:
+        """Prompt tokens of a waiting request that the prefix cache did not hold when it came."""
+        return self._waiting[request_id][0]
+
+    def preempting(self, request: Any) -> None:
+        self._leave_running(request)
+        self._preemptions += 1
+
+    def preempted(self, request: Any) -> None:
+        self.enqueued(request)
+
+    def stopped(self, request: Any) -> None:
+        """A turn of a streaming session ended: the request goes back to waiting."""
+        if request.resumable:
+            self._leave_running(request)
+
+    def freed(self, request: Any) -> None:
+        """`request` is finished, wherever it was."""
+        self._leave_waiting(request.request_id)
+        self._leave_running(request)
+
+    # Events of one step.
+
+    def scheduled(self, output: Any) -> None:
+        """A step was put together and is about to run."""
+        now = now_us()
+        self._idle_since_us = None
+        counts = output.num_scheduled_tokens
+        if counts:
+            admitted, new_tokens, new_pairs = self._admit(output, counts)
+            advanced, more_tokens, more_pairs = self._advance()
+            self._running_tokens += output.total_num_scheduled_tokens
+            decodes = len(counts) - admitted - advanced
+            tokens, pairs = new_tokens + more_tokens, new_pairs + more_pairs
+            self._steps.append(_Step(output, now, tokens, pairs, decodes))
+        if self._steps:
+            oldest = self._steps[0]
+            self.row[Field.STEP_PREFILL_TOKENS] = oldest.prefill_tokens
+            self.row[Field.STEP_TOKENS] = oldest.output.total_num_scheduled_tokens
+        else:
+            self.row[Field.STEP_PREFILL_TOKENS] = self.row[Field.STEP_TOKENS] = 0.0
+        self.publish(now)
+
+    def completing(self) -> None:
+        """A step has ended and its result is about to be taken in.
+
+        What the group ran in it is read now: a moment later those with less to do publish the next.
+        """
+        group = self.group
+        if group is None:
+            return
+        prefill = group.peek(Field.STEP_PREFILL_TOKENS)
+        self._group_prefill = float(prefill.max())
+        if self.graph_costs is not None:
+            tokens = group.peek(Field.STEP_TOKENS)
+            self._group_tokens = float(tokens.max())
+            self._group_decodes = float((tokens - prefill).max())
+            if not self._group_complete:
+                # Behind an external load balancer other engines publish on boards of their own.
+                self._group_complete = bool(group.peek(Field.SEQUENCE).all())
+
+    def completed(self, output: Any) -> None:
+        """A step's result is in: learn what it took."""
+        now = now_us()
+        while self._steps:
+            step = self._steps.popleft()
+            if step.output is output:
+                self._learn(step, now)
+                break
+        self.publish(now)
+
+    def idle(self) -> None:
+        """There is nothing to schedule; said at once, then every `IDLE_INTERVAL_US`."""
+        now = now_us()
+        since = self._idle_since_us
+        if since is None or now - since >= IDLE_INTERVAL_US or self._refused:
+            if self.log is not None and self._idle_since_us is None:
+                self.log.flush()
+            self._idle_since_us = now
+            self.row[Field.STEP_PREFILL_TOKENS] = self.row[Field.STEP_TOKENS] = 0.0
+            self.publish(now)
+
+    def publish(self, now: float) -> None:
+        """Completes the row and hands it to the sink."""
+        if self.needs_recount or self._published % self._recount_steps == self._recount_steps - 1:
+            self._recount()
+        row, scheduler = self.row, self.scheduler
+        running, waiting = scheduler.get_request_counts()
+        decodes = running - len(self._prefilling)
+        pool = scheduler.kv_cache_manager.block_pool
+        while self._refused:
+            self._acknowledge(*self._refused.popleft())
+        self._published += 1
+        row[Field.SEQUENCE : Field.TIMESTAMP_US + 1] = self._published, now
+        row[Field.WAITING_REQUESTS : Field.KV_BLOCKS_USED + 1] = (
+            waiting,
+            self._waiting_tokens,
+            running,
+            self._prefill_left,
+            decodes,
+            row[Field.KV_BLOCKS_TOTAL] - pool.get_num_free_blocks(),
+        )
+        row[Field.PREEMPTIONS] = self._preemptions
+        row[Field.RUNNING_TOKENS] = self._running_tokens
+        row[Field.PENDING_PREFIX_HIT_TOKENS] = self._waiting_cached
+        row[Field.STEP_BASE_US] = self.cost.step_base_us(decodes)
+        self.sink.publish(row, now / 1e6)
+
+    def worker_said(self, field: Field, value: float) -> None:
+        """What the engine's worker knows about itself; travels with the next snapshot."""
+        self.row[field] = value
+
+    def close(self) -> None:
+        """Lets go of the board, and finishes the log."""
+        if self.log is not None:
+            self.log.close()
+        close = getattr(self.sink, "close", None)
+        if close is not None:
+            close()
+
+    # Bookkeeping.
+
+    def _acknowledge(self, client_index: int, prompt_tokens: int) -> None:
+        front_end = min(client_index, MAX_FRONT_ENDS - 1)
+        self.row[ACCEPTED_REQUESTS + front_end] += 1
+        self.row[ACCEPTED_TOKENS + front_end] += prompt_tokens
+
+    def _cached_tokens(self, request: Any) -> int:
+        """Prompt tokens the prefix cache holds now, without touching its statistics."""
+        scheduler = self.scheduler
+        if (
+            scheduler.enable_kv_cache_events
+            and getattr(request, "kv_cache_report_mode", "incremental") == "full"
+        ):
+            return 0  # this lookup would publish KV events a second time
+        return int(scheduler.kv_cache_manager.get_computed_blocks(request)[1])
+
+    def _leave_waiting(self, request_id: str) -> None:
+        entry = self._waiting.pop(request_id, None)
+        if entry is not None:
+            self._waiting_tokens -= entry[0]
+            self._waiting_cached -= entry[1]
+
+    def _leave_running(self, request: Any) -> None:
+        if request.request_id in self._running:
+            self._running.remove(request.request_id)
+            self._running_tokens -= request.num_computed_tokens
+            self._prefill_left -= self._prefilling.pop(request.request_id, 0)
+
+    def _admit(self, output: Any, counts: dict[str, int]) -> tuple[int, int, float]:
+        """Moves requests that were scheduled out of waiting.
+
+        Returns how many, their tokens, and their attention pairs (`StepRecord.prefill_pairs`).
+        """
+        tokens, pairs = 0, 0.0
+        resumed = output.scheduled_cached_reqs.resumed_req_ids
+        admitted = [*(new.req_id for new in output.scheduled_new_reqs), *resumed]
+        for request_id in admitted:
+            self._leave_waiting(request_id)
+            request = self.scheduler.requests[request_id]
+            self._running.add(request_id)
+            # vLLM has already added this step's tokens to num_computed_tokens.
+            chunk = counts[request_id]
+            self._running_tokens += request.num_computed_tokens - chunk
+            tokens += chunk
+            pairs += chunk * (request.num_computed_tokens - chunk / 2)
+            if request.is_prefill_chunk:
+                left = request.num_tokens - request.num_computed_tokens
+                self._prefilling[request_id] = left
+                self._prefill_left += left
+        return len(admitted), tokens, pairs
+
+    def _advance(self) -> tuple[int, int, float]:
+        """Follows running prefills; returns how many got tokens in this step, which, and pairs."""
+        moved = tokens = 0
+        pairs = 0.0
+        for request_id, left in list(self._prefilling.items()):
+            request = self.scheduler.requests[request_id]
+            still = max(request.num_tokens - request.num_computed_tokens, 0)
+            if still == left:
+                continue
+            moved += 1
+            tokens += left - still
+            pairs += (left - still) * (request.num_computed_tokens - (left - still) / 2)
+            self._prefill_left -= left
+            if still and request.is_prefill_chunk:
+                self._prefilling[request_id] = still
+                self._prefill_left += still
+            else:
+                del self._prefilling[request_id]
+        return moved, tokens, pairs
+
+    def _learn(self, step: _Step, now: float) -> None:
+        step_us = now - max(self._last_done_us, step.scheduled_us)
+        self._last_done_us = now
+        self._step_us += (step_us - self._step_us) * (SMOOTHING if self._step_us else 1.0)
+        self.row[Field.STEP_TIME_US] = self._step_us
+        if step.prefill_tokens:
+            rate = step.prefill_tokens / max(step_us, 1.0) * 1e6
+            self._prefill_rate += (rate - self._prefill_rate) * (
+                SMOOTHING if self._prefill_rate else 1.0
+            )
+            self.row[Field.PREFILL_TOKENS_PER_S] = self._prefill_rate
+        fullest = None if self.group is None else self._group_prefill
+        self.cost.observe(step.prefill_tokens, step.decodes, step_us, fullest)
+        self.row[Field.PREFILL_US_PER_TOKEN] = self.cost.prefill_us_per_token
+        self.row[Field.DECODE_US_PER_REQUEST] = self.cost.decode_us_per_request
+        if self.graph_costs is not None:
+            if self.group is None:
+                tokens = float(step.output.total_num_scheduled_tokens)
+                decodes = tokens - step.prefill_tokens
+                self.graph_costs.observe(decodes, step_us, step.prefill_tokens, tokens)
+            elif self._group_complete:
+                self.graph_costs.observe(
+                    self._group_decodes, step_us, self._group_prefill, self._group_tokens
+                )
+        if self.log is not None:
+            self.log.write(
+                self.row, now, step_us, step.prefill_tokens, step.prefill_pairs, step.decodes
+            )
+
+    def _recount(self) -> None:
+        """Sets every total from the scheduler itself."""
+        scheduler = self.scheduler
+        running = {request.request_id: request for request in scheduler.running}
+        self._running = set(running)
+        self._running_tokens = sum(r.num_computed_tokens for r in running.values())
+        self._prefilling = {
+            request_id: request.num_tokens - request.num_computed_tokens
+            for request_id, request in running.items()
+            if request.is_prefill_chunk
+        }
+        self._prefill_left = sum(self._prefilling.values())
+        if self.needs_recount:
+            self._waiting.clear()
+            self._waiting_tokens = self._waiting_cached = 0
+            for queue in (scheduler.waiting, scheduler.kv_holding_waiting):
+                for request in queue:
+                    self.enqueued(request)
+        self.needs_recount = False

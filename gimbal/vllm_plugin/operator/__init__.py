@@ -1,0 +1,1 @@
+"""What an operator reaches over HTTP: the live page, status and control."""

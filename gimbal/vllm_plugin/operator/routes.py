@@ -1,0 +1,205 @@
+"""``GET /gimbal``, ``GET /gimbal/status`` and ``POST /gimbal/control`` on vLLM's own API server.
+
+The first is a page for people, drawn from the second; both are read-only. Control switches what
+decides on a running server, so that two policies can be compared in turns without a restart; it
+answers only with ``admin: true`` in the configuration. A control message goes through the board,
+where every front end and engine of the server sees it before its next decision or step. vLLM loads
+endpoint plugins only when ``VLLM_PLUGINS`` names them; ``gimbal serve`` sees to that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse
+
+import gimbal
+from gimbal.board.file import Board
+from gimbal.board.slots import BoardReader
+from gimbal.core.config import LEVELS, GimbalConfig, parse_config
+from gimbal.core.contracts import Field
+from gimbal.core.dispatch import POLICIES
+from gimbal.core.errors import InputError, nearest
+from gimbal.core.queue import ORDERINGS
+from gimbal.vllm_plugin import bridge
+from gimbal.vllm_plugin.dispatch.engine_header import EngineHeader
+from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of
+from gimbal.vllm_plugin.engine.identity import server_board_path
+from gimbal.vllm_plugin.placement.route import routing_route
+
+SWITCHABLE = ("dispatch", "queue", "feedback")
+"""Levels that can be switched while the server runs, if it was started with them."""
+_KEYS = ("levels", "policy", "queue_ordering", "queue", "reset")
+_QUEUE_FIXED = ("ordering", "priority_tokens")
+"""Keys of section `queue` that a message's ``queue`` may not hold: `queue_ordering` says the one,
+and the classes of requests that wait already depend on the other."""
+
+
+class GimbalEndpoints:
+    """vLLM's ``EndpointPlugin``."""
+
+    name = "gimbal"
+    required_tasks = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds the routes, and the header that names a request's engine."""
+        router = APIRouter(prefix="/gimbal")
+        router.add_api_route("", _page, methods=["GET"], include_in_schema=False)
+        router.add_api_route("/status", _status, methods=["GET"])
+        router.add_api_route("/control", _control, methods=["POST"])
+        router.add_api_route("/routing", routing_route, methods=["GET"])
+        app.include_router(router)
+        app.add_middleware(EngineHeader)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Finds the server's configuration and board."""
+        config = None if engine_client is None else bridge.gimbal_config(engine_client.vllm_config)
+        state.gimbal_operator = None if config is None else Operator(engine_client, config)
+        state.gimbal_authentication = _authentication(args)
+
+
+def _authentication(args: Namespace) -> Any:
+    """vLLM's own check of ``--api-key`` or ``VLLM_API_KEY``; None on a server without a key.
+
+    vLLM applies it to its API paths only, and switching policies should need no less.
+    """
+    from vllm import envs
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    keys = [key for key in (getattr(args, "api_key", None) or [envs.VLLM_API_KEY]) if key]
+    return AuthenticationMiddleware(None, keys) if keys else None
+
+
+class Operator:
+    """What an operator sees and may change, in one API server."""
+
+    def __init__(self, engine_client: Any, config: GimbalConfig) -> None:
+        self.engine_client = engine_client
+        self.config = config
+        self.front_end: FrontEnd | None = front_end_of(engine_client.engine_core)
+        if self.front_end is not None:
+            self.board, self.reader = self.front_end.board, self.front_end.reader
+        else:
+            parallel = engine_client.vllm_config.parallel_config
+            self.board = Board(server_board_path(engine_client.vllm_config))
+            self.reader = BoardReader(self.board, parallel.data_parallel_size)
+
+    def status(self) -> dict[str, Any]:
+        """Everything as JSON; engines in rank order, their row by lower-case field name."""
+        front_end = self.front_end
+        now_us = time.monotonic_ns() / 1e3
+        engines: list[dict[str, Any]] = []
+        for index, row in enumerate(self.reader.read().tolist()):
+            entry: dict[str, Any] = {field.name.lower(): row[field] for field in Field}
+            entry["engine"] = self.reader.first + index
+            entry["age_us"] = now_us - row[Field.TIMESTAMP_US] if row[Field.SEQUENCE] else None
+            if front_end is not None:
+                ledger = front_end.dispatcher.ledger
+                entry["unacknowledged_requests"] = ledger.unacked[0, index]
+                entry["unacknowledged_tokens"] = ledger.unacked[1, index]
+                entry["inflight_requests"] = ledger.inflight[0, index]
+                entry["inflight_tokens"] = ledger.inflight[1, index]
+            engines.append(entry)
+        return {
+            "version": gimbal.__version__,
+            "config": dataclasses.asdict(self.config),
+            "control": self.board.read_control(),
+            "engines": engines,
+            "dispatch": None if front_end is None else front_end.status(),
+            "board": {
+                "path": str(self.board.path),
+                "recoveries": self.board.recoveries,
+                "torn_reads": self.reader.torn,
+            },
+        }
+
+    async def control(self, values: Any) -> dict[str, Any]:
+        """Checks and publishes `values`; raises InputError naming the key that is wrong."""
+        control = self.board.read_control() | check_control(values, self.config)
+        if values.get("reset"):
+            await self.engine_client.reset_prefix_cache()
+            control["resets"] = control.get("resets", 0) + 1
+        self.board.write_control(control)
+        if self.front_end is not None:
+            self.front_end.follow_control()
+        return control
+
+
+def check_control(values: Any, config: GimbalConfig) -> dict[str, Any]:
+    """The part of a control message that is kept on the board; raises InputError."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"control: a JSON object is expected, got {type(values).__name__}")
+    for key in values:
+        if key not in _KEYS:
+            raise InputError(f"control: unknown key {key!r}{nearest(key, _KEYS)}")
+    kept: dict[str, Any] = {}
+    if "levels" in values:
+        kept["levels"] = _check_levels(values["levels"], config)
+    for key, board_key, known in (
+        ("policy", "policy", POLICIES),
+        ("queue_ordering", "ordering", ORDERINGS),
+    ):
+        if key in values:
+            name = values[key]
+            if not isinstance(name, str) or name not in known:
+                raise InputError(f"control: {key}: unknown {name!r}{nearest(str(name), known)}")
+            kept[board_key] = name
+    if "queue" in values:
+        kept["queue"] = _check_queue(values["queue"])
+    return kept
+
+
+def _check_queue(changes: Any) -> dict[str, Any]:
+    """Keys of section `queue` that differ from the server's configuration from now on."""
+    if not isinstance(changes, Mapping):
+        raise InputError(f"control: queue: a mapping is expected, got {changes!r}")
+    for key in _QUEUE_FIXED:
+        if key in changes:
+            raise InputError(f"control: queue: {key} cannot be changed here")
+    checked = dataclasses.asdict(parse_config({"queue": dict(changes)}, "control").queue)
+    return {key: checked[key] for key in changes}
+
+
+def _check_levels(levels: Any, config: GimbalConfig) -> list[str]:
+    if not isinstance(levels, list):
+        raise InputError(f"control: levels: a list is expected, got {levels!r}")
+    for level in levels:
+        if level not in LEVELS:
+            raise InputError(f"control: levels: unknown {level!r}{nearest(str(level), LEVELS)}")
+        if level not in config.levels:
+            raise InputError(f"control: levels: the server was started without {level!r}")
+    for level in config.levels:
+        if level not in levels and level not in SWITCHABLE:
+            raise InputError(f"control: levels: {level!r} cannot be switched off while running")
+    return [level for level in LEVELS if level in levels]
+
+
+async def _page() -> HTMLResponse:
+    page = resources.files("gimbal.vllm_plugin.operator").joinpath("live_page.html")
+    return HTMLResponse(page.read_text(encoding="utf-8"))
+
+
+async def _status(request: Request) -> JSONResponse:
+    operator: Operator | None = request.app.state.gimbal_operator
+    if operator is None:
+        return JSONResponse({"version": gimbal.__version__, "config": None, "engines": []})
+    return JSONResponse(operator.status())
+
+
+async def _control(request: Request) -> JSONResponse:
+    operator: Operator | None = request.app.state.gimbal_operator
+    authentication = request.app.state.gimbal_authentication
+    if authentication is not None and not authentication.verify_token(request.headers):
+        return JSONResponse({"error": "Unauthorized"}, 401)
+    if operator is None or not operator.config.admin:
+        return JSONResponse({"error": "needs `admin: true` in Gimbal's configuration"}, 403)
+    try:
+        return JSONResponse(await operator.control(await request.json()))
+    except (InputError, ValueError) as error:
+        return JSONResponse({"error": str(error)}, 400)

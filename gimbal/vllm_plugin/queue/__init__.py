@@ -1,0 +1,1 @@
+"""Level `queue` inside vLLM's scheduler: the waiting queue and the step's prefill."""

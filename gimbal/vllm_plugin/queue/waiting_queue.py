@@ -1,0 +1,289 @@
+"""vLLM's ``RequestQueue`` over Gimbal's waiting heap.
+
+The heap orders; this adapter translates. It also keeps every request in a plain dictionary, so
+that a failing ordering can be replaced by vLLM's own queue at any moment without losing one.
+Replaces ``Scheduler.waiting`` only: ``kv_holding_waiting`` holds requests that already own KV
+blocks (asynchronous loads, streaming sessions), which vLLM drains first and in its own order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from vllm.v1.core.sched.request_queue import (
+    RequestQueue,
+    SchedulingPolicy,
+    create_request_queue,
+)
+from vllm.v1.request import Request, RequestStatus
+
+from gimbal.core.contracts import QueuedRequest, QueueOrdering, QueueState
+from gimbal.core.guard import LevelGuard
+from gimbal.core.queue.admission import BlockedHeadGate, KvNeed
+from gimbal.core.queue.heap import Entry, WaitingHeap
+
+PASS_CANDIDATES = 16
+"""Requests looked at behind a head that gets no KV blocks."""
+
+PLACE = "_gimbal_place"
+"""Attribute of a vLLM request that remembers its `Entry`, so that it can return to its place."""
+
+
+class QueueFacts(Protocol):
+    """What the queue asks about its engine; `queue_level.EngineFacts` answers in a server."""
+
+    def uncached_tokens(self, request: Request) -> int:
+        """Prompt tokens that have to be computed for a request that is being queued."""
+        ...
+
+    def prefill_tokens_per_s(self) -> float:
+        """Measured prefill throughput; 0 while unknown."""
+        ...
+
+    def running_prefill_tokens(self) -> int:
+        """Prompt tokens that admitted requests still lack."""
+        ...
+
+    def free_blocks(self) -> int:
+        """KV blocks that can be allocated now."""
+        ...
+
+    def blocks_needed(self, request: Request, free: int) -> int:
+        """KV blocks the request needs to be admitted; exact only where it decides about `free`."""
+        ...
+
+
+class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
+    """The waiting queue of one engine.
+
+    Args:
+        ordering: the order of waiting requests.
+        policy: vLLM's policy; request priorities count only under ``PRIORITY``, and it is the
+            queue to fall back to.
+        facts: what the queue asks about the engine.
+        guard: counts failures; after the first one vLLM's own queue takes over for good.
+    """
+
+    def __init__(
+        self,
+        ordering: QueueOrdering,
+        policy: SchedulingPolicy,
+        facts: QueueFacts,
+        guard: LevelGuard,
+        max_wait_s: float | None = None,
+        priority_tokens: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.policy = policy
+        self.facts = facts
+        self.guard = guard
+        self.clock = clock
+        self.heap: WaitingHeap[Request] = WaitingHeap(ordering, max_wait_s, priority_tokens)
+        self.gate: BlockedHeadGate | None = None
+        self.bound_s: Callable[[float, int, float], float] | None = None
+        self.passes = 0
+        self.served_tokens = 0.0
+        self.fallback: RequestQueue | None = None
+        self._all: dict[str, Request] = {}  # everything that waits, in order of insertion
+        self._offered: Entry[Request] | None = None
+        self._peeked: Request | None = None
+        self._step = 0
+
+    # What vLLM calls.
+
+    def add_request(self, request: Request) -> None:
+        self._all[request.request_id] = request
+        self._guarded("add_request", self._add, request)
+
+    def pop_request(self) -> Request:
+        """Takes the request that was peeked at: vLLM has allocated its blocks by then."""
+        if not self._all:
+            raise IndexError("pop from an empty waiting queue")
+        request: Request | None = None
+        if self.fallback is None:
+            try:
+                request = self._pop()
+            except Exception as error:
+                self._fall_back(error)
+        if request is None:
+            assert self.fallback is not None
+            request = self._peeked
+            if request is None:
+                request = self.fallback.pop_request()
+            else:
+                self.fallback.remove_request(request)
+        self._peeked = None
+        del self._all[request.request_id]
+        return request
+
+    def peek_request(self) -> Request:
+        offered = self._offered
+        if offered is not None:  # within a pass vLLM asks again until something changes
+            self._peeked = offered.item
+            return offered.item
+        if not self._all:
+            raise IndexError("peek from an empty waiting queue")
+        if self.fallback is None:
+            try:
+                # Within a pass vLLM pops what it peeked at; every change of the queue asks anew.
+                offered = self._offered = self._choose()
+            except Exception as error:
+                self._fall_back(error)
+            else:
+                self._peeked = offered.item
+                return offered.item
+        assert self.fallback is not None
+        self._peeked = self.fallback.peek_request()
+        return self._peeked
+
+    def prepend_request(self, request: Request) -> None:
+        """Puts a request back: a preempted one at the front, a skipped one at its old place."""
+        self._all[request.request_id] = request
+        self._guarded("prepend_request", self._prepend, request)
+
+    def prepend_requests(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self.prepend_request(request)
+
+    def remove_request(self, request: Request) -> None:
+        if request.request_id not in self._all:
+            raise ValueError(f"request {request.request_id!r} is not waiting")
+        self._guarded("remove_request", self._remove, request)
+        if self._peeked is request:
+            self._peeked = None
+        del self._all[request.request_id]
+
+    def remove_requests(self, requests: Iterable[Request]) -> None:
+        """Removes those that wait here; vLLM passes what may be in its other queue."""
+        for request in requests:
+            if request.request_id in self._all:
+                self.remove_request(request)
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Request]:
+        requests: Iterator[Request] = self._guarded("__iter__", self._in_order)
+        return requests
+
+    # What the queue level calls.
+
+    def state(self) -> QueueState:
+        """The engine's condition now."""
+        return QueueState(
+            now_s=self.clock(),
+            prefill_tokens_per_s=self.facts.prefill_tokens_per_s(),
+            waiting_requests=len(self.heap),
+            waiting_tokens=self.heap.waiting_tokens,
+            served_tokens=self.served_tokens,
+        )
+
+    def begin_step(self) -> None:
+        """Before each scheduling pass: dynamic orderings sort anew."""
+        self._step += 1
+        self._offered = None
+        if self.fallback is None and self.heap.is_dynamic:
+            try:
+                self.heap.refresh(self.state())
+            except Exception as error:
+                self._fall_back(error)
+
+    def use_ordering(self, ordering: QueueOrdering, max_wait_s: float | None) -> None:
+        """Switches the ordering; requests keep their age."""
+        self._offered = None
+        self.heap.reorder(ordering, self.state(), max_wait_s)
+
+    # The heap's side. Each may raise; `_guarded` then hands over to vLLM's queue.
+
+    def _add(self, request: Request) -> None:
+        self._offered = None
+        state = self.state()
+        uncached = self.facts.uncached_tokens(request)
+        queued = QueuedRequest(
+            request_id=request.request_id,
+            arrival_s=request.arrival_time,
+            uncached_tokens=uncached,
+            priority=request.priority if self.policy == SchedulingPolicy.PRIORITY else 0,
+            served_before_tokens=self.served_tokens,
+        )
+        ahead = self.heap.waiting_tokens + self.facts.running_prefill_tokens()
+        entry = self.heap.add(queued, request, state)
+        if self.bound_s is not None:
+            entry.bound_s = self.bound_s(ahead, uncached, state.prefill_tokens_per_s)
+        setattr(request, PLACE, entry)
+
+    def _choose(self) -> Entry[Request]:
+        head = self.heap.peek(self.clock())
+        if self.gate is None:
+            return head
+        free = self.facts.free_blocks()
+        if self.facts.blocks_needed(head.item, free) <= free:
+            return head
+        entries = [head, *(e for e in self.heap.first(PASS_CANDIDATES) if e is not head)]
+        needs = [
+            KvNeed(e.request.request_id, self.facts.blocks_needed(e.item, free)) for e in entries
+        ]
+        index = self.gate.choose(needs, free, self._step, self.clock())
+        self.passes += index > 0
+        return entries[index]
+
+    def _pop(self) -> Request:
+        entry = self._offered if self._offered is not None else self.heap.peek(self.clock())
+        self._offered = None
+        request = self.heap.take(entry).item
+        entry.item = None  # the request knows its entry: no cycle may outlive the queue
+        self.served_tokens += entry.request.uncached_tokens
+        if self.gate is not None:
+            self.gate.forget(request.request_id)
+        return request
+
+    def _prepend(self, request: Request) -> None:
+        self._offered = None
+        entry: Entry[Request] | None = getattr(request, PLACE, None)
+        preempted = request.status == RequestStatus.PREEMPTED
+        if entry is None:
+            self._add(request)
+            if not preempted:
+                return
+            entry = self.heap.remove(request.request_id)
+        elif not preempted:
+            self.served_tokens -= entry.request.uncached_tokens  # it was not served after all
+        entry.item = request
+        self.heap.restore(entry, front=preempted)
+
+    def _remove(self, request: Request) -> None:
+        self._offered = None
+        self.heap.remove(request.request_id).item = None
+        if self.gate is not None:
+            self.gate.forget(request.request_id)
+
+    def _in_order(self) -> Iterator[Request]:
+        return iter([entry.item for entry in self.heap])
+
+    # Falling back.
+
+    def _guarded(self, name: str, action: Callable[..., Any], *arguments: Any) -> Any:
+        """`action`, or vLLM's method `name` once anything has failed."""
+        if self.fallback is None:
+            try:
+                return action(*arguments)
+            except Exception as error:
+                self._fall_back(error)
+                if name in ("add_request", "prepend_request"):
+                    return None  # the queue that took over holds it already
+        return getattr(self.fallback, name)(*arguments)
+
+    def _fall_back(self, error: Exception) -> None:
+        """Hands everything that waits to vLLM's own queue, oldest first, for good."""
+        queue = create_request_queue(self.policy)
+        for request in sorted(self._all.values(), key=lambda r: r.arrival_time):
+            queue.add_request(request)
+        self.fallback = queue
+        self._offered = None
+        self.gate = None
+        self.guard.fell_back("ordering", error)

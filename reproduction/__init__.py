@@ -1,0 +1,1 @@
+"""The paper's evaluation again, simulated and live; run by ``gimbal reproduce`` from a checkout."""

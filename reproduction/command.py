@@ -1,0 +1,131 @@
+"""``gimbal reproduce``: the paper's evaluation again, on the simulator and on live servers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from reproduction.command_live import live, resumable
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Repeat a published evaluation."""
+
+
+command.add_command(live)
+
+
+@command.command()
+@click.option("--quick", is_flag=True, help="fewer loads, seeds and requests: minutes, not hours")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("reproduction"),
+    show_default=True,
+    help="directory of finished cells and the report; a stopped run continues from it",
+)
+@click.option("--jobs", type=click.IntRange(1), help="processes (default: all CPUs)")
+@click.option("--seeds", type=click.IntRange(1), help="seeds per cell (default: 8; quick: 4)")
+@click.option("--requests", type=click.IntRange(10), help="requests per cell")
+@click.option("--scenarios", help="comma-separated; default: all (see docs/reproduction.md)")
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
+def paper(**values: Any) -> None:
+    """The Gimbal paper's comparison: DP=2, TP=2, EP=4, Qwen3-30B-A3B on four H100.
+
+    Five length distributions over BurstGPT, loads from 0.3 to 1.2 of the simulated capacity, eight
+    arms (ten in scenario `routed`), under named conditions. Every finished cell is a file:
+    interrupted and started again, it continues. Writes report.md, result.json and, for
+    `gimbal report`, one run per scenario.
+    """
+    from gimbal.records.environment import describe_environment
+    from reproduction import matrix as reproduce
+    from reproduction import paper as tables
+    from reproduction.paper_markdown import render
+
+    matrix = _matrix(values)
+    out: Path = values["out"]
+    jobs = values["jobs"] or len(os.sched_getaffinity(0))
+    console = Console(stderr=True)
+    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def on_done(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        with resumable(out, console):
+            results = list(reproduce.run_matrix(matrix, out, jobs, on_done))
+    result = tables.report(results, values["quick"], describe_environment())
+    text = render(result)
+    (out / "report.md").write_text(text, encoding="utf-8")
+    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    _write_runs(out, results)
+    if len(result["code"]) > 1:
+        click.echo(f"warning: cells come from {len(result['code'])} versions of the code", err=True)
+    click.echo(json.dumps(result) if values["as_json"] else text)
+
+
+def _matrix(values: dict[str, Any]) -> Any:
+    from gimbal.core.errors import InputError, nearest
+    from reproduction.matrix import QUICK, Matrix
+    from reproduction.scenarios import SCENARIOS
+
+    matrix = QUICK if values["quick"] else Matrix()
+    changes = {k: values[k] for k in ("seeds", "requests") if values[k] is not None}
+    if values["scenarios"]:
+        names = tuple(name.strip() for name in values["scenarios"].split(","))
+        for name in names:
+            if name not in SCENARIOS:
+                raise InputError(f"unknown scenario {name!r}{nearest(name, SCENARIOS)}")
+        changes["scenarios"] = names
+    return dataclasses.replace(matrix, **changes)
+
+
+def _write_runs(out: Path, results: list[Any]) -> None:
+    """One run directory per scenario from the cells whose requests were kept."""
+    from gimbal.commands.simulate import report_of
+    from gimbal.records.schema import RunInfo
+    from gimbal.records.store import RunWriter
+    from gimbal.report.metrics import Slo
+    from gimbal.sim.arms import get_arm
+    from reproduction.matrix import FIRST_SEED, KEPT_LOAD, kept_run
+
+    kept = [(task, cell) for task, cell in results if task.arm and task.kept]
+    for scenario in dict.fromkeys(task.scenario for task, _ in kept):
+        own = [(task, kept_run(cell)) for task, cell in kept if task.scenario == scenario]
+        own.sort(key=lambda pair: pair[1].repeat)
+        first, runs = own[0][0], [run for _, run in own]
+        names = list(dict.fromkeys(run.arm for run in runs))
+        report = report_of(runs, names, "vllm", Slo(), FIRST_SEED) | {
+            "cluster": scenario,
+            "load": KEPT_LOAD,
+            "capacity_rps": first.capacity_rps,
+            "rate_rps": KEPT_LOAD * first.capacity_rps,
+        }
+        info = RunInfo(
+            kind="simulate",
+            command=tuple(sys.argv[1:]),
+            seed=FIRST_SEED,
+            repeats=len({run.repeat for run in runs}),
+            trace={"name": f"{first.trace}-{first.distribution}", "options": {}},
+            arms={name: dataclasses.asdict(get_arm(name)) for name in names},
+            environment=report["environment"],
+            result=report,
+        )
+        directory = out / scenario
+        shutil.rmtree(directory, ignore_errors=True)
+        with RunWriter(directory, info) as writer:
+            for run in runs:
+                writer.write(run.records)
+                writer.write(run.rebalances)
+                writer.write(run.placements)

@@ -1,0 +1,154 @@
+"""``gimbal reproduce live``: the ablation on live servers, smaller than the simulated matrix."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from gimbal.commands.workload_options import MAX_OUTPUT, MAX_PROMPT
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--loads", default="0.9", show_default=True, help="shares of the capacity of vllm")
+@click.option("--arms", "arm_names", help="comma-separated (default: the paper's ablation)")
+@click.option("--repeat", default=1, show_default=True, help="turns of every arm and load")
+@click.option("--duration", default=60.0, show_default=True, help="seconds of arrivals per turn")
+@click.option("--capacity", type=float, help="requests per second; measured first if not given")
+@click.option(
+    "--resident",
+    default=1,
+    show_default=True,
+    help="servers alive at once; with one per group of arms (4 of the default arms, some 4 GB each "
+    "for the demo) all arms take turns, otherwise those of one server",
+)
+@MAX_PROMPT
+@MAX_OUTPUT
+@click.option("--seed", default=2000, show_default=True, help="of every random choice")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("reproduction-live"),
+    show_default=True,
+    help="one run directory per load; a stopped run continues from it",
+)
+@click.option("--json", "as_json", is_flag=True, help="print the results as one JSON object")
+@click.argument("server_arguments", nargs=-1, type=click.UNPROCESSED)
+def live(**values: Any) -> None:
+    """The paper's ablation on live servers: vllm-legacy, vllm, and Gimbal level by level.
+
+    On the demo model (DP=2, EP=2, CPU) unless a model and vLLM flags follow after `--`.
+    BurstGPT's lengths, gamma arrivals. A turn ends with its longest request: cut outputs make turns
+    of a few seconds comparable. Finished turns are kept: interrupted and started again, it
+    continues. Each load is a run for `gimbal report OUT/live-LOAD`.
+    """
+    from gimbal.bench.servers import ServerPool
+    from gimbal.records.store import RunReader
+    from gimbal.report.table import print_report
+    from gimbal.workloads.prompts import read_vocabulary
+
+    matrix, info = _matrix(values)
+    out: Path = values["out"]
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
+
+    vocabularies: dict[str, Any] = {}
+
+    def vocabulary(endpoint: Any) -> Any:
+        root = endpoint.model().root
+        return vocabularies.setdefault(root, read_vocabulary(Path(root)))
+
+    from reproduction.live import LiveRun
+
+    arguments = values["server_arguments"] or ("--demo",)
+    pool = ServerPool(arguments, out, values["resident"], say)
+    run = LiveRun(matrix, out, pool, vocabulary, info, say)
+    try:
+        with resumable(out, console):
+            paths = run.run()
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+    results = {path.name: RunReader(path).info().result for path in paths}
+    if values["as_json"]:
+        click.echo(json.dumps(results))
+        return
+    terminal = Console()
+    for result in filter(None, results.values()):
+        print_report(result, terminal if terminal.is_terminal else Console(width=160))
+
+
+@contextmanager
+def resumable(out: Path, console: Console) -> Iterator[None]:
+    """Ends the command with exit code 1 and how to go on when it is interrupted or terminated."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"interrupted: the same command continues from {out}", highlight=False)
+        sys.exit(1)
+
+
+def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:
+    """What is measured, and what each run says of itself; raises InputError."""
+    from dataclasses import asdict
+
+    from gimbal.bench.session import BenchOptions
+    from gimbal.core.errors import InputError
+    from gimbal.records.environment import describe_environment
+    from gimbal.records.schema import RunInfo
+    from gimbal.report.arms import select_arms
+    from gimbal.workloads import WorkloadOptions, load_trace
+    from reproduction.live import ARMS, LiveMatrix
+
+    try:
+        loads = tuple(float(text) for text in values["loads"].split(","))
+    except ValueError:
+        raise InputError(f"--loads {values['loads']!r}: expected numbers") from None
+    for name, number in (("duration", values["duration"]), *(("loads", x) for x in loads)):
+        if not number > 0:
+            raise InputError(f"--{name} {number:g}: expected a number > 0")
+    for name in ("repeat", "resident", "max_prompt", "max_output"):
+        if values[name] is not None and values[name] < 1:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} {values[name]}: expected a whole number >= 1")
+    names = (
+        tuple(n.strip() for n in values["arm_names"].split(",")) if values["arm_names"] else ARMS
+    )
+    select_arms(names)
+    trace = load_trace("burstgpt")
+    workload = WorkloadOptions(
+        arrivals="gamma",
+        cv=2.0,
+        max_prompt=values["max_prompt"],
+        max_output=values["max_output"],
+    )
+    options = BenchOptions(
+        trace=trace,
+        workload=workload,
+        repeats=values["repeat"],
+        seed=values["seed"],
+        salt=int(time.time()),
+        duration_s=values["duration"],
+        capacity_rps=values["capacity"],
+    )
+    info = RunInfo(
+        kind="bench",
+        command=tuple(sys.argv[1:]),
+        seed=options.seed,
+        repeats=options.repeats,
+        trace={"name": trace.name, "requests": len(trace), "options": asdict(workload)},
+        arms={},
+        environment=describe_environment(),
+    )
+    return LiveMatrix(options, loads, names), info

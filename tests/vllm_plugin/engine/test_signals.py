@@ -1,0 +1,317 @@
+"""An engine's counters against a full recount of vLLM's own scheduler after every event."""
+
+from __future__ import annotations
+
+import queue
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gimbal.core.contracts import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field
+
+pytest.importorskip("vllm")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import real_scheduler
+
+from gimbal.records.schema import StepRecord
+from gimbal.records.store import read_records
+from gimbal.vllm_plugin.engine.signals import SchedulerSignals
+from gimbal.vllm_plugin.queue.facts import graph_tokens
+
+
+class Rows:
+    """A sink that keeps the newest row."""
+
+    def __init__(self) -> None:
+        self.row = np.zeros(0)
+        self.count = 0
+
+    def publish(self, row: np.ndarray, now_s: float | None = None) -> None:
+        self.row, self.count = row.copy(), self.count + 1
+
+    def __getitem__(self, field: Field) -> float:
+        return float(self.row[field])
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Any:
+    def make(**options: Any) -> tuple[Any, Rows]:
+        scheduler = real_scheduler.build(
+            tmp_path, {"levels": ["dispatch"]}, **{"blocks": 2000, **options}
+        )
+        if scheduler.gimbal_signals is not None:
+            scheduler.gimbal_signals.close()
+        rows = Rows()
+        scheduler.gimbal_signals = SchedulerSignals(scheduler, rows, epoch=5.0)
+        return scheduler, rows
+
+    return make
+
+
+def recount(scheduler: Any) -> dict[Field, float]:
+    """What the counters should say, from the scheduler's queues."""
+    waiting = [*scheduler.waiting, *scheduler.kv_holding_waiting]
+    prefilling = [r for r in scheduler.running if r.is_prefill_chunk]
+    pool = scheduler.kv_cache_manager.block_pool
+    return {
+        Field.WAITING_REQUESTS: len(waiting),
+        Field.RUNNING_REQUESTS: len(scheduler.running),
+        Field.RUNNING_PREFILL_TOKENS: sum(r.num_tokens - r.num_computed_tokens for r in prefilling),
+        Field.DECODING_REQUESTS: len(scheduler.running) - len(prefilling),
+        Field.KV_BLOCKS_USED: pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+        Field.RUNNING_TOKENS: sum(r.num_computed_tokens for r in scheduler.running),
+        Field.PREEMPTIONS: sum(r.num_preemptions for r in scheduler.requests.values()),
+    }
+
+
+def check(scheduler: Any, rows: Rows, gone_preemptions: int = 0) -> None:
+    expected = recount(scheduler)
+    expected[Field.PREEMPTIONS] += gone_preemptions
+    assert {field: rows[field] for field in expected} == expected
+
+
+def test_the_life_of_one_request(engine: Any) -> None:
+    scheduler, rows = engine(budget=512)
+    request = real_scheduler.request("a", 700, output=2)
+    scheduler.add_request(request)
+    assert scheduler.gimbal_signals.uncached_tokens("a") == 700
+    first = scheduler.schedule()
+    assert rows[Field.WAITING_REQUESTS] == 0
+    assert rows[Field.RUNNING_PREFILL_TOKENS] == 188
+    assert rows[Field.STEP_PREFILL_TOKENS] == 512
+    assert rows[Field.DECODING_REQUESTS] == 0
+    real_scheduler.finish_step(scheduler, first)
+    assert rows[Field.STEP_TIME_US] > 0
+    assert rows[Field.PREFILL_TOKENS_PER_S] > 0
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    assert rows[Field.RUNNING_PREFILL_TOKENS] == 0
+    assert rows[Field.DECODING_REQUESTS] == 1
+    assert rows[Field.RUNNING_TOKENS] == 700
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    assert rows[Field.RUNNING_REQUESTS] == 0
+    assert rows[Field.RUNNING_TOKENS] == 0
+    assert rows[Field.KV_BLOCKS_USED] == 0
+    assert rows[Field.EPOCH] == 5.0
+
+
+@pytest.mark.parametrize(("active", "expected"), [(None, 64), (8, 8)])
+def test_seats_are_those_that_vllm_admits_to(
+    engine: Any, active: int | None, expected: int
+) -> None:
+    _, rows = engine(active_seats=active)
+    assert rows[Field.MAX_RUNNING_REQUESTS] == expected
+
+
+def test_accepted_is_counted_by_front_end_when_the_engine_takes_it(engine: Any) -> None:
+    scheduler, rows = engine()
+    for name, front_end, tokens in (("a", 0, 10), ("b", 2, 20), ("c", 2, 5)):
+        request = real_scheduler.request(name, tokens)
+        request.client_index = front_end
+        scheduler.add_request(request)
+    scheduler.finish_requests(["b"], _aborted())
+    scheduler.gimbal_signals.refused(1, 7)
+    scheduler.schedule()
+    requests = rows.row[ACCEPTED_REQUESTS : ACCEPTED_REQUESTS + 4].tolist()
+    assert requests == [1, 1, 2, 0], "an abort does not take back that the request arrived"
+    assert rows.row[ACCEPTED_TOKENS : ACCEPTED_TOKENS + 4].tolist() == [10, 7, 25, 0]
+
+
+def test_cached_prompt_tokens_are_no_work(engine: Any) -> None:
+    scheduler, rows = engine(prefix_caching=True)
+    scheduler.add_request(real_scheduler.request("a", 320, output=1))
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    again = real_scheduler.request("a", 320)
+    again.request_id = "again"
+    scheduler.add_request(again)
+    assert scheduler.gimbal_signals.uncached_tokens("again") == 16, "one block is always computed"
+    scheduler.gimbal_signals.publish(0.0)
+    assert rows[Field.WAITING_PREFILL_TOKENS] == 16
+    assert rows[Field.PENDING_PREFIX_HIT_TOKENS] == 304
+
+
+def test_an_idle_engine_says_so_once_and_then_seldom(engine: Any) -> None:
+    scheduler, rows = engine()
+    before = rows.count
+    for _ in range(50):
+        assert not scheduler.has_requests()
+    assert before < rows.count <= before + 2
+
+
+def test_an_idle_engine_says_at_once_that_it_refused_somebody(engine: Any) -> None:
+    scheduler, rows = engine()
+    scheduler.has_requests()
+    before = rows.count
+    scheduler.gimbal_signals.refused(2, 30)
+    scheduler.has_requests()
+    assert rows.count == before + 1
+    assert rows.row[ACCEPTED_REQUESTS + 2] == 1.0
+    assert rows.row[ACCEPTED_TOKENS + 2] == 30.0
+
+
+def test_a_refused_request_wakes_its_engine(monkeypatch: Any) -> None:
+    """An engine of a dense model that is idle blocks on its input queue, and would stay silent."""
+    from vllm.v1.engine import EngineCoreRequestType, core
+
+    from gimbal.vllm_plugin.engine import scheduler as module
+
+    class Process:
+        def __init__(self) -> None:
+            self.refused: list[tuple[int, int]] = []
+            self.input_queue: queue.Queue[Any] = queue.Queue()
+            signals = SimpleNamespace(refused=lambda *told: self.refused.append(told))
+            self.scheduler = SimpleNamespace(gimbal_signals=signals)
+
+        def _handle_request_preproc_error(self, request: Any) -> None:
+            self.answered = request
+
+    monkeypatch.setattr(core, "EngineCoreProc", Process)
+    module._count_refusals()
+    process = Process()
+    request = SimpleNamespace(client_index=1, prompt_token_ids=[1, 2, 3], prompt_embeds=None)
+    process._handle_request_preproc_error(request)
+    assert process.answered is request
+    assert process.refused == [(1, 3)]
+    assert process.input_queue.get_nowait() == (EngineCoreRequestType.WAKEUP, None)
+
+
+def _aborted() -> Any:
+    from vllm.v1.request import RequestStatus
+
+    return RequestStatus.FINISHED_ABORTED
+
+
+@pytest.mark.parametrize(("blocks", "seed"), [(2000, 0), (2000, 1), (28, 2), (28, 3)])
+def test_counters_equal_a_recount_under_random_events(engine: Any, seed: int, blocks: int) -> None:
+    """Arrivals, aborts, chunked prefills, preemptions (few blocks), two steps in flight."""
+    rng = random.Random(seed)
+    scheduler, rows = engine(budget=128, seats=8, blocks=blocks, prefix_caching=bool(seed % 2))
+    inflight: list[Any] = []
+    added, accepted, preempted, seen = 0, 0, 0, {}
+    for _ in range(250):
+        action = rng.random()
+        if action < 0.35 and len(scheduler.requests) < 20:
+            tokens = rng.choice([3, 17, 60, 250] if blocks > 100 else [60, 100])
+            request = real_scheduler.request(f"r{added}", tokens, output=rng.choice([1, 5, 60]))
+            scheduler.add_request(request)
+            seen[request.request_id] = request
+            added, accepted = added + 1, accepted + tokens
+        elif action < 0.42 and scheduler.requests:
+            scheduler.finish_requests([rng.choice(list(scheduler.requests))], _aborted())
+        elif action < 0.75 and len(inflight) < 2 and scheduler.has_requests():
+            output = scheduler.schedule()
+            done = [not scheduler.requests[n].is_prefill_chunk for n in output.num_scheduled_tokens]
+            inflight.append((output, done))
+        elif inflight:
+            _finish(scheduler, *inflight.pop(0))
+        scheduler.gimbal_signals.publish(0.0)
+        preempted = sum(r.num_preemptions for k, r in seen.items() if k not in scheduler.requests)
+        check(scheduler, rows, preempted)
+        waiting = {r.request_id for r in [*scheduler.waiting, *scheduler.kv_holding_waiting]}
+        tokens = sum(scheduler.gimbal_signals.uncached_tokens(name) for name in waiting)
+        assert rows[Field.WAITING_PREFILL_TOKENS] == tokens
+        assert set(scheduler.gimbal_signals._waiting) == waiting
+    assert rows.row[ACCEPTED_REQUESTS] == added
+    assert rows.row[ACCEPTED_TOKENS] == accepted
+    assert scheduler._gimbal_guard.counts == {}
+    if blocks < 100:
+        assert rows[Field.PREEMPTIONS] > 0, "the test was to preempt"
+
+
+def _finish(scheduler: Any, output: Any, prompt_done: list[bool]) -> None:
+    """Plays the model for a step that was scheduled when the prompts were `prompt_done`."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    ids = list(output.num_scheduled_tokens)
+    tokens = [[7] if done else [] for done in prompt_done]
+    index = {name: i for i, name in enumerate(ids)}
+    scheduler.update_from_output(
+        output,
+        ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index=index,
+            sampled_token_ids=tokens,
+            logprobs=None,
+            prompt_logprobs_dict={},
+            pooler_output=[],
+        ),
+    )
+
+
+def test_a_missed_event_is_made_good_by_a_recount(engine: Any, monkeypatch: Any) -> None:
+    scheduler, rows = engine(budget=64)
+    scheduler.add_request(real_scheduler.request("a", 100))
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.gimbal_signals, "enqueued", broken)
+        scheduler.add_request(real_scheduler.request("b", 50))
+    assert scheduler._gimbal_guard.counts == {"enqueued": 1}
+    scheduler.schedule()
+    check(scheduler, rows)
+
+
+def test_steps_are_recorded_when_a_directory_is_configured(tmp_path: Path) -> None:
+    steps = tmp_path / "steps"
+    scheduler = real_scheduler.build(
+        tmp_path, {"levels": ["dispatch"], "step_records": str(steps)}, budget=512
+    )
+    scheduler.add_request(real_scheduler.request("a", 700, output=3))
+    for _ in range(4):
+        real_scheduler.finish_step(scheduler, scheduler.schedule())
+    scheduler.gimbal_signals.close()
+    records = list(read_records(steps / "steps-0.jsonl", StepRecord))
+    assert [r.prefill_tokens for r in records] == [512, 188, 0, 0]
+    assert [r.decode_requests for r in records] == [0, 0, 1, 1]
+    # Attention pairs n * (p + n/2) of the two chunks.
+    assert [r.prefill_pairs for r in records[:2]] == [512 * 256.0, 188 * (512 + 94.0)]
+    assert all(r.duration_us > 0 for r in records)
+
+
+@pytest.mark.parametrize(
+    ("mode", "largest", "expected"),
+    [
+        ("NONE", 512, 0),
+        ("PIECEWISE", 512, 512),
+        ("FULL", 256, 256),
+        ("FULL_DECODE_ONLY", 512, 0),
+        ("FULL_AND_PIECEWISE", 1024, 1024),
+        ("FULL_AND_PIECEWISE", None, 0),
+    ],
+)
+def test_the_largest_step_with_prefill_that_has_a_graph(
+    mode: str, largest: int | None, expected: int
+) -> None:
+    from vllm.config import CUDAGraphMode
+
+    compilation = SimpleNamespace(
+        cudagraph_mode=CUDAGraphMode[mode], max_cudagraph_capture_size=largest
+    )
+    assert graph_tokens(SimpleNamespace(compilation_config=compilation)) == expected
+
+
+def test_a_step_is_as_large_as_the_fullest_of_its_group(engine: Any) -> None:
+    scheduler, _ = engine()
+    assert scheduler.gimbal_signals.graph_costs is None  # the CPU backend captures no graphs
+    seen: list[tuple[float, ...]] = []
+    signals = scheduler.gimbal_signals
+    signals.graph_costs = SimpleNamespace(observe=lambda *figures: seen.append(figures))
+    scheduler.add_request(real_scheduler.request("a", 40))
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    columns = {
+        Field.STEP_PREFILL_TOKENS: [30.0, 90.0],
+        Field.STEP_TOKENS: [37.0, 95.0],
+        Field.SEQUENCE: [7.0, 0.0],
+    }
+    signals.group = SimpleNamespace(peek=lambda field: np.array(columns[field]))
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    columns[Field.SEQUENCE] = [7.0, 1.0]  # only now has everybody been heard
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    assert [(figures[0], *figures[2:]) for figures in seen] == [(0, 40, 40.0), (7, 90.0, 95.0)]

@@ -1,0 +1,561 @@
+"""The queue level inside vLLM's own scheduler (no model, no engine)."""
+
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import real_scheduler as real
+
+pytestmark = pytest.mark.slow  # importing vLLM takes most of ten seconds
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    built = []
+
+    def make(gimbal=None, levels=("queue",), **options):
+        values = None if gimbal is None else {"levels": list(levels), **gimbal}
+        built.append(real.build(tmp_path, values, **options))
+        if gimbal is not None:
+            # Steps without a model take microseconds; aging has to run at a server's pace.
+            built[-1].gimbal_queue.facts.prefill_tokens_per_s = lambda: 1000.0
+        return built[-1]
+
+    yield make
+    for scheduler in built:
+        scheduler.shutdown()
+
+
+def run(scheduler, requests, steps=400):
+    """Adds requests (step, request) as their step comes; returns each step's token counts."""
+    schedule = []
+    due = sorted(requests, key=lambda pair: pair[0])
+    for step in range(steps):
+        while due and due[0][0] <= step:
+            scheduler.add_request(due.pop(0)[1])
+        output = scheduler.schedule()
+        schedule.append(dict(output.num_scheduled_tokens))
+        real.finish_step(scheduler, output)
+        if not due and not scheduler.has_requests():
+            break
+    return schedule
+
+
+def first_steps(schedule):
+    """Request ids in the order in which they were first scheduled."""
+    seen = []
+    for counts in schedule:
+        seen += [name for name in counts if name not in seen]
+    return seen
+
+
+def mixed(count=60, seed=1, sizes=(20, 80, 300, 1500), output=6):
+    rng = random.Random(seed)
+    return [
+        (rng.randrange(40), real.request(f"r{i}", rng.choice(sizes), output, arrival=float(i)))
+        for i in range(count)
+    ]
+
+
+def test_a_short_newcomer_takes_budget_from_a_running_long_prefill(build):
+    scheduler = build({})
+    requests = [(0, real.request("long", 3000)), (2, real.request("short", 200))]
+    counts = run(scheduler, requests)
+    assert counts[0] == {"long": 512}
+    assert counts[2] == {"long": 312, "short": 200}
+    assert scheduler.gimbal_queue.planner.yields == 1
+    plain = run(build({"queue": {"in_batch": False}}), requests_again(requests))
+    assert plain[2] == {"long": 512}
+
+
+@pytest.mark.parametrize("protect", [False, True])
+def test_who_was_admitted_past_a_long_prefill_goes_on_decoding(build, protect):
+    """vLLM serves its running list in order: the long prefill stands before the newcomer there."""
+    scheduler = build({"queue": {"protect_decodes": protect}})
+    requests = [(0, real.request("long", 4000, 4)), (2, real.request("short", 200, 20))]
+    counts = run(scheduler, requests)
+    first = next(i for i, step in enumerate(counts) if "short" in step)
+    done = next(i for i, step in enumerate(counts) if step["long"] == 1)
+    assert done - first > 4
+    assert [step["short"] for step in counts[first + 1 : done]] == [1] * (done - first - 1)
+    assert max(sum(step.values()) for step in counts) == 512
+    assert scheduler.gimbal_queue.planner.yields == 1  # leaving a decode its token is no yielding
+
+
+def test_a_long_prefill_moves_on_however_many_decode(build):
+    scheduler = build({}, budget=64)
+    scheduler.add_request(real.request("decoding", 8, 50))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.add_request(real.request("long", 400, 4))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.gimbal_queue.planner._decode_tokens = lambda: 64
+    assert scheduler.schedule().num_scheduled_tokens == {"decoding": 1, "long": 16}
+
+
+def test_a_prefill_that_keeps_its_chunks_leaves_nothing_to_share(build):
+    """Multimodal prompts are in flight without being candidates."""
+    scheduler = build({}, budget=64)
+    scheduler.add_request(real.request("decoding", 8, 50))
+    real.finish_step(scheduler, scheduler.schedule())
+    planner = scheduler.gimbal_queue.planner
+    scheduler._inflight_prefills.add(scheduler.requests["decoding"])
+    planner._decode_tokens = lambda: 64
+    assert planner.caps(64) == {}
+
+
+def test_only_tokens_that_vllm_will_schedule_are_kept_for_decodes(build):
+    scheduler = build({})
+    for name in ("a", "b", "c"):
+        scheduler.add_request(real.request(name, 8, 50))
+    real.finish_step(scheduler, scheduler.schedule())
+    planner = scheduler.gimbal_queue.planner
+    assert planner._decode_tokens() == 3
+    scheduler.requests["a"].spec_token_ids = [1, 2]
+    scheduler.requests["b"].next_decode_eligible_step = scheduler.current_step + 5
+    assert planner._decode_tokens() == 3 + 1
+
+
+def test_an_interval_of_the_scheduler_itself_holds_back_too(build):
+    """vLLM 0.33 applies the interval to an engine that is not in lock step with others."""
+    scheduler = build({})
+    planner = scheduler.gimbal_queue.planner
+    assert not planner.held_back()
+    scheduler.local_prefill_interval, scheduler.num_executed_steps = 4, 10
+    scheduler.last_prefill_step = 8
+    assert planner.held_back()
+    scheduler.last_prefill_step = 7
+    assert not planner.held_back()
+
+
+def requests_again(requests):
+    return [(step, real.request(r.request_id, r.num_prompt_tokens)) for step, r in requests]
+
+
+@pytest.mark.parametrize(("adaptive", "chunk"), [(False, 128), (True, 512 // 3)])
+def test_shares_go_by_the_longest_chunk_that_vllm_schedules(build, adaptive, chunk):
+    scheduler = build(
+        {}, long_prefill_token_threshold=128, long_prefill_token_threshold_adaptive=adaptive
+    )
+    prompts = [(0, real.request("a", 3000)), (0, real.request("b", 2000))]
+    counts = run(scheduler, [*prompts, (2, real.request("c", 1000))])
+    # Nobody claims what its chunk could not take: the step has room for all three.
+    assert counts[2] == {"a": chunk, "b": chunk, "c": chunk}
+
+
+def test_waiting_order_is_that_of_the_ordering(build):
+    sizes = {"a": 900, "b": 40, "c": 400}
+    for ordering, expected in (("fcfs", "abc"), ("sjf", "bca"), ("gimbal", "bca")):
+        scheduler = build({"queue": {"ordering": ordering}}, seats=1)
+        counts = run(scheduler, [(0, real.request(n, size)) for n, size in sizes.items()])
+        assert "".join(first_steps(counts)) == expected
+
+
+def test_fcfs_schedules_exactly_as_vllm(build):
+    """Our queue under FCFS against vLLM's, with preemptions, token by token."""
+    ours = run(build({"queue": {"ordering": "fcfs"}}, blocks=180), mixed())
+    vllm = run(build(None, blocks=180), mixed())
+    assert ours == vllm
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("ordering", ["gimbal", "hrrn"])
+def test_nothing_is_lost_under_preemption_aborts_and_switching(build, policy, ordering):
+    scheduler = build({"queue": {"ordering": ordering}}, blocks=160, seats=16, policy=policy)
+    rng = random.Random(7)
+    added, ended, preempted, step = 0, set(), 0, 0
+    while added < 150 or scheduler.has_requests():
+        step += 1
+        assert step < 5000
+        for _ in range(min(rng.randrange(3), 150 - added)):
+            size = rng.choice((10, 60, 200, 900, 2000))
+            scheduler.add_request(
+                real.request(f"r{added}", size, rng.randrange(1, 40), rng.randrange(3), added)
+            )
+            added += 1
+        if rng.random() < 0.1 and scheduler.requests:
+            name = rng.choice(sorted(scheduler.requests))
+            scheduler.finish_requests(name, real_status("FINISHED_ABORTED"))
+            ended.add(name)
+        if rng.random() < 0.1:
+            name = rng.choice(["fcfs", "sjf", "hrrn", "gimbal"])
+            scheduler.gimbal_queue._use(name)
+        before = set(scheduler.requests)
+        output = scheduler.schedule()
+        preempted += len(output.preempted_req_ids or ())
+        real.finish_step(scheduler, output)
+        gone = before - set(scheduler.requests)
+        assert not gone & ended
+        ended |= gone
+        waiting = [r.request_id for r in scheduler.waiting]
+        assert len(waiting) == len(set(waiting)) == len(scheduler.waiting)
+        assert set(waiting) | {r.request_id for r in scheduler.running} == set(scheduler.requests)
+    assert ended == {f"r{i}" for i in range(150)}
+    assert preempted > 0
+    assert scheduler.gimbal_queue.guard.counts == {}
+    assert len(scheduler.waiting.heap) == 0
+
+
+def real_status(name):
+    from vllm.v1.request import RequestStatus
+
+    return RequestStatus[name]
+
+
+@pytest.mark.parametrize("broken", ["key", "peek", "take", "restore", "remove"])
+def test_a_broken_queue_hands_over_to_vllm_without_losing_a_request(build, broken):
+    scheduler = build({}, blocks=130, seats=16)
+    level = scheduler.gimbal_queue
+    target = level.queue.heap.ordering if broken == "key" else level.queue.heap
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("broken on purpose")
+        return original(*args, **kwargs)
+
+    original = getattr(target, broken)
+    setattr(target, broken, fail)
+    requests = mixed(80, seed=3, output=40)
+    names = {r.request_id for _, r in requests}
+    finished, due, step = set(), sorted(requests, key=lambda p: p[0]), 0
+    while due or scheduler.has_requests():
+        step += 1
+        assert step < 3000
+        while due and due[0][0] <= step:
+            scheduler.add_request(due.pop(0)[1])
+        if step == 20 and (waiting := [r.request_id for r in scheduler.waiting]):
+            for name in waiting[:6]:
+                scheduler.finish_requests(name, real_status("FINISHED_ABORTED"))
+                finished.add(name)
+        before = set(scheduler.requests)
+        real.finish_step(scheduler, scheduler.schedule())
+        finished |= before - set(scheduler.requests)
+    assert finished == names
+    assert level.queue.fallback is not None
+    assert level.guard.counts == {"ordering": 1}
+
+
+def test_a_failing_plan_leaves_the_step_to_vllm(build):
+    scheduler = build({})
+    scheduler.gimbal_queue.begin_step = lambda throttled: 1 / 0
+    assert run(scheduler, [(0, real.request("a", 700))])[0] == {"a": 512}
+    assert scheduler.gimbal_queue.guard.counts["plan"] > 0
+
+
+def test_small_requests_pass_a_head_without_blocks_then_it_is_reserved_for(build):
+    def first(pass_steps):
+        # 100 blocks: "run" holds most of them for 60 steps; "big" needs 90; small ones need 2.
+        scheduler = build({"queue": {"pass_steps": pass_steps, "pass_s": 1e9}}, blocks=100)
+        requests = [(0, real.request("run", 400, 60)), (1, real.request("big", 1400, 2))]
+        requests += [(2 + 2 * i, real.request(f"s{i}", 20, 2)) for i in range(25)]
+        # The short ones come first by key anyway; FCFS keys make "big" the head.
+        scheduler.gimbal_queue.queue.heap.ordering.key = lambda request, state: 0.0
+        for entry in requests:
+            entry[1].arrival_time = float(entry[0])
+        return first_steps(run(scheduler, requests)), scheduler
+
+    passed, scheduler = first(10)
+    assert 3 <= passed.index("big") - 1 <= 10
+    assert scheduler.gimbal_queue.queue.passes >= 3
+    assert first(0)[0].index("big") == 1
+
+
+def test_priorities_come_first(build):
+    scheduler = build({}, policy="priority", seats=1)
+    requests = [
+        (0, real.request("low", 20, priority=5)),
+        (0, real.request("high", 900, priority=1)),
+        (0, real.request("mid", 20, priority=2)),
+    ]
+    assert first_steps(run(scheduler, requests)) == ["high", "mid", "low"]
+
+
+def test_decode_protection_bounds_prefill_beside_decodes(build):
+    from gimbal.core.contracts import Field
+
+    options = {"protect_decodes": True, "tpot_factor": 3.0}
+    scheduler = build({"queue": options})
+    learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
+    scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
+    requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 600))]
+    counts = run(scheduler, requests)
+    # (3 - 1) * 25 ms / 0.5 ms beside a decode; everything without one.
+    assert counts[0] == {"decodes": 50}
+    assert counts[2] == {"decodes": 1, "long": 100}
+    assert scheduler.max_num_scheduled_tokens == 512
+
+
+def test_decode_protection_leaves_whole_prompts_alone(build):
+    """Without chunked prefill vLLM stops at a prompt that is longer than the step's budget."""
+    from gimbal.core.contracts import Field
+
+    options = {"protect_decodes": True, "tpot_factor": 3.0}
+    scheduler = build({"queue": options}, budget=8192, enable_chunked_prefill=False)
+    learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
+    scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
+    requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 600))]
+    assert run(scheduler, requests)[2] == {"decodes": 1, "long": 600}
+
+
+def test_a_request_that_left_the_queue_is_not_held_by_its_place(build):
+    scheduler = build({})
+    queue, request = scheduler.waiting, real.request("a", 50)
+    queue.add_request(request)
+    assert queue.pop_request() is request
+    assert request._gimbal_place.item is None
+    queue.prepend_request(request)
+    assert queue.peek_request() is request
+    queue.remove_request(request)
+    assert request._gimbal_place.item is None
+
+
+def test_decode_protection_goes_by_the_fullest_engine_of_the_group(build):
+    from gimbal.core.contracts import ROW_WIDTH, Field
+
+    scheduler = build({"queue": {"protect_decodes": True, "tpot_factor": 3.0}})
+    learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
+    scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
+    rows = np.zeros((2, ROW_WIDTH))
+    rows[1, Field.WAITING_PREFILL_TOKENS] = rows[1, Field.RUNNING_PREFILL_TOKENS] = 800.0
+    scheduler.gimbal_queue.planner.group = SimpleNamespace(read=rows.copy)
+    requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 600))]
+    # The other engine has 1,600 tokens: an eighth of them, where its own 600 would give 100.
+    assert run(scheduler, requests)[2] == {"decodes": 1, "long": 200}
+
+
+def with_graphs(scheduler, pays=True, tokens=128):
+    """As if vLLM had graphs for steps of `tokens`, and small steps had been seen to pay or not."""
+    scheduler.gimbal_signals.graph_costs = SimpleNamespace(
+        graph_tokens=tokens, small_steps_pay=lambda backlog: pays, observe=lambda *a: None
+    )
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("pays", "most_steps", "prompt", "expected"),
+    [
+        (True, 2.0, 240, [128, 114]),  # beside a decode 127 tokens of prefill fit into a graph
+        (True, 2.0, 260, [261]),  # more than twice 127
+        (True, 3.0, 260, [128, 128, 7]),
+        (True, 2.0, 120, [121]),
+        (True, 0.0, 240, [241]),
+        (False, 2.0, 240, [241]),
+    ],
+)
+def test_a_backlog_of_two_graphs_is_prefilled_in_graphs(build, pays, most_steps, prompt, expected):
+    scheduler = with_graphs(build({"queue": {"graph_steps": most_steps}}), pays)
+    counts = run(scheduler, [(0, real.request("decodes", 50, 30)), (2, real.request("p", prompt))])
+    assert [sum(step.values()) for step in counts[2 : 2 + len(expected)]] == expected
+    assert scheduler.gimbal_queue.planner.graph_steps == len(expected) - 1 or prompt == 120
+    assert scheduler.max_num_scheduled_tokens == 512
+
+
+def test_graphs_go_by_the_fullest_engine_of_the_group(build):
+    from gimbal.core.contracts import ROW_WIDTH, Field
+
+    def tokens_in_step_2(backlog, decodes):
+        scheduler = with_graphs(build({}))
+        rows = np.zeros((2, ROW_WIDTH))
+        rows[1, Field.WAITING_PREFILL_TOKENS], rows[1, Field.DECODING_REQUESTS] = backlog, decodes
+        scheduler.gimbal_queue.planner.group = SimpleNamespace(read=rows.copy)
+        requests = [(0, real.request("decodes", 50, 30)), (2, real.request("p", 200))]
+        return sum(run(scheduler, requests)[2].values())
+
+    assert tokens_in_step_2(0, 0) == 128
+    assert tokens_in_step_2(254, 1) == 128
+    assert tokens_in_step_2(255, 1) == 201  # its step will be a large one whatever this one does
+    assert tokens_in_step_2(0, 100) == 201
+
+
+def test_an_engine_that_decodes_nothing_spares_its_neighbours_a_large_step(build):
+    from gimbal.core.contracts import ROW_WIDTH, Field
+
+    scheduler = with_graphs(build({}))
+    rows = np.zeros((2, ROW_WIDTH))
+    rows[1, Field.STEP_TOKENS], rows[1, Field.STEP_PREFILL_TOKENS] = 40.0, 10.0
+    scheduler.gimbal_queue.planner.group = SimpleNamespace(read=rows.copy)
+    assert run(scheduler, [(0, real.request("p", 190))])[0] == {"p": 128}
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("scheduler_config", "prefill_schedule_interval", 2),
+        ("scheduler_config", "enable_chunked_prefill", False),
+        ("parallel_config", "pipeline_parallel_size", 2),
+        ("parallel_config", "prefill_context_parallel_size", 2),
+        ("parallel_config", "use_ubatching", True),
+        ("model_config", "supports_multimodal_inputs", True),
+    ],
+)
+def test_steps_are_cut_only_where_nothing_waits_for_a_whole_one(build, section, field, value):
+    from gimbal.vllm_plugin.queue.step_plan import _may_cut_steps
+
+    real_config = build({}).vllm_config
+    names = ("scheduler_config", "parallel_config", "model_config")
+    assert _may_cut_steps(real_config)
+    config = SimpleNamespace(**{name: getattr(real_config, name) for name in names})
+    part = getattr(config, section)
+    fields = {name: getattr(part, name) for name in dir(part) if not name.startswith("_")}
+    setattr(config, section, SimpleNamespace(**{**fields, field: value}))
+    assert not _may_cut_steps(config)
+
+
+def test_nothing_is_cut_where_prompts_must_stay_whole(build):
+    scheduler = with_graphs(build({}, budget=8192, enable_chunked_prefill=False))
+    requests = [(0, real.request("decodes", 50, 30)), (2, real.request("p", 200))]
+    assert sum(run(scheduler, requests)[2].values()) == 201
+
+
+def test_without_decodes_a_step_is_as_large_as_it_can_be(build):
+    scheduler = with_graphs(build({}))
+    assert run(scheduler, [(0, real.request("p", 200))])[0] == {"p": 200}
+
+
+@pytest.mark.parametrize(
+    ("most_steps", "expected"), [(0.0, [300, 0]), (4.0, [0, 0]), (0.5, [300, 0])]
+)
+def test_the_prefill_interval_is_kept_up_to_a_backlog(build, most_steps, expected):
+    scheduler = build({"queue": {"interval_backlog_steps": most_steps}}, seats=2)
+    scheduler.add_request(real.request("decoding", 16, 50))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.add_request(real.request("a", 300, 50))
+    scheduler.add_request(real.request("b", 300, 50))
+    prefilled = []
+    scheduler.prefill_capacity_bound = True  # the last prefill step left somebody waiting
+    for throttled in (True, True):
+        output = scheduler.schedule(throttled)
+        prefilled.append(sum(n for n in output.num_scheduled_tokens.values() if n > 1))
+        real.finish_step(scheduler, output)
+    assert prefilled == expected
+
+
+def test_counters_travel_with_the_snapshot(build):
+    from gimbal.core.contracts import Field
+
+    scheduler = build({}, seats=1)
+    run(scheduler, [(0, real.request("a", 900)), (0, real.request("b", 20))])
+    row = scheduler.gimbal_signals.row
+    scheduler.gimbal_queue.publish()
+    assert row[Field.QUEUE_OVERTAKES] == 1
+    assert row[Field.QUEUE_FALLBACKS] == 0
+    scheduler.add_request(real.request("c", 900))
+    scheduler.add_request(real.request("d", 900))
+    for _ in range(8):
+        scheduler.schedule()
+    assert row[Field.QUEUE_OLDEST_WAIT_US] > 0
+
+
+def test_an_ordering_without_a_bound_publishes_none_as_zero(build):
+    from gimbal.core.contracts import Field
+
+    scheduler = build({"queue": {"ordering": "sjf"}}, seats=1)
+    run(scheduler, [(0, real.request("a", 900))])
+    scheduler.add_request(real.request("b", 900))
+    scheduler.add_request(real.request("c", 900))
+    scheduler.gimbal_queue.publish()
+    row = scheduler.gimbal_signals.row
+    assert row[Field.QUEUE_OLDEST_WAIT_US] > 0
+    assert row[Field.QUEUE_OLDEST_BOUND_US] == 0
+
+
+def test_control_message_switches_ordering_and_level(build):
+    scheduler = build({})
+    level, board = scheduler.gimbal_queue, scheduler.gimbal_queue.board
+    for control, expected in (
+        ({"ordering": "sjf"}, "sjf"),
+        ({"ordering": "nonsense"}, "sjf"),
+        ({"levels": ["dispatch"], "ordering": "sjf"}, "fcfs"),
+        ({}, "gimbal"),
+    ):
+        board.write_control(control)
+        scheduler.schedule()
+        assert level.ordering == expected
+    assert level.own_ordering
+
+
+def test_control_message_changes_the_queue_section_and_takes_it_back(build):
+    scheduler = build({})
+    level, board = scheduler.gimbal_queue, scheduler.gimbal_queue.board
+    board.write_control({"queue": {"overtake_factor": 3.0, "protect_decodes": True}})
+    scheduler.schedule()
+    assert level.queue.heap.ordering.overtake_factor == 3.0
+    assert level.config.protect_decodes
+    assert level.planner.config.protect_decodes
+    board.write_control({"queue": {"overtake_factor": 0.5}})  # refused: the last one stays
+    scheduler.schedule()
+    assert level.queue.heap.ordering.overtake_factor == 3.0
+    board.write_control({})
+    scheduler.schedule()
+    assert level.queue.heap.ordering.overtake_factor == level.configured.overtake_factor
+    assert not level.config.protect_decodes
+
+
+def test_an_unknown_ordering_is_refused_at_start(build):
+    from gimbal.core.errors import InputError
+
+    with pytest.raises(InputError, match="did you mean 'hrrn'"):
+        build({"queue": {"ordering": "hrnn"}})
+
+
+def test_yielding_pauses_when_vllm_admits_nobody_for_it(build):
+    scheduler = build({})
+    planner = scheduler.gimbal_queue.planner
+    scheduler.add_request(real.request("long", 4000))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.add_request(real.request("short", 100))
+    assert planner.caps(512) == {"long": 412}
+    planner.scheduled(412, budget_tokens=512, capped=True)
+    held = [planner.caps(512) for _ in range(8)]
+    assert held[:7] == [{}] * 7
+    assert held[7] == {"long": 412}
+
+
+def test_a_prefill_from_before_a_switch_does_not_yield(build):
+    scheduler = build({"queue": {"ordering": "fcfs"}})
+    scheduler.add_request(real.request("long", 4000))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.gimbal_queue._use("gimbal")
+    scheduler.add_request(real.request("short", 100))
+    assert scheduler.schedule().num_scheduled_tokens == {"long": 512}
+
+
+def test_a_paused_scheduler_keeps_its_queue(build):
+    from vllm.v1.core.sched.interface import PauseState
+
+    scheduler = build({})
+    scheduler.add_request(real.request("running", 1200))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.add_request(real.request("queued", 30))
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    for _ in range(3):
+        output = scheduler.schedule()
+        assert "queued" not in output.num_scheduled_tokens
+        real.finish_step(scheduler, output)
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert "queued" in scheduler.schedule().num_scheduled_tokens
+
+
+def test_a_request_that_cannot_start_yet_is_passed_and_keeps_its_place(build):
+    """As one that waits for its grammar: vLLM skips it every step until it is ready."""
+    scheduler = build({}, seats=1)
+    for name, tokens in (("a", 20), ("b", 40), ("c", 60)):
+        scheduler.add_request(real.request(name, tokens, 2))
+    ready = scheduler._handle_blocked_waiting_request
+    scheduler._handle_blocked_waiting_request = lambda r: r.request_id != "a" and ready(r)
+    counts = run(scheduler, [], steps=5)
+    assert first_steps(counts) == ["b", "c"]
+    scheduler._handle_blocked_waiting_request = ready
+    assert [r.request_id for r in scheduler.waiting] == ["a"]
+    assert first_steps(run(scheduler, [])) == ["a"]
+    # Passing a request that could not start is nobody's overtaking.
+    assert scheduler.gimbal_queue.queue.heap.overtakes == 0
