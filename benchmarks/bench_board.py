@@ -20,7 +20,7 @@ import pytest
 
 from gimbal.board.file import Board, board_directory, board_path
 from gimbal.board.slots import BoardReader, SlotWriter
-from gimbal.core.contracts import ROW_WIDTH
+from gimbal.core.snapshot import ROW_WIDTH
 
 ROUNDS = 20_000
 
@@ -102,7 +102,7 @@ def test_route(benchmark: Any, board: Board, engines: int, monkeypatch: Any) -> 
     from gimbal.board.clock import now_us
     from gimbal.core.compiled import compile_kernels
     from gimbal.core.config import parse_config
-    from gimbal.core.contracts import Field
+    from gimbal.core.snapshot import Field
     from gimbal.vllm_plugin.dispatch.hook import FrontEnd
 
     client = DPLBAsyncMPClient.__new__(DPLBAsyncMPClient)

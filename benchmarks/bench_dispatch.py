@@ -19,18 +19,13 @@ import pytest
 
 from gimbal.core.compiled import compile_kernels
 from gimbal.core.config import DispatchConfig
-from gimbal.core.contracts import (
-    ACCEPTED_REQUESTS,
-    ACCEPTED_TOKENS,
-    ROW_WIDTH,
-    DispatchRequest,
-    Field,
-)
+from gimbal.core.contracts import DispatchRequest
 from gimbal.core.cost.online import OnlineStepCost
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.dispatch.dispatcher import Dispatcher
 from gimbal.core.dispatch.ledger import Ledger
 from gimbal.core.dispatch.prefix_index import PrefixIndex
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 
 CHUNKS = 1_000_000
 PROMPTS = 64

@@ -30,7 +30,7 @@ from gimbal.core.queue.budget import (
     share_prefill_budget,
     waiting_candidate,
 )
-from gimbal.core.queue.gimbal import GimbalOrdering
+from gimbal.core.queue.gimbal import GimbalOrdering, GimbalOrderingOptions
 from gimbal.core.queue.heap import Entry, WaitingHeap
 from gimbal.workloads.load import load_trace
 
@@ -217,7 +217,7 @@ def arms(max_wait_s: float) -> dict[str, Arm]:
     """Baselines, the curve over the aging parameters, decode protection, static settings."""
 
     def aged(overtake: float, backlog: float) -> Callable[[], QueueOrdering]:
-        return lambda: GimbalOrdering(overtake, backlog)
+        return lambda: GimbalOrdering(GimbalOrderingOptions(overtake, backlog))
 
     found = {n: Arm(lambda n=n: ORDERINGS.build(n)) for n in ("fcfs", "sjf", "hrrn")}
     found["sjf, in batch"] = Arm(lambda: ORDERINGS.build("sjf"), in_batch=True)

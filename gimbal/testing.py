@@ -16,15 +16,9 @@ from statistics import fmean, quantiles
 import numpy as np
 
 from gimbal.core.config import DispatchConfig
-from gimbal.core.contracts import (
-    ACCEPTED_REQUESTS,
-    ACCEPTED_TOKENS,
-    ROW_WIDTH,
-    DispatchRequest,
-    Field,
-    FloatArray,
-)
+from gimbal.core.contracts import DispatchRequest, FloatArray
 from gimbal.core.dispatch.dispatcher import Dispatcher
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 
 _BLOCK_TOKENS = 16
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from gimbal.core.cost.profile import Profile
-from gimbal.core.placement.problem import ROUTED_BACKEND
+from gimbal.core.placement.backends import ROUTED_BACKEND
 from gimbal.sim.cluster import Cluster, load_cluster
 from gimbal.workloads import WorkloadOptions
 

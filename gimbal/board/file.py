@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gimbal.core.contracts import ROW_WIDTH
+from gimbal.core.snapshot import ROW_WIDTH
 
 WordArray = npt.NDArray[np.uint64]
 

@@ -18,7 +18,8 @@ from gimbal.board.file import (
     WordArray,
     process_start,
 )
-from gimbal.core.contracts import ROW_WIDTH, FloatArray
+from gimbal.core.contracts import FloatArray
+from gimbal.core.snapshot import ROW_WIDTH
 
 _MASK = (1 << 64) - 1
 _NUMBER, _ROW, _CHECK = 0, 1, 1 + ROW_WIDTH

@@ -1,86 +1,99 @@
 """Gimbal's configuration: one schema for the YAML file, the flags and ``additional_config``.
 
 Each level has one frozen dataclass; ``help`` metadata is what ``gimbal config`` prints. Unknown
-keys are refused with the nearest valid one, wrong types with the key's full path.
+keys are refused with the nearest valid one, wrong types with the key's full path. A policy's own
+options stand under ``options`` beside its name and are checked by the policy's own dataclass.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gimbal.core.dispatch import POLICIES
-from gimbal.core.errors import InputError, nearest
+from gimbal.core.errors import InputError, nearest, one_line
+from gimbal.core.options import (
+    AtLeastOne,
+    Count,
+    Finite,
+    NotNegative,
+    Port,
+    Positive,
+    PositiveCount,
+    option,
+)
+from gimbal.core.placement import PLACERS
+from gimbal.core.placement.backends import BACKENDS, REPLICA_CHOICES
 from gimbal.core.queue import ORDERINGS
+from gimbal.core.registry import Registry
+
+logger = logging.getLogger("vllm.gimbal")
 
 LEVELS = ("dispatch", "queue", "placement", "feedback")
 
-NotNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-AtLeastOne = Annotated[float, Field(ge=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Port = Annotated[int, Field(ge=0, le=65535)]
 
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text; mutable defaults are not allowed."""
-    return field(default=default, metadata={"help": help})
+def policy_options(help: str) -> Any:
+    """A field for the options of the policy that the section names."""
+    return field(default_factory=dict, metadata={"help": help})
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchConfig:
     """Level `dispatch`: which engine a request goes to."""
 
-    policy: str = option("gimbal", f"dispatch policy: {', '.join(POLICIES)}")
+    policy: str = option("gimbal", f"dispatch policy: {', '.join(POLICIES)}, or module:Class")
+    options: Mapping[str, Any] = policy_options("the policy's own options")
     max_signal_age_ms: Positive = option(2000.0, "older snapshots are not trusted")
     prefix_chunks: Count = option(1_000_000, "prompt chunks held in the prefix index")
-    prefix_chunk_tokens: Annotated[int, Field(ge=1)] = option(
+    prefix_chunk_tokens: PositiveCount = option(
         64, "tokens per chunk; shorter shared prefixes are not seen"
     )
     sessions: Count = option(65_536, "conversations whose engine is remembered")
-    session_patience: NotNegative = option(
-        1.0, "keep a conversation while it costs at most this many re-prefills of its unknown part"
-    )
-    expected_output_tokens: NotNegative = option(
-        57.0, "output length assumed in pricing decode load (BurstGPT's mean)"
-    )
 
 
 @dataclass(frozen=True, slots=True)
 class QueueConfig:
-    """Level `queue`: the order of an engine's waiting requests and prefill budget."""
+    """Level `queue`: the order of an engine's waiting requests and prefill budget.
 
-    ordering: str = option("gimbal", f"order of the waiting queue: {', '.join(ORDERINGS)}")
-    overtake_factor: AtLeastOne = option(
-        10.0, "later work that may overtake a request, in multiples of its own (gimbal)"
+    Options that say "where the ordering can" need a capability that the ordering declares
+    (`contracts.OrderingTraits`); of the built-in ones `gimbal` has them all.
+    """
+
+    ordering: str = option(
+        "gimbal", f"order of the waiting queue: {', '.join(ORDERINGS)}, or module:Class"
     )
-    backlog_factor: NotNegative = option(
-        4.0, "drain times of the queue that a prompt of mean size counts as younger (gimbal)"
-    )
+    options: Mapping[str, Any] = policy_options("the ordering's own options")
     max_wait_s: NotNegative = option(
-        60.0, "who waited longer goes first, oldest first (gimbal); 0 never"
+        60.0, "who waited longer goes first, oldest first, where the ordering can; 0 never"
     )
     priority_tokens: NotNegative = option(
         0.0, "prompt tokens one priority level is worth; 0 keeps classes strictly apart"
     )
-    in_batch: bool = option(True, "share each step's prefill budget by the same order (gimbal)")
-    pass_steps: Count = option(32, "steps a request without KV blocks may be passed; 0 never")
+    in_batch: bool = option(
+        True, "share each step's prefill budget by the same order, where the ordering can"
+    )
+    pass_steps: Count = option(
+        32, "steps a request without KV blocks may be passed, where the ordering can; 0 never"
+    )
     pass_s: NotNegative = option(1.0, "seconds a request without KV blocks may be passed")
     interval_backlog_steps: NotNegative = option(
         0.0,
         "keep vLLM's --prefill-schedule-interval until an engine has this many full steps of "
-        "prefill to do; 0: vLLM's rule, until anybody waits (gimbal)",
+        "prefill to do, where the ordering can; 0: vLLM's rule, until anybody waits",
     )
     graph_steps: NotNegative = option(
         2.0,
         "prefill a backlog that fits into this many steps in steps that replay CUDA graphs, where "
-        "measured steps say that it pays; 0 never (gimbal)",
+        "the ordering can and measured steps say that it pays; 0 never",
     )
-    protect_decodes: bool = option(False, "bound the prefill that rides along with decodes")
+    protect_decodes: bool = option(
+        False, "bound the prefill that rides along with decodes, where the ordering can"
+    )
     tpot_factor: AtLeastOne = option(
         2.5, "how much longer than a decode-only step one with prefill may be (protect_decodes)"
     )
@@ -93,11 +106,12 @@ class QueueConfig:
 class PlacementConfig:
     """Level `placement`: where experts live."""
 
-    placer: str = option("gimbal", "placement algorithm by name")
-    alpha: float = option(1.0, "multiplier of the load term")
-    beta: float = option(1.0, "multiplier of the communication term")
-    gamma: float = option(1.0, "multiplier of the migration term")
-    gate: float = option(1.0, "commit when the gain exceeds this many stalls; 0: any gain")
+    placer: str = option("gimbal", f"placer: {', '.join(PLACERS)}, or module:Class")
+    options: Mapping[str, Any] = policy_options("the placer's own options")
+    alpha: Finite = option(1.0, "multiplier of the load term")
+    beta: Finite = option(1.0, "multiplier of the communication term")
+    gamma: Finite = option(1.0, "multiplier of the migration term")
+    gate: NotNegative = option(1.0, "commit when the gain exceeds this many stalls; 0: any gain")
     backend: str = option(
         "auto", "all2all: bytes depend on placement; allgather_reducescatter: they do not"
     )
@@ -125,7 +139,6 @@ class GimbalConfig:
 
     enabled: bool = option(True, "false leaves vLLM exactly as it is")
     levels: tuple[str, ...] = option(LEVELS, "levels that are switched on")
-    seed: int = option(0, "seed of every random choice")
     board_port: Port = option(
         0, "TCP port for snapshots of engines on other hosts; 0: vLLM's data-parallel RPC port + 1"
     )
@@ -142,6 +155,23 @@ for _section in (DispatchConfig, QueueConfig, PlacementConfig, FeedbackConfig):
 
 _ADAPTER = TypeAdapter(GimbalConfig)
 
+NAMED: tuple[tuple[str, str, Registry[Any]], ...] = (
+    ("dispatch", "policy", POLICIES),
+    ("queue", "ordering", ORDERINGS),
+    ("placement", "placer", PLACERS),
+)
+"""Section, its key that names a policy, and what resolves the name."""
+
+MOVED = {
+    ("dispatch", "session_patience"): "gimbal",
+    ("dispatch", "expected_output_tokens"): "gimbal",
+    ("queue", "overtake_factor"): "gimbal",
+    ("queue", "backlog_factor"): "gimbal",
+}
+"""Keys of before 0.2 that are now options of a policy, which is the value. Read until 0.3."""
+GONE = ("seed",)
+"""Keys of before 0.2 that said nothing. Read, and ignored, until 0.3."""
+
 
 def _keys_at(path: tuple[str, ...]) -> list[str]:
     """Valid keys of the section that `path` (of an unknown key) points into."""
@@ -155,7 +185,7 @@ def _keys_at(path: tuple[str, ...]) -> list[str]:
 def parse_config(values: Mapping[str, Any], where: str = "configuration") -> GimbalConfig:
     """Validates `values`; raises InputError naming `where`, the key and the nearest valid key."""
     try:
-        config = _ADAPTER.validate_python(dict(values))
+        config = _ADAPTER.validate_python(modernized(values, where))
     except ValidationError as error:
         first = error.errors()[0]
         path = tuple(str(part) for part in first["loc"])
@@ -164,14 +194,60 @@ def parse_config(values: Mapping[str, Any], where: str = "configuration") -> Gim
             hint = nearest(path[-1], _keys_at(path))
             raise InputError(f"{where}: unknown key {dotted!r}{hint}") from None
         got = first.get("input")
-        raise InputError(f"{where}: {dotted}: {first['msg'].lower()}, got {got!r}") from None
+        message = f"{where}: {dotted}: {one_line(first['msg'].lower())}, got {got!r}"
+        raise InputError(message) from None
     for level in config.levels:
         if level not in LEVELS:
             raise InputError(f"{where}: levels: unknown level {level!r}{nearest(level, LEVELS)}")
-    for key, name, known in (
-        ("dispatch.policy", config.dispatch.policy, POLICIES),
-        ("queue.ordering", config.queue.ordering, ORDERINGS),
-    ):
-        if name not in known:
-            raise InputError(f"{where}: {key}: unknown {name!r}{nearest(name, known)}")
+    for section, key, registry in NAMED:
+        chosen = getattr(config, section)
+        registry.check(getattr(chosen, key), chosen.options, where, f"{section}.{key}")
+    _check_placement(config.placement, where)
     return config
+
+
+def _check_placement(placement: PlacementConfig, where: str) -> None:
+    """Values of section `placement` that a type does not tell."""
+    for key, value, choices in (
+        ("backend", placement.backend, ("auto", *BACKENDS)),
+        ("replicas", placement.replicas, REPLICA_CHOICES),
+    ):
+        if value not in choices:
+            hint = nearest(value, choices)
+            raise InputError(f"{where}: placement.{key}: unknown {value!r}{hint}")
+    if placement.profile:
+        from gimbal.core.cost.profile import load_profile
+
+        try:
+            load_profile(placement.profile)
+        except InputError as error:
+            raise InputError(f"{where}: placement.profile: {error}") from None
+
+
+def modernized(values: Mapping[str, Any], where: str, warn: bool = True) -> dict[str, Any]:
+    """`values` with keys of an older version at their new place, each with a warning."""
+    say = logger.warning if warn else logger.debug
+    new = dict(values)
+    for key in GONE:
+        if new.pop(key, None) is not None:
+            say("Gimbal: %s: %s says nothing any more; remove it", where, key)
+    for section, key, registry in NAMED:
+        old = new.get(section)
+        if not isinstance(old, Mapping):
+            continue
+        moved = {k: v for k, v in old.items() if (section, k) in MOVED}
+        if not moved:
+            continue
+        rest: dict[str, Any] = {k: v for k, v in old.items() if k not in moved}
+        name = rest.get(key, "gimbal")
+        for option_name, value in moved.items():
+            owner = MOVED[section, option_name]
+            if name == owner:
+                rest["options"] = {option_name: value} | dict(rest.get("options") or {})
+            say(
+                "Gimbal: %s: %s.%s is now %s.options.%s of %s %r%s",
+                where, section, option_name, section, option_name, registry.kind, owner,
+                "" if name == owner else f" and says nothing to {name!r}",
+            )  # fmt: skip
+        new[section] = rest
+    return new

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from gimbal.core.config import LEVELS, GimbalConfig, parse_config
+from gimbal.core.config import LEVELS, NAMED, GimbalConfig, modernized, parse_config
 from gimbal.core.errors import InputError
 
 
@@ -61,16 +61,22 @@ def merge_config(sources: Iterable[tuple[str, Mapping[str, Any]]]) -> GimbalConf
     merged: dict[str, Any] = {}
     for where, values in sources:
         parse_config(values, where)
-        merged = _overlay(merged, values)
+        merged = overlay(merged, modernized(values, where, warn=False))
     return parse_config(merged)
 
 
-def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, key by key; another policy's options do not outlive the policy."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[key] = _overlay(old, value) if both else value  # type: ignore[arg-type]
+        if not (isinstance(old, Mapping) and isinstance(value, Mapping)):
+            result[key] = value
+            continue
+        for section, name, _ in NAMED:
+            if key == section and name in value and value[name] != old.get(name, "gimbal"):
+                old = {k: v for k, v in old.items() if k != "options"}
+        result[key] = overlay(old, value)
     return result
 
 
@@ -89,20 +95,33 @@ def _plain(value: Any) -> Any:
 
 
 def to_yaml(config: GimbalConfig) -> str:
-    """`config` as YAML with each option's description above it; reading it back gives `config`."""
-    return "\n".join(_section(config, "")) + "\n"
+    """`config` as YAML with each option's description above it; read back it means the same.
+
+    The options of the policies that it names are all there, defaults included.
+    """
+    policies = {
+        section: registry.options(getattr(chosen, key), chosen.options)
+        for section, key, registry in NAMED
+        for chosen in (getattr(config, section),)
+    }
+    return "\n".join(_section(config, "", policies)) + "\n"
 
 
-def _section(section: Any, indent: str) -> list[str]:
+def _section(section: Any, indent: str, policies: Mapping[str, Any] | None = None) -> list[str]:
     lines: list[str] = []
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
         if dataclasses.is_dataclass(value):
             summary = (type(value).__doc__ or "").strip().splitlines()[0]
             lines += ["", f"{indent}# {summary}", f"{indent}{item.name}:"]
-            lines += _section(value, indent + "  ")
+            own = None if policies is None else policies.get(item.name)
+            lines += _section(value, indent + "  ", {"options": own})
             continue
-        default = item.default
+        if item.name == "options" and policies is not None and policies["options"] is not None:
+            lines += [f"{indent}# {item.metadata['help']}", f"{indent}options:"]
+            lines += _section(policies["options"], indent + "  ")
+            continue
+        default = {} if item.default is dataclasses.MISSING else item.default
         text = item.metadata.get("help", "")
         changed = "" if value == default else f" (default {_scalar(default)})"
         lines.append(f"{indent}# {text}{changed}")

@@ -10,64 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from gimbal.core.snapshot import Field
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int32]
-
-MAX_FRONT_ENDS = 16
-"""API server processes that one board can tell apart."""
-
-
-class Field(IntEnum):
-    """Columns of one engine's snapshot row. All are float64: integers below 2**53 stay exact."""
-
-    SEQUENCE = 0  # snapshots published so far: about two a step
-    TIMESTAMP_US = 1  # CLOCK_MONOTONIC when the snapshot was taken
-    EPOCH = 2  # changes when the engine process is a new one: its counters restarted
-    WAITING_REQUESTS = 3
-    WAITING_PREFILL_TOKENS = 4  # uncached prompt tokens of waiting requests
-    RUNNING_REQUESTS = 5
-    RUNNING_PREFILL_TOKENS = 6  # prompt tokens that running requests still have to prefill
-    DECODING_REQUESTS = 7  # running requests whose prompt is done
-    KV_BLOCKS_USED = 8
-    KV_BLOCKS_TOTAL = 9
-    KV_BLOCK_TOKENS = 10
-    PREEMPTIONS = 11  # since the engine started
-    STEP_TIME_US = 12  # recent time of one step, smoothed
-    STEP_BASE_US = 13  # learned: a step's time without prefill at the present decode batch
-    PREFILL_US_PER_TOKEN = 14  # learned: what one more prefill token adds to a step
-    PREFILL_TOKENS_PER_S = 15  # recent throughput, smoothed
-    STEP_TOKEN_BUDGET = 16  # max_num_batched_tokens
-    EXPERT_PRESSURE_US = 17  # per step, what this engine's requests cost by where experts lie
-    RUNNING_TOKENS = 18  # context tokens held by running requests
-    PENDING_PREFIX_HIT_TOKENS = 19  # prompt tokens of waiting requests the prefix cache holds
-    MAX_RUNNING_REQUESTS = 20  # max_num_active_seqs, or max_num_seqs without it
-    DECODE_US_PER_REQUEST = 21  # learned: what one more decoding request adds to a step
-    STEP_PREFILL_TOKENS = 22  # prefill tokens of the step that runs now
-    QUEUE_OVERTAKES = 23  # requests admitted before one that was queued earlier
-    QUEUE_PROMOTIONS = 24  # requests admitted because they had waited past the absolute limit
-    QUEUE_KV_PASSES = 25  # times a request was offered ahead of a head without KV blocks
-    QUEUE_YIELDS = 26  # steps in which a running prefill left budget to shorter newcomers
-    QUEUE_OLDEST_WAIT_US = 27  # longest wait of a request that waits now
-    QUEUE_OLDEST_BOUND_US = 28  # what the ordering's bound allowed it, when it came; 0: no bound
-    QUEUE_FALLBACKS = 29  # times the queue level fell back to vLLM's behaviour
-    PLACEMENT_FALLBACKS = 30  # the same of the placement level, in the worker that answers
-    QUEUE_GRAPH_STEPS = 31  # steps whose prefill was cut to what a CUDA graph covers
-    STEP_TOKENS = 32  # all tokens of the step that runs now
-
-
-SNAPSHOT_FIELDS = 36
-"""Width reserved for `Field`; the accepted counters follow it in a row."""
-ACCEPTED_REQUESTS = SNAPSHOT_FIELDS
-"""First of MAX_FRONT_ENDS columns: requests accepted from front end f since EPOCH."""
-ACCEPTED_TOKENS = ACCEPTED_REQUESTS + MAX_FRONT_ENDS
-"""First of MAX_FRONT_ENDS columns: prompt tokens accepted from front end f since EPOCH."""
-ROW_WIDTH = ACCEPTED_TOKENS + MAX_FRONT_ENDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +50,7 @@ class EngineLoads(NamedTuple):
         client_count: API servers that share these engines.
         rotation: grows by one per decision; ties go to the first engine at or after it.
         prefix_reuse: share of recent prompt tokens that some engine had cached, 0 to 1.
+        feedback_weight: multiplier of expert pressure; 0 where level `feedback` is off.
     """
 
     board: FloatArray
@@ -112,6 +64,7 @@ class EngineLoads(NamedTuple):
     client_count: int = 1
     rotation: int = 0
     prefix_reuse: float = 0.0
+    feedback_weight: float = 0.0
 
     def column(self, field: Field) -> FloatArray:
         """[engines] view of one snapshot field."""
@@ -119,10 +72,36 @@ class EngineLoads(NamedTuple):
 
 
 class DispatchPolicy(Protocol):
-    """Chooses the engine of a request: a cost per engine, lowest wins, ties by rotation."""
+    """Chooses the engine of a request: a cost per engine, lowest wins, ties by rotation.
+
+    What else a policy can do it declares: one that names its ``term_names`` is a `TimedPolicy`.
+    """
 
     def costs(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
-        """[engines] cost of sending `request` to each engine; units are the policy's own."""
+        """[engines] cost of sending `request` to each engine; units are the policy's own.
+
+        Infinity keeps a request off an engine. NaN is an error.
+        """
+        ...
+
+
+class TimedPolicy(DispatchPolicy, Protocol):
+    """A policy whose cost is a sum of named times in microseconds.
+
+    Metrics show its terms, and sessions stay where they were as far as it allows.
+
+    Attributes:
+        term_names: one name per row of `priced` but the last.
+    """
+
+    term_names: tuple[str, ...]
+
+    def priced(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
+        """[terms + 1, engines] microseconds; the last row, their sum, is `costs`."""
+        ...
+
+    def session_bound_us(self, request: DispatchRequest, loads: EngineLoads, engine: int) -> float:
+        """The most that `engine` may cost above the best and still keep its session's request."""
         ...
 
 
@@ -148,15 +127,49 @@ class QueueState:
     served_tokens: float = 0.0  # prefill work admitted since the engine started
 
 
+@dataclass(frozen=True, slots=True)
+class OrderingTraits:
+    """What a queue ordering can do. The queue goes without what is not declared.
+
+    Attributes:
+        dynamic: keys change while requests wait; the ordering has `DynamicOrdering.keys`.
+        age_limit: who has waited longer than ``queue.max_wait_s`` may go first.
+        shares_steps: a key is static and counts prefill tokens, so that a running prefill with r of
+            its w tokens left competes with ``key - (w - r)`` (``queue.in_batch``).
+        passes_blocked: a request may pass a head that gets no KV blocks (``queue.pass_steps``).
+        sizes_steps: the prefill of a step may be cut (``queue.graph_steps``, ``protect_decodes``,
+            ``interval_backlog_steps``): the order does not rely on steps being filled.
+    """
+
+    dynamic: bool = False
+    age_limit: bool = False
+    shares_steps: bool = False
+    passes_blocked: bool = False
+    sizes_steps: bool = False
+
+
+NO_TRAITS = OrderingTraits()
+
+
 class QueueOrdering(Protocol):
-    """Orders waiting requests: smallest key first, ties by arrival, then by insertion."""
+    """Orders waiting requests: smallest key first, ties by arrival, then by insertion.
+
+    What else it can do it declares in an attribute ``traits`` (`OrderingTraits`; without one,
+    nothing). One that can promise how long a request waits at most has a method
+    ``bound_s(ahead_tokens, own_tokens, prefill_tokens_per_s)``.
+    """
 
     def key(self, request: QueuedRequest, state: QueueState) -> float:
         """The request's key. Static keys are computed once, when the request is queued."""
         ...
 
 
-@runtime_checkable
+def traits_of(ordering: QueueOrdering) -> OrderingTraits:
+    """What `ordering` declares that it can do."""
+    traits = getattr(ordering, "traits", NO_TRAITS)
+    return traits if isinstance(traits, OrderingTraits) else NO_TRAITS
+
+
 class DynamicOrdering(QueueOrdering, Protocol):
     """An ordering whose keys change while requests wait: re-sorted before each scheduling pass."""
 
@@ -208,7 +221,13 @@ class Topology:
 
 
 class Placer(Protocol):
-    """Plans which logical expert each physical slot holds. Deterministic bit for bit."""
+    """Plans which logical expert each physical slot holds. Deterministic bit for bit.
+
+    Every rank builds its own and shows it the same windows. Its plans pass the gain gate, on a
+    server as in the simulator, unless it declares ``gated = False``: one that has a gate of its
+    own, or is a baseline that always rearranges. One that can plan for several kinds of step at
+    once has a method ``plan_kinds(problems, kinds) -> PlacementPlan`` (`core.placement.kinds`).
+    """
 
     def place(self, routing: RoutingCounts, topology: Topology, current: IntArray) -> IntArray:
         """Returns physical_to_logical [layers, slots]; `current` has the same shape."""

@@ -14,6 +14,16 @@ class InputError(ValueError):
     """Bad argument or input; the message says what is wrong and where, on one line."""
 
 
+class PolicyError(InputError):
+    """A policy failed or answered nonsense; the message names the policy."""
+
+
+def one_line(error: object) -> str:
+    """What `error` says, on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Ends an "unknown NAME" message: `` (did you mean 'x'?)``, or the choices."""
     choices = sorted(valid)

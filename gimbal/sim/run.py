@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
 from gimbal.core.compiled import compile_kernels
 from gimbal.core.config import DispatchConfig, QueueConfig
-from gimbal.core.contracts import DispatchPolicy, DispatchRequest, Field, FloatArray
+from gimbal.core.contracts import DispatchPolicy, DispatchRequest, FloatArray, TimedPolicy
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import pack
-from gimbal.core.dispatch.dispatcher import Dispatcher, TimedPolicy
+from gimbal.core.dispatch.dispatcher import Dispatcher
 from gimbal.core.errors import InputError
 from gimbal.core.feedback.affinity import AffinityPolicy, HomePolicy, home_engines
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.queue.graph_steps import fits_graph_steps
+from gimbal.core.snapshot import Field
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.sim import kernels
 from gimbal.sim.arms import Arm
@@ -136,8 +138,7 @@ class Simulation:
         policy: DispatchPolicy = self.dispatcher.policy
         self._affinity: AffinityPolicy | None = None
         if self.arm.affinity == "local":
-            assert isinstance(policy, TimedPolicy)
-            self._affinity = AffinityPolicy(policy, domains, self.cluster.dp)
+            self._affinity = AffinityPolicy(cast(TimedPolicy, policy), domains, self.cluster.dp)
             self.dispatcher.use_policy(self._affinity)
         if self.arm.affinity != "home":
             return {}

@@ -6,15 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gimbal.core.contracts import (
-    ACCEPTED_REQUESTS,
-    ACCEPTED_TOKENS,
-    ROW_WIDTH,
-    Field,
-    FloatArray,
-)
+from gimbal.core.contracts import FloatArray
 from gimbal.core.cost.online import OnlineStepCost
 from gimbal.core.queue.graph_steps import GraphStepCosts
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 from gimbal.sim.engine import Engine, StepBatch
 
 SMOOTHING = 0.2

@@ -13,7 +13,7 @@ import pytest
 from gimbal.board import file as module
 from gimbal.board.file import MAX_ENGINES, RECORDS, Board, board_path, sweep
 from gimbal.board.slots import BoardReader, SlotWriter
-from gimbal.core.contracts import ROW_WIDTH
+from gimbal.core.snapshot import ROW_WIDTH
 
 STRESS_S = 1.5
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from gimbal.core import compiled
-from gimbal.core.contracts import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 from gimbal.core.dispatch import ledger
 from gimbal.core.dispatch.policies import gimbal
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,8 +18,10 @@ from gimbal.core.errors import InputError
 
 
 def test_what_is_printed_can_be_read_back() -> None:
-    config = parse_config({"levels": ["queue"], "seed": 7, "placement": {"alpha": 2.5}})
-    assert parse_config(yaml.safe_load(to_yaml(config))) == config
+    config = parse_config({"levels": ["queue"], "board_port": 7, "placement": {"alpha": 2.5}})
+    again = parse_config(yaml.safe_load(to_yaml(config)))  # options' defaults are written out
+    assert to_yaml(again) == to_yaml(config)
+    assert (again.levels, again.board_port) == (config.levels, config.board_port)
     assert parse_config(to_mapping(config)) == config
     assert "(default 0)" in to_yaml(config)
 
@@ -51,7 +53,7 @@ def test_files(tmp_path: Path) -> None:
     file = tmp_path / "g.yaml"
     with pytest.raises(InputError, match=r"g\.yaml: No such file"):
         read_config_file(file)
-    file.write_text("seed: 1\n  levels: [")
+    file.write_text("admin: true\n  levels: [")
     with pytest.raises(InputError, match=r"g\.yaml:2: not YAML"):
         read_config_file(file)
     file.write_text("- a\n")
@@ -59,5 +61,5 @@ def test_files(tmp_path: Path) -> None:
         read_config_file(file)
     file.write_text("")
     assert read_config_file(file) == {}
-    file.write_text("gimbal: {seed: 3}\n")
-    assert read_config_file(file) == {"seed": 3}
+    file.write_text("gimbal: {board_port: 3}\n")
+    assert read_config_file(file) == {"board_port": 3}

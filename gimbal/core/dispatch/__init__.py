@@ -9,7 +9,7 @@ from __future__ import annotations
 from gimbal.core.contracts import DispatchPolicy
 from gimbal.core.registry import Registry
 
-POLICIES: Registry[DispatchPolicy] = Registry("dispatch policy")
+POLICIES: Registry[DispatchPolicy] = Registry("dispatch policy", "gimbal.dispatch", ("costs",))
 _HERE = "gimbal.core.dispatch.policies"
 POLICIES.register("gimbal", f"{_HERE}.gimbal:GimbalPolicy")
 POLICIES.register("vllm", f"{_HERE}.vllm:VllmPolicy")

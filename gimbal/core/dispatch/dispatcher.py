@@ -7,8 +7,9 @@ sessions, the rotation that breaks ties, and the judgement whether the signals c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -17,37 +18,20 @@ from gimbal.core.contracts import (
     DispatchPolicy,
     DispatchRequest,
     EngineLoads,
-    Field,
     FloatArray,
+    TimedPolicy,
     argmin_rotating,
 )
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.dispatch.ledger import Ledger
 from gimbal.core.dispatch.prefix_index import PrefixIndex, PrefixMatch
 from gimbal.core.dispatch.sessions import Sessions
+from gimbal.core.errors import PolicyError, one_line
+from gimbal.core.snapshot import Field
 
 _REUSE_RATE = 0.01
 _AVOIDED_TOKENS = 1e12
 _STEPS_LATE = 4.0  # an engine publishes twice per step: this much silence is not a long step
-
-
-@runtime_checkable
-class TimedPolicy(DispatchPolicy, Protocol):
-    """A policy whose cost is a sum of named times in microseconds.
-
-    Attributes:
-        term_names: one name per row of `priced` but the last.
-    """
-
-    term_names: tuple[str, ...]
-
-    def priced(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
-        """[terms + 1, engines] microseconds; the last row, their sum, is `costs`."""
-        ...
-
-    def session_bound_us(self, request: DispatchRequest, loads: EngineLoads, engine: int) -> float:
-        """The most that `engine` may cost above the best and still keep its session's request."""
-        ...
 
 
 class Decision(NamedTuple):
@@ -97,7 +81,11 @@ class Dispatcher:
         feedback_weight: float = 0.0,
         lock_step: bool = True,
     ) -> None:
-        self.use_policy(policy or _build_policy(config.policy, config, feedback_weight))
+        self.feedback_weight = feedback_weight
+        if policy is None:
+            self.use_policy_named(config.policy, config.options)
+        else:
+            self.use_policy(policy)
         self.ledger = Ledger(engines, front_end)
         self.prefixes = PrefixIndex(engines, config.prefix_chunks, config.prefix_chunk_tokens)
         self.sessions = Sessions(config.sessions)
@@ -111,16 +99,16 @@ class Dispatcher:
         self._prefix_chunks = config.prefix_chunks
         self._kv_tokens = 0.0
 
-    def use_policy(self, policy: DispatchPolicy) -> None:
+    def use_policy(self, policy: DispatchPolicy, name: str = "") -> None:
         """Decides by `policy` from now on; accounts, prefix index and sessions stay."""
         self.policy = policy
-        self._timed = policy if isinstance(policy, TimedPolicy) else None
+        self.policy_name = name or type(policy).__name__
+        declares_terms = bool(getattr(policy, "term_names", ()))
+        self._timed = cast(TimedPolicy, policy) if declares_terms else None
 
-    def use_policy_named(
-        self, name: str, config: DispatchConfig, feedback_weight: float = 0.0
-    ) -> None:
-        """`use_policy` by registered name; raises InputError naming the nearest one."""
-        self.use_policy(_build_policy(name, config, feedback_weight))
+    def use_policy_named(self, name: str, options: Mapping[str, Any] | None = None) -> None:
+        """`use_policy` by name, see `Registry.load`; raises InputError when it cannot be made."""
+        self.use_policy(POLICIES.build(name, options), name)
 
     @property
     def engines(self) -> int:
@@ -216,6 +204,7 @@ class Dispatcher:
             self._client_count,
             self._rotation,
             self._prefix_reuse,
+            self.feedback_weight,
         )
 
     def _decide(self, request: DispatchRequest, loads: EngineLoads, oldest_us: float) -> Decision:
@@ -224,16 +213,41 @@ class Dispatcher:
         reason = "policy"
         if oldest_us > self._max_age_us and oldest_us > self._limit_us(loads):
             costs, reason = self._without_signals(loads), "stale"
-        elif self._timed is not None:
-            priced = self._timed.priced(request, loads)
-            terms, costs, names = priced[:-1], priced[-1], self._timed.term_names
         else:
-            costs = self.policy.costs(request, loads)
+            costs, terms, names = self._ask(request, loads)
         engine = argmin_rotating(costs, self._rotation)
         if request.session is not None and terms is not None:
             engine, reason = self._keep_session(request, loads, costs, engine)
         cached = float(loads.cached_tokens[engine])
         return Decision(engine, costs, names, terms, oldest_us, cached, reason)
+
+    def _ask(
+        self, request: DispatchRequest, loads: EngineLoads
+    ) -> tuple[FloatArray, FloatArray | None, tuple[str, ...]]:
+        """The policy's costs, their terms and the terms' names; PolicyError if it gives none."""
+        try:
+            if self._timed is None:
+                costs = self.policy.costs(request, loads)
+                terms: FloatArray | None = None
+                names: tuple[str, ...] = ()
+            else:
+                priced = self._timed.priced(request, loads)
+                terms, costs, names = priced[:-1], priced[-1], self._timed.term_names
+            wrong = costs.shape != (len(loads.board),) or not sum(costs.tolist()) < math.inf
+        except Exception as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise PolicyError(f"dispatch policy {self.policy_name!r}: {reason}") from error
+        if wrong:
+            self._refuse(costs, len(loads.board))
+        return costs, terms, names
+
+    def _refuse(self, costs: FloatArray, engines: int) -> None:
+        """Raises PolicyError unless `costs` are numbers, one per engine, and some are finite."""
+        said = f"dispatch policy {self.policy_name!r}: costs"
+        if costs.shape != (engines,):
+            raise PolicyError(f"{said} of shape {costs.shape}, expected ({engines},)")
+        if np.isnan(costs).any() or not np.isfinite(costs.min()):
+            raise PolicyError(f"{said} {one_line(costs.tolist())}: no engine can be chosen by them")
 
     def _limit_us(self, loads: EngineLoads) -> float:
         """Overdue is the configured age, or several steps where one step lasts that long."""
@@ -280,14 +294,3 @@ class Dispatcher:
         """Share of prompt tokens some engine had cached, over about the last 1 / rate requests."""
         longest = match.longest / max(1, request.prompt_tokens)
         self._prefix_reuse += _REUSE_RATE * (longest - self._prefix_reuse)
-
-
-def _build_policy(name: str, config: DispatchConfig, feedback_weight: float) -> DispatchPolicy:
-    if name != "gimbal":
-        return POLICIES.build(name)
-    return POLICIES.build(
-        name,
-        feedback_weight=feedback_weight,
-        expected_output_tokens=config.expected_output_tokens,
-        session_patience=config.session_patience,
-    )

@@ -25,7 +25,8 @@ from collections import deque
 import numpy as np
 
 from gimbal.core.compiled import Kernel
-from gimbal.core.contracts import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field, FloatArray
+from gimbal.core.contracts import FloatArray
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field
 
 _EPOCH, _SEQUENCE, _TIMESTAMP = int(Field.EPOCH), int(Field.SEQUENCE), int(Field.TIMESTAMP_US)
 _WAITING, _RUNNING = int(Field.WAITING_REQUESTS), int(Field.RUNNING_REQUESTS)

@@ -12,8 +12,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gimbal.core.contracts import DispatchPolicy, DispatchRequest, EngineLoads, FloatArray
-from gimbal.core.dispatch.dispatcher import TimedPolicy
+from gimbal.core.contracts import (
+    DispatchPolicy,
+    DispatchRequest,
+    EngineLoads,
+    FloatArray,
+    TimedPolicy,
+)
 
 
 class AffinityPolicy:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from gimbal.core.contracts import Placer
 from gimbal.core.registry import Registry
 
-PLACERS: Registry[Placer] = Registry("placer")
+PLACERS: Registry[Placer] = Registry("placer", "gimbal.placer", ("place",))
 _HERE = "gimbal.core.placement"
 PLACERS.register("gimbal", f"{_HERE}.heuristic:GimbalPlacer")
 PLACERS.register("eplb", f"{_HERE}.eplb:EplbPlacer")

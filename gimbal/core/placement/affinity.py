@@ -61,6 +61,7 @@ def _by_affinity(
 class MoeTunerPlacer:
     """Balance and affinity weighed equally; see the module."""
 
+    gated = False
     balance_weight, limit = 1.0, 1.05
 
     def __init__(self, trace: RoutingCounts | None = None) -> None:

@@ -8,10 +8,13 @@ at total load only: not at who asks, nor at what is already where.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
+from gimbal.core.options import PositiveCount, option
 
 
 def _pack(weights: FloatArray, bins: int) -> NDArray[np.intp]:
@@ -132,11 +135,22 @@ def keep_slots(placement: IntArray, current: IntArray, topology: Topology) -> In
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class EplbOptions:
+    """Options of placer `eplb`."""
+
+    groups: PositiveCount = option(1, "expert groups that share a node")
+    nodes: PositiveCount = option(1, "nodes")
+
+
 class EplbPlacer:
     """The published algorithm as a placer; experts that stay on a rank keep their slot."""
 
-    def __init__(self, groups: int = 1, nodes: int = 1) -> None:
-        self._groups, self._nodes = groups, nodes
+    Options = EplbOptions
+    gated = False
+
+    def __init__(self, options: EplbOptions = EplbOptions()) -> None:
+        self._groups, self._nodes = options.groups, options.nodes
 
     def place(self, routing: RoutingCounts, topology: Topology, current: IntArray) -> IntArray:
         plan = eplb_placement(routing.counts.sum(axis=0), topology, self._groups, self._nodes)

@@ -10,18 +10,11 @@ import numpy as np
 from gimbal.core.config import PlacementConfig
 from gimbal.core.contracts import IntArray, Placer, RoutingCounts, Topology
 from gimbal.core.cost.profile import load_profile
-from gimbal.core.errors import InputError, nearest
 from gimbal.core.feedback.pressure import wire_us_per_pair
 from gimbal.core.placement import PLACERS, gate, heuristic
+from gimbal.core.placement.backends import GATHER_BACKEND, ROUTED_BACKEND
 from gimbal.core.placement.kinds import MEAN_STEP, StepKind, at_kind, mixed, plan_kinds
-from gimbal.core.placement.problem import (
-    BACKENDS,
-    GATHER_BACKEND,
-    ROUTED_BACKEND,
-    CostConstants,
-    PlacementProblem,
-    constants_of,
-)
+from gimbal.core.placement.problem import CostConstants, PlacementProblem, constants_of
 from gimbal.core.placement.replica_split import near_split
 
 
@@ -214,20 +207,3 @@ class Planner:
         plan = mixed(problems, kinds, [after], keep=False)
         old, new = plan.before, plan.after
         return (old.load - new.load) + (old.comm - new.comm)
-
-
-def check_config(config: PlacementConfig) -> None:
-    """Raises InputError for a value no planner takes."""
-    if config.backend not in ("auto", *BACKENDS):
-        choices = ", ".join(("auto", *BACKENDS))
-        raise InputError(f"placement.backend: unknown {config.backend!r} (choose from {choices})")
-    if config.placer not in PLACERS:
-        hint = nearest(config.placer, PLACERS)
-        raise InputError(f"placement.placer: unknown {config.placer!r}{hint}")
-    if config.replicas not in ("near", "even"):
-        raise InputError(f"placement.replicas: unknown {config.replicas!r} (near or even)")
-    if config.profile:
-        load_profile(config.profile)
-    for name in ("gate", "half_life_steps"):
-        if not getattr(config, name) >= 0:
-            raise InputError(f"placement.{name}: must not be negative")

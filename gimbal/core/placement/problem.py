@@ -14,16 +14,11 @@ import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
 from gimbal.core.errors import InputError
+from gimbal.core.placement.backends import BACKENDS, ROUTED_BACKEND
 from gimbal.core.placement.forecast import Forecast
 
 if TYPE_CHECKING:
     from gimbal.core.cost.profile import Profile
-
-ROUTED_BACKEND = "all2all"
-"""Tokens travel only to the ranks that hold their experts (DeepEP, NIXL-EP, pplx)."""
-GATHER_BACKEND = "allgather_reducescatter"
-"""Every rank receives every token: where experts sit saves no byte, the comm term is zero."""
-BACKENDS = (ROUTED_BACKEND, GATHER_BACKEND)
 
 
 @dataclass(frozen=True, slots=True)

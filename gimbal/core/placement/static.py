@@ -8,5 +8,7 @@ from gimbal.core.contracts import IntArray, RoutingCounts, Topology
 class StaticPlacer:
     """Keeps the placement in force."""
 
+    gated = False
+
     def place(self, routing: RoutingCounts, topology: Topology, current: IntArray) -> IntArray:
         return current.copy()

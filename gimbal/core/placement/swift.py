@@ -8,9 +8,12 @@ as they are. It looks at total load only.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
+from gimbal.core.options import AtLeastOne, Count, option
 from gimbal.core.placement.objective import replica_counts
 
 
@@ -46,11 +49,22 @@ def _swap_layer(
         used[hot, cool] = used[cool, hot] = True
 
 
+@dataclass(frozen=True, slots=True)
+class SwiftOptions:
+    """Options of placer `swift`."""
+
+    threshold: AtLeastOne = option(1.01, "a rank this many times above the mean is hot")
+    max_swaps: Count = option(100, "most swaps per layer")
+
+
 class SwiftPlacer:
     """Bounded swaps from the placement in force."""
 
-    def __init__(self, threshold: float = 1.01, max_swaps: int = 100) -> None:
-        self._threshold, self._max_swaps = threshold, max_swaps
+    Options = SwiftOptions
+    gated = False
+
+    def __init__(self, options: SwiftOptions = SwiftOptions()) -> None:
+        self._threshold, self._max_swaps = options.threshold, options.max_swaps
 
     def place(self, routing: RoutingCounts, topology: Topology, current: IntArray) -> IntArray:
         result = np.ascontiguousarray(current).copy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from gimbal.core.contracts import QueueOrdering
 from gimbal.core.registry import Registry
 
-ORDERINGS: Registry[QueueOrdering] = Registry("queue ordering")
+ORDERINGS: Registry[QueueOrdering] = Registry("queue ordering", "gimbal.ordering", ("key",))
 ORDERINGS.register("gimbal", "gimbal.core.queue.gimbal:GimbalOrdering")
 ORDERINGS.register("fcfs", "gimbal.core.queue.fcfs:FcfsOrdering")
 ORDERINGS.register("sjf", "gimbal.core.queue.sjf:SjfOrdering")

@@ -30,31 +30,45 @@ within ``w_i / min_rate`` seconds can overtake i (V grows at least at min_rate).
 
 from __future__ import annotations
 
-from gimbal.core.contracts import QueuedRequest, QueueState
+from dataclasses import dataclass
+
+from gimbal.core.contracts import OrderingTraits, QueuedRequest, QueueState
+from gimbal.core.options import AtLeastOne, NotNegative, option
+
+
+@dataclass(frozen=True, slots=True)
+class GimbalOrderingOptions:
+    """Options of queue ordering `gimbal`."""
+
+    overtake_factor: AtLeastOne = option(
+        10.0, "F: later work that may overtake a request, in multiples of its own"
+    )
+    backlog_factor: NotNegative = option(
+        4.0,
+        "drain times of the queue that a prompt of mean size counts as younger; 0: only arriving "
+        "work advances the clock",
+    )
+    min_rate_tokens_per_s: NotNegative = option(1.0, "floor of the aging rate")
+
+    def __post_init__(self) -> None:
+        if not (self.overtake_factor >= 1.0 and self.backlog_factor >= 0.0):
+            raise ValueError("overtake_factor must be >= 1, backlog_factor >= 0")
+        if not self.min_rate_tokens_per_s >= 0.0:
+            raise ValueError("min_rate_tokens_per_s must be >= 0")
 
 
 class GimbalOrdering:
-    """Static keys on a virtual clock; see the module for the bound.
+    """Static keys on a virtual clock; see the module for the bound."""
 
-    Args:
-        overtake_factor: F; later work that may overtake a request, in multiples of its own.
-            At least 1.
-        backlog_factor: drain times of the queue that a prompt of mean size is worth; 0 lets only
-            arriving work advance the clock.
-        min_rate_tokens_per_s: floor of the aging rate.
-    """
+    Options = GimbalOrderingOptions
+    traits = OrderingTraits(
+        age_limit=True, shares_steps=True, passes_blocked=True, sizes_steps=True
+    )
 
-    def __init__(
-        self,
-        overtake_factor: float = 10.0,
-        backlog_factor: float = 4.0,
-        min_rate_tokens_per_s: float = 1.0,
-    ) -> None:
-        if overtake_factor < 1.0 or backlog_factor < 0.0 or min_rate_tokens_per_s < 0.0:
-            raise ValueError("overtake_factor must be >= 1, backlog_factor and rate >= 0")
-        self.overtake_factor = overtake_factor
-        self.backlog_factor = backlog_factor
-        self.min_rate_tokens_per_s = min_rate_tokens_per_s
+    def __init__(self, options: GimbalOrderingOptions = GimbalOrderingOptions()) -> None:
+        self.overtake_factor = options.overtake_factor
+        self.backlog_factor = options.backlog_factor
+        self.min_rate_tokens_per_s = options.min_rate_tokens_per_s
         self.virtual_tokens = 0.0
         self._last_s: float | None = None
 

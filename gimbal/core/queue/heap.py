@@ -14,9 +14,15 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
-from gimbal.core.contracts import DynamicOrdering, QueuedRequest, QueueOrdering, QueueState
+from gimbal.core.contracts import (
+    DynamicOrdering,
+    QueuedRequest,
+    QueueOrdering,
+    QueueState,
+    traits_of,
+)
 
 T = TypeVar("T")
 
@@ -45,6 +51,10 @@ class Entry(Generic[T]):
     epoch: int = 0  # `WaitingHeap.epoch` under which the key was computed
     in_ages: bool = False
     rank: tuple | None = field(default=None, repr=False)  # its live tuple; None when not waiting
+
+
+def _dynamic(ordering: QueueOrdering) -> DynamicOrdering | None:
+    return cast(DynamicOrdering, ordering) if traits_of(ordering).dynamic else None
 
 
 class WaitingHeap(Generic[T]):
@@ -76,7 +86,7 @@ class WaitingHeap(Generic[T]):
         self.overtakes = 0
         self.epoch = 0
         self._none_late_until_s = float("-inf")  # before it nobody has waited past the limit
-        self._dynamic = ordering if isinstance(ordering, DynamicOrdering) else None
+        self._dynamic = _dynamic(ordering)
         self._heap: list[tuple] = []
         self._by_age: dict[int, deque[Entry[T]]] = {}  # per priority class, oldest first
         self._entries: dict[str, Entry[T]] = {}
@@ -203,7 +213,7 @@ class WaitingHeap(Generic[T]):
         self.max_wait_s = max_wait_s
         self._none_late_until_s = float("-inf")
         self.epoch += 1
-        self._dynamic = ordering if isinstance(ordering, DynamicOrdering) else None
+        self._dynamic = _dynamic(ordering)
         entries = sorted(self._entries.values(), key=lambda e: (e.queued_s, e.sequence))
         keys = []
         for entry in entries:

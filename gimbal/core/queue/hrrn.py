@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gimbal.core.contracts import QueuedRequest, QueueState
+from gimbal.core.contracts import OrderingTraits, QueuedRequest, QueueState
 
 FCFS_ABOVE = 128
 """Waiting requests beyond which the order is FCFS, as in SGLang."""
@@ -17,6 +17,8 @@ FCFS_ABOVE = 128
 
 class HrrnOrdering:
     """Highest served-work-to-own-work ratio first; dynamic."""
+
+    traits = OrderingTraits(dynamic=True)
 
     def __init__(self) -> None:
         self._arrival_order = False  # every key is 0 already

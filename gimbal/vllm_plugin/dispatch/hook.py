@@ -19,7 +19,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -94,6 +94,11 @@ class FrontEnd:
         self._resets = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._apply(board.read_control())
+
+    def _configured_options(self, policy: str) -> Mapping[str, Any]:
+        """Options of the server's configuration, which are those of its own policy."""
+        configured = self.config.dispatch
+        return configured.options if policy == configured.policy else {}
 
     def _feedback_weight(self, levels: Sequence[str]) -> float:
         return self.config.feedback.weight if "feedback" in levels else 0.0
@@ -207,8 +212,10 @@ class FrontEnd:
         levels = control.get("levels", self.config.levels)
         policy = control.get("policy", self.config.dispatch.policy)
         weight = self._feedback_weight(levels)
+        options = control.get("policy_options", self._configured_options(policy))
+        self.dispatcher.feedback_weight = weight
         if policy != VLLM:
-            self.dispatcher.use_policy_named(policy, self.config.dispatch, weight)
+            self.dispatcher.use_policy_named(policy, options)
         if policy != self.policy or ("dispatch" in levels) != self.enabled:
             logger.info("Gimbal: dispatch policy %s, levels %s", policy, ",".join(levels))
         self.policy = policy

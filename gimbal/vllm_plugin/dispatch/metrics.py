@@ -12,8 +12,9 @@ from functools import lru_cache
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from gimbal.core.contracts import Field, FloatArray
+from gimbal.core.contracts import FloatArray
 from gimbal.core.dispatch.dispatcher import Decision
+from gimbal.core.snapshot import Field
 
 _DECISION_BUCKETS = (5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2)
 _AGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

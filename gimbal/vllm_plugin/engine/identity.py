@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gimbal.board.file import Board, board_path, sweep
-from gimbal.core.contracts import MAX_FRONT_ENDS
+from gimbal.core.snapshot import MAX_FRONT_ENDS
 from gimbal.vllm_plugin import bridge
 
 logger = logging.getLogger("vllm.gimbal")

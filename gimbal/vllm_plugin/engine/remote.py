@@ -20,7 +20,8 @@ import zmq
 from gimbal.board.clock import now_us
 from gimbal.board.file import MAX_ENGINES, Board
 from gimbal.board.slots import SlotWriter
-from gimbal.core.contracts import ROW_WIDTH, Field, FloatArray
+from gimbal.core.contracts import FloatArray
+from gimbal.core.snapshot import ROW_WIDTH, Field
 
 logger = logging.getLogger("vllm.gimbal")
 

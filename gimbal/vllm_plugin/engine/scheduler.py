@@ -13,9 +13,9 @@ from functools import partial, wraps
 from typing import Any
 
 from gimbal.core.config import GimbalConfig
-from gimbal.core.contracts import Field
 from gimbal.core.errors import InputError
 from gimbal.core.guard import LevelGuard
+from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.engine.publishing import open_signals
 from gimbal.vllm_plugin.engine.signals import SchedulerSignals

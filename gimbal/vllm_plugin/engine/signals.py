@@ -17,16 +17,16 @@ import numpy as np
 
 from gimbal.board.clock import now_us
 from gimbal.board.slots import BoardReader
-from gimbal.core.contracts import (
+from gimbal.core.contracts import FloatArray
+from gimbal.core.cost.online import OnlineStepCost
+from gimbal.core.queue.graph_steps import GraphStepCosts
+from gimbal.core.snapshot import (
     ACCEPTED_REQUESTS,
     ACCEPTED_TOKENS,
     MAX_FRONT_ENDS,
     ROW_WIDTH,
     Field,
-    FloatArray,
 )
-from gimbal.core.cost.online import OnlineStepCost
-from gimbal.core.queue.graph_steps import GraphStepCosts
 from gimbal.vllm_plugin.engine.step_log import StepLog
 from gimbal.vllm_plugin.queue.facts import graph_tokens
 

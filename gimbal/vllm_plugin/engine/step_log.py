@@ -6,7 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from gimbal.core.contracts import Field, FloatArray
+from gimbal.core.contracts import FloatArray
+from gimbal.core.snapshot import Field
 from gimbal.records.schema import StepRecord
 
 BUFFER_BYTES = 1 << 16

@@ -23,10 +23,10 @@ import gimbal
 from gimbal.board.file import Board
 from gimbal.board.slots import BoardReader
 from gimbal.core.config import LEVELS, GimbalConfig, parse_config
-from gimbal.core.contracts import Field
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.queue import ORDERINGS
+from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.dispatch.engine_header import EngineHeader
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from gimbal.core.guard import LevelGuard
-from gimbal.core.placement.planner import ModelFacts, Planner, check_config
+from gimbal.core.placement.planner import ModelFacts, Planner
 from gimbal.vllm_plugin.bridge import level_config
 from gimbal.vllm_plugin.placement.agreement import gather_over
 from gimbal.vllm_plugin.placement.compiling import warm_up
@@ -76,7 +76,6 @@ def attach(state: Any, model_config: Any) -> None:
     config = None if vllm_config is None else level_config(vllm_config, LEVEL)
     if config is None:
         return
-    check_config(config.placement)
     controller = controller_of(state)
     if controller is None:
         controller = _new_controller(state, config.placement)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from gimbal.core.contracts import Field
+from gimbal.core.snapshot import Field
 
 
 def graph_tokens(vllm_config: Any) -> int:

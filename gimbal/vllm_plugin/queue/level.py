@@ -17,12 +17,13 @@ from typing import Any
 
 from gimbal.board.slots import BoardReader
 from gimbal.core.config import GimbalConfig
-from gimbal.core.contracts import Field, QueueOrdering
+from gimbal.core.contracts import QueueOrdering
 from gimbal.core.errors import InputError
 from gimbal.core.guard import LevelGuard
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.queue.admission import BlockedHeadGate
 from gimbal.core.queue.gimbal import GimbalOrdering
+from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin.queue.facts import EngineFacts
 from gimbal.vllm_plugin.queue.step_plan import StepPlanner
 from gimbal.vllm_plugin.queue.waiting_queue import GimbalRequestQueue
@@ -82,9 +83,10 @@ class QueueLevel:
             )
 
     def _build(self, name: str) -> QueueOrdering:
-        if name == "gimbal":
-            return GimbalOrdering(self.config.overtake_factor, self.config.backlog_factor)
-        return ORDERINGS.build(name)
+        # The server's own options are those of its own ordering, a control message's of any.
+        own, configured = self.config.options, self.configured
+        applies = name == configured.ordering or own is not configured.options
+        return ORDERINGS.build(name, own if applies else {})
 
     def _use(self, name: str) -> None:
         """Puts the ordering `name` in force, with what belongs to it; InputError if unknown."""

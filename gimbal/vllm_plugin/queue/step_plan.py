@@ -10,7 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from gimbal.board.slots import BoardReader
 from gimbal.core.config import QueueConfig
-from gimbal.core.contracts import Field, FloatArray
+from gimbal.core.contracts import FloatArray
 from gimbal.core.queue.budget import (
     NEWCOMERS,
     PrefillCandidate,
@@ -21,6 +21,7 @@ from gimbal.core.queue.budget import (
     waiting_candidate,
 )
 from gimbal.core.queue.graph_steps import fits_graph_steps
+from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin.queue.facts import EngineFacts
 from gimbal.vllm_plugin.queue.waiting_queue import PLACE, GimbalRequestQueue
 

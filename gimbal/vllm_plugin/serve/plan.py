@@ -17,7 +17,6 @@ from typing import Any
 from gimbal.core.config import GimbalConfig
 from gimbal.core.config_sources import merge_config, parse_levels, read_config_file, to_mapping
 from gimbal.core.errors import InputError
-from gimbal.core.placement.planner import check_config as check_placement
 from gimbal.vllm_plugin.cpu_backend.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve import checks
 from gimbal.vllm_plugin.serve.flags import VllmFlags, read_flags
@@ -95,8 +94,6 @@ def plan_server(
     environment = os.environ if environment is None else environment
     flags = read_flags(arguments)
     config = _configuration(flags, levels, config_file)
-    if "placement" in config.levels:
-        check_placement(config.placement)
     plugins = environment.get("VLLM_PLUGINS")
     if plugins is not None and "gimbal" not in plugins.split(","):
         raise InputError(f"VLLM_PLUGINS={plugins}: vLLM would not load gimbal: add it, or unset it")

@@ -2,14 +2,9 @@ import numpy as np
 import pytest
 
 from gimbal.core.config import DispatchConfig
-from gimbal.core.contracts import (
-    ACCEPTED_REQUESTS,
-    ACCEPTED_TOKENS,
-    ROW_WIDTH,
-    DispatchRequest,
-    Field,
-)
+from gimbal.core.contracts import DispatchRequest
 from gimbal.core.dispatch.dispatcher import Dispatcher
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 
 NOW_US = 5_000_000.0
 
@@ -63,7 +58,7 @@ def test_idle_engines_take_turns_and_front_ends_start_apart():
 
 
 def test_prefix_is_found_again_and_given_up_under_load():
-    dispatcher = Dispatcher(2, DispatchConfig(expected_output_tokens=0))
+    dispatcher = Dispatcher(2, DispatchConfig(options={"expected_output_tokens": 0}))
     tokens = list(range(640))
     home = dispatcher.dispatch(request("a", 640), tokens, board(), NOW_US).engine
     acked = board(SEQUENCE=2)
@@ -88,13 +83,15 @@ def test_terms_explain_the_cost():
 
 @pytest.mark.parametrize(("queued", "stays"), [(0, True), (800, True), (2000, False)])
 def test_session_stays_while_a_longer_hit_could_pay_for_it(queued, stays):
-    dispatcher = Dispatcher(2, DispatchConfig(expected_output_tokens=0))
+    dispatcher = Dispatcher(2, DispatchConfig(options={"expected_output_tokens": 0}))
     dispatcher.assigned(request("a", 64, session="s"), 0)
     now = board(WAITING_PREFILL_TOKENS=[queued, 0], SEQUENCE=2)
     now[0, ACCEPTED_REQUESTS], now[0, ACCEPTED_TOKENS] = 1, 64
     decision = dispatcher.dispatch(request("b", 1000, session="s"), None, now, NOW_US)
     assert (decision.engine == 0) is stays
-    patient = Dispatcher(2, DispatchConfig(expected_output_tokens=0, session_patience=10))
+    patient = Dispatcher(
+        2, DispatchConfig(options={"expected_output_tokens": 0, "session_patience": 10})
+    )
     patient.assigned(request("a", 64, session="s"), 0)
     assert patient.dispatch(request("b", 1000, session="s"), None, now, NOW_US).engine == 0
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gimbal.core.contracts import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 from gimbal.core.dispatch.ledger import Ledger
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 
 ENGINES = 3
 FRONT_ENDS = 2

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from gimbal.core.contracts import ROW_WIDTH, DispatchRequest, EngineLoads, Field, argmin_rotating
+from gimbal.core.contracts import DispatchRequest, EngineLoads, argmin_rotating
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.errors import InputError
+from gimbal.core.snapshot import ROW_WIDTH, Field
 
 IDLE = {
     "KV_BLOCKS_TOTAL": 1000,
@@ -100,7 +101,7 @@ def test_baseline_costs(policy, state, expected):
 
 def terms(state, tokens=100, **options):
     """Terms by name of the gimbal policy."""
-    policy = POLICIES.build("gimbal", **{"expected_output_tokens": 0.0, **options})
+    policy = POLICIES.build("gimbal", {"expected_output_tokens": 0.0, **options})
     priced = policy.priced(request(tokens), state)
     rows = priced[:-1]
     assert rows.sum(axis=0).tolist() == pytest.approx(policy.costs(request(tokens), state).tolist())
@@ -156,7 +157,8 @@ def test_lack_of_slots_is_priced_in_the_context_they_hold():
 def test_expert_pressure_by_feedback_weight():
     state = loads({"EXPERT_PRESSURE_US": 500}, {})
     assert terms(state)["expert"] == pytest.approx([0, 0])
-    assert terms(state, tokens=150, feedback_weight=2.0)["expert"] == pytest.approx([2000, 0])
+    state = state._replace(feedback_weight=2.0)
+    assert terms(state, tokens=150)["expert"] == pytest.approx([2000, 0])
 
 
 def test_unacknowledged_work_counts_without_its_cached_part():

@@ -1,11 +1,12 @@
 import numpy as np
 
 from gimbal.core.config import DispatchConfig
-from gimbal.core.contracts import ROW_WIDTH, DispatchRequest, Field
+from gimbal.core.contracts import DispatchRequest
 from gimbal.core.dispatch.dispatcher import Dispatcher
 from gimbal.core.dispatch.policies.gimbal import GimbalPolicy
 from gimbal.core.dispatch.policies.vllm import VllmPolicy
 from gimbal.core.feedback.affinity import AffinityPolicy, HomePolicy, home_engines
+from gimbal.core.snapshot import ROW_WIDTH, Field
 
 
 def board(waiting_tokens=(0, 0)):

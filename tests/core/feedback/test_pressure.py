@@ -10,11 +10,8 @@ from gimbal.core.feedback.pressure import (
     sending_pressure_us,
     wire_us_per_pair,
 )
-from gimbal.core.placement.problem import (
-    GATHER_BACKEND,
-    CostConstants,
-    PlacementProblem,
-)
+from gimbal.core.placement.backends import GATHER_BACKEND
+from gimbal.core.placement.problem import CostConstants, PlacementProblem
 
 # No overlap: a rank's time is active * 2 + pairs * 0.5 microseconds.
 LINEAR = CostConstants(us_per_active_expert=2.0, us_per_pair=0.5, overlap_exponent=1.0)

@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from gimbal.core.contracts import RoutingCounts, Topology
+from gimbal.core.placement.backends import BACKENDS
 from gimbal.core.placement.forecast import Forecast
-from gimbal.core.placement.problem import BACKENDS, PlacementProblem
+from gimbal.core.placement.problem import PlacementProblem
 
 
 def initial(layers: int, slots: int, experts: int) -> np.ndarray:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from gimbal.core.contracts import RoutingCounts, Topology
+from gimbal.core.placement.backends import GATHER_BACKEND
 from gimbal.core.placement.heuristic import GimbalPlacer, plan
 from gimbal.core.placement.kinds import (
     MEAN_STEP,
@@ -12,7 +13,7 @@ from gimbal.core.placement.kinds import (
     step_kinds,
     typical_share,
 )
-from gimbal.core.placement.problem import GATHER_BACKEND, PlacementProblem
+from gimbal.core.placement.problem import PlacementProblem
 
 TOPOLOGY = Topology(2, 8)
 CURRENT = np.tile(np.arange(16, dtype=np.int32), (4, 1))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gimbal.core.contracts import QueuedRequest, QueueState
-from gimbal.core.queue.gimbal import GimbalOrdering
+from gimbal.core.queue.gimbal import GimbalOrdering, GimbalOrderingOptions
 from gimbal.core.queue.heap import Entry, WaitingHeap
 
 
@@ -79,7 +79,7 @@ class Server:
     st.sampled_from([37, 512]),
 )
 def test_overtaking_work_is_bounded(arrivals, factor, backlog_factor, budget):
-    server = Server(GimbalOrdering(factor, backlog_factor, min_rate_tokens_per_s=0.0))
+    server = Server(GimbalOrdering(GimbalOrderingOptions(factor, backlog_factor, 0.0)))
     now_s, due = 0.0, []
     for index, (tokens, gap_s, rate) in enumerate(arrivals):
         now_s += gap_s
@@ -99,7 +99,7 @@ def test_overtaking_work_is_bounded(arrivals, factor, backlog_factor, budget):
 def test_short_requests_at_twice_capacity_for_an_hour_never_starve_a_long_one(rate):
     """Long prompts every ten minutes among short ones, 2,000 tokens/s offered to 1,000 served."""
     factor, throughput = 10.0, 1000.0
-    server = Server(GimbalOrdering(factor, 4.0))
+    server = Server(GimbalOrdering(GimbalOrderingOptions(factor, 4.0)))
     rng = random.Random(5)
     backlog_at: dict[str, float] = {}
     due_s: dict[str, float] = {}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gimbal.core.config import parse_config
-from gimbal.core.contracts import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 
 pytest.importorskip("vllm")
 from vllm import SamplingParams

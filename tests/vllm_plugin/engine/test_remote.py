@@ -15,7 +15,7 @@ import pytest
 from gimbal.board.clock import now_us
 from gimbal.board.file import Board, board_path
 from gimbal.board.slots import BoardReader
-from gimbal.core.contracts import ROW_WIDTH, Field
+from gimbal.core.snapshot import ROW_WIDTH, Field
 from gimbal.vllm_plugin.engine import remote
 
 ENGINE = """

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gimbal.core.contracts import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field
 
 pytest.importorskip("vllm")
 sys.path.insert(0, str(Path(__file__).parents[1]))

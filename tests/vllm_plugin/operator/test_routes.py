@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from gimbal.core.config import parse_config
-from gimbal.core.contracts import ROW_WIDTH
 from gimbal.core.errors import InputError
+from gimbal.core.snapshot import ROW_WIDTH
 
 pytest.importorskip("vllm")
 from fastapi import FastAPI

@@ -117,8 +117,9 @@ def test_what_an_engine_sends_decides_where_the_next_request_goes(home, tmp_path
     import real_scheduler
 
     from gimbal.core.config import DispatchConfig
-    from gimbal.core.contracts import ROW_WIDTH, DispatchRequest, Field
+    from gimbal.core.contracts import DispatchRequest
     from gimbal.core.dispatch.dispatcher import Dispatcher
+    from gimbal.core.snapshot import ROW_WIDTH, Field
     from gimbal.vllm_plugin.placement.hook import attach_news
 
     group = Group(2, feedback=True, gate=1e12)

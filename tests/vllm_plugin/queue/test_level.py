@@ -280,7 +280,7 @@ def test_priorities_come_first(build):
 
 
 def test_decode_protection_bounds_prefill_beside_decodes(build):
-    from gimbal.core.contracts import Field
+    from gimbal.core.snapshot import Field
 
     options = {"protect_decodes": True, "tpot_factor": 3.0}
     scheduler = build({"queue": options})
@@ -296,7 +296,7 @@ def test_decode_protection_bounds_prefill_beside_decodes(build):
 
 def test_decode_protection_leaves_whole_prompts_alone(build):
     """Without chunked prefill vLLM stops at a prompt that is longer than the step's budget."""
-    from gimbal.core.contracts import Field
+    from gimbal.core.snapshot import Field
 
     options = {"protect_decodes": True, "tpot_factor": 3.0}
     scheduler = build({"queue": options}, budget=8192, enable_chunked_prefill=False)
@@ -319,7 +319,7 @@ def test_a_request_that_left_the_queue_is_not_held_by_its_place(build):
 
 
 def test_decode_protection_goes_by_the_fullest_engine_of_the_group(build):
-    from gimbal.core.contracts import ROW_WIDTH, Field
+    from gimbal.core.snapshot import ROW_WIDTH, Field
 
     scheduler = build({"queue": {"protect_decodes": True, "tpot_factor": 3.0}})
     learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
@@ -360,7 +360,7 @@ def test_a_backlog_of_two_graphs_is_prefilled_in_graphs(build, pays, most_steps,
 
 
 def test_graphs_go_by_the_fullest_engine_of_the_group(build):
-    from gimbal.core.contracts import ROW_WIDTH, Field
+    from gimbal.core.snapshot import ROW_WIDTH, Field
 
     def tokens_in_step_2(backlog, decodes):
         scheduler = with_graphs(build({}))
@@ -377,7 +377,7 @@ def test_graphs_go_by_the_fullest_engine_of_the_group(build):
 
 
 def test_an_engine_that_decodes_nothing_spares_its_neighbours_a_large_step(build):
-    from gimbal.core.contracts import ROW_WIDTH, Field
+    from gimbal.core.snapshot import ROW_WIDTH, Field
 
     scheduler = with_graphs(build({}))
     rows = np.zeros((2, ROW_WIDTH))
@@ -440,7 +440,7 @@ def test_the_prefill_interval_is_kept_up_to_a_backlog(build, most_steps, expecte
 
 
 def test_counters_travel_with_the_snapshot(build):
-    from gimbal.core.contracts import Field
+    from gimbal.core.snapshot import Field
 
     scheduler = build({}, seats=1)
     run(scheduler, [(0, real.request("a", 900)), (0, real.request("b", 20))])
@@ -456,7 +456,7 @@ def test_counters_travel_with_the_snapshot(build):
 
 
 def test_an_ordering_without_a_bound_publishes_none_as_zero(build):
-    from gimbal.core.contracts import Field
+    from gimbal.core.snapshot import Field
 
     scheduler = build({"queue": {"ordering": "sjf"}}, seats=1)
     run(scheduler, [(0, real.request("a", 900))])
@@ -486,17 +486,19 @@ def test_control_message_switches_ordering_and_level(build):
 def test_control_message_changes_the_queue_section_and_takes_it_back(build):
     scheduler = build({})
     level, board = scheduler.gimbal_queue, scheduler.gimbal_queue.board
-    board.write_control({"queue": {"overtake_factor": 3.0, "protect_decodes": True}})
+    board.write_control({"queue": {"options": {"overtake_factor": 3.0}, "protect_decodes": True}})
     scheduler.schedule()
     assert level.queue.heap.ordering.overtake_factor == 3.0
     assert level.config.protect_decodes
     assert level.planner.config.protect_decodes
-    board.write_control({"queue": {"overtake_factor": 0.5}})  # refused: the last one stays
+    board.write_control(
+        {"queue": {"options": {"overtake_factor": 0.5}}}
+    )  # refused: the last one stays
     scheduler.schedule()
     assert level.queue.heap.ordering.overtake_factor == 3.0
     board.write_control({})
     scheduler.schedule()
-    assert level.queue.heap.ordering.overtake_factor == level.configured.overtake_factor
+    assert level.queue.heap.ordering.overtake_factor == 10.0
     assert not level.config.protect_decodes
 
 

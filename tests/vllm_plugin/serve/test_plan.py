@@ -45,12 +45,12 @@ def test_user_flags_reach_vllm_untouched(model: str) -> None:
 
 def test_precedence_file_then_additional_config_then_flag(model: str, tmp_path: Path) -> None:
     file = tmp_path / "g.yaml"
-    file.write_text("seed: 1\nlevels: [queue]\nplacement: {alpha: 2.0, beta: 3.0}\n")
-    extra = {"gimbal": {"seed": 2, "placement": {"alpha": 5.0}}, "other": 1}
+    file.write_text("board_port: 1\nlevels: [queue]\nplacement: {alpha: 2.0, beta: 3.0}\n")
+    extra = {"gimbal": {"board_port": 2, "placement": {"alpha": 5.0}}, "other": 1}
     words = [model, "--additional-config", json.dumps(extra)]
     made = plan.plan_server(words, config_file=file, levels="dispatch", environment={})
     section = gimbal_section(made)
-    assert section["seed"] == 2
+    assert section["board_port"] == 2
     assert section["levels"] == ["dispatch"]
     assert section["placement"]["alpha"] == 5.0
     assert section["placement"]["beta"] == 3.0

@@ -12,26 +12,35 @@ Source: Dynamo 1.6, `lib/kv-router/src/scheduling/selector/default.rs`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from gimbal.core.contracts import DispatchRequest, EngineLoads, Field, FloatArray
+from gimbal.core.contracts import DispatchRequest, EngineLoads, FloatArray
+from gimbal.core.options import Finite, option
+from gimbal.core.snapshot import Field
 
 _BLOCK_TOKENS = 16.0  # where an engine has not published its own
 
 
+@dataclass(frozen=True, slots=True)
+class DynamoOptions:
+    """Options of dispatch policy `dynamo`, under Dynamo's names."""
+
+    prefill_load_scale: Finite = option(1.0, "weight of prefill against KV blocks")
+    decode_active_request_weight: Finite = option(
+        0.0, "blocks that one unfinished request stands for"
+    )
+
+
 class DynamoPolicy:
-    """Uncached prefill blocks plus KV blocks in use.
+    """Uncached prefill blocks plus KV blocks in use."""
 
-    Args:
-        prefill_load_scale: weight of prefill against KV blocks.
-        decode_active_request_weight: blocks that one unfinished request stands for.
-    """
+    Options = DynamoOptions
 
-    def __init__(
-        self, prefill_load_scale: float = 1.0, decode_active_request_weight: float = 0.0
-    ) -> None:
-        self._scale = prefill_load_scale
-        self._request_weight = decode_active_request_weight
+    def __init__(self, options: DynamoOptions = DynamoOptions()) -> None:
+        self._scale = options.prefill_load_scale
+        self._request_weight = options.decode_active_request_weight
 
     def costs(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
         """[engines] blocks."""

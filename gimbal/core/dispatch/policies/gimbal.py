@@ -53,11 +53,14 @@ paper's, arXiv 2606.15177; the pricing in time and the lock-step shadow are this
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from gimbal.core.compiled import Kernel
-from gimbal.core.contracts import DispatchRequest, EngineLoads, Field, FloatArray
+from gimbal.core.contracts import DispatchRequest, EngineLoads, FloatArray
+from gimbal.core.options import NotNegative, option
+from gimbal.core.snapshot import Field
 
 _TERMS = (
     "queue",
@@ -85,26 +88,27 @@ _STEP_BASE, _TOKEN, _DECODE_SLOPE = (
 _UNKNOWN_BUDGET = 2048.0  # vLLM's default, until an engine has published its own
 
 
+@dataclass(frozen=True, slots=True)
+class GimbalPolicyOptions:
+    """Options of dispatch policy `gimbal`."""
+
+    session_patience: NotNegative = option(
+        1.0, "keep a conversation while it costs at most this many re-prefills of its unknown part"
+    )
+    expected_output_tokens: NotNegative = option(
+        57.0, "output length assumed in pricing decode load (BurstGPT's mean)"
+    )
+
+
 class GimbalPolicy:
-    """Predicted time to first token plus the delay caused to others.
+    """Predicted time to first token plus the delay caused to others."""
 
-    Args:
-        feedback_weight: multiplier of expert pressure.
-        expected_output_tokens: decode steps a request is priced for.
-        session_patience: multiplier of what a session may cost to stay where it was.
-    """
-
+    Options = GimbalPolicyOptions
     term_names = _TERMS
 
-    def __init__(
-        self,
-        feedback_weight: float = 0.0,
-        expected_output_tokens: float = 57.0,
-        session_patience: float = 1.0,
-    ) -> None:
-        self._feedback_weight = feedback_weight
-        self._output_tokens = expected_output_tokens
-        self._patience = session_patience
+    def __init__(self, options: GimbalPolicyOptions = GimbalPolicyOptions()) -> None:
+        self._output_tokens = options.expected_output_tokens
+        self._patience = options.session_patience
 
     def costs(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
         """[engines] microseconds."""
@@ -124,7 +128,7 @@ class GimbalPolicy:
             float(request.prompt_tokens),
             self._output_tokens,
             loads.prefix_reuse,
-            self._feedback_weight,
+            loads.feedback_weight,
             out,
         )
         return out

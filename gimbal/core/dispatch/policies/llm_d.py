@@ -11,20 +11,31 @@ Source: llm-d-router, plugin defaults queue 2, kv-cache-utilization 2, prefix 3,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from gimbal.core.contracts import DispatchRequest, EngineLoads, Field, FloatArray
+from gimbal.core.contracts import DispatchRequest, EngineLoads, FloatArray
+from gimbal.core.options import Finite, option
+from gimbal.core.snapshot import Field
+
+
+@dataclass(frozen=True, slots=True)
+class LlmDOptions:
+    """Options of dispatch policy `llm-d`."""
+
+    queue: Finite = option(2.0, "weight of the queue score")
+    kv: Finite = option(2.0, "weight of the KV-cache score")
+    prefix: Finite = option(3.0, "weight of the prefix score")
 
 
 class LlmDPolicy:
-    """Weighted sum of three scores in [0, 1].
+    """Weighted sum of three scores in [0, 1]."""
 
-    Args:
-        queue, kv, prefix: the weights.
-    """
+    Options = LlmDOptions
 
-    def __init__(self, queue: float = 2.0, kv: float = 2.0, prefix: float = 3.0) -> None:
-        self._queue, self._kv, self._prefix = queue, kv, prefix
+    def __init__(self, options: LlmDOptions = LlmDOptions()) -> None:
+        self._queue, self._kv, self._prefix = options.queue, options.kv, options.prefix
 
     def costs(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
         """[engines] negative scores."""

@@ -12,7 +12,8 @@ they come from the snapshot and the unacknowledged account, which is never older
 
 from __future__ import annotations
 
-from gimbal.core.contracts import DispatchRequest, EngineLoads, Field, FloatArray
+from gimbal.core.contracts import DispatchRequest, EngineLoads, FloatArray
+from gimbal.core.snapshot import Field
 
 
 class LMetricPolicy:

@@ -12,7 +12,8 @@ Source: SGLang 0.5.23, `data_parallel_controller.py` (`total_tokens`, before #16
 
 from __future__ import annotations
 
-from gimbal.core.contracts import DispatchRequest, EngineLoads, Field, FloatArray
+from gimbal.core.contracts import DispatchRequest, EngineLoads, FloatArray
+from gimbal.core.snapshot import Field
 
 
 class TotalTokensPolicy:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gimbal.core.contracts import DispatchRequest, EngineLoads, Field, FloatArray
+from gimbal.core.contracts import DispatchRequest, EngineLoads, FloatArray
+from gimbal.core.snapshot import Field
 
 
 class VllmPolicy:

@@ -12,7 +12,8 @@ acknowledged it, which never counts a request twice.
 
 from __future__ import annotations
 
-from gimbal.core.contracts import DispatchRequest, EngineLoads, Field, FloatArray
+from gimbal.core.contracts import DispatchRequest, EngineLoads, FloatArray
+from gimbal.core.snapshot import Field
 
 
 class VllmLegacyPolicy:

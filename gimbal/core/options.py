@@ -1,0 +1,58 @@
+"""Options as frozen dataclasses: fields with a help text, types that say their range.
+
+A policy brings its own: a class attribute ``Options``, one frozen dataclass, given to the
+constructor as its one argument (see docs/writing-a-policy.md). The configuration's sections are
+made of the same parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import field
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from gimbal.core.errors import InputError, nearest, one_line
+
+NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+AtLeastOne = Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+PositiveCount = Annotated[int, Field(ge=1, le=2**53)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text; mutable defaults are not allowed."""
+    return field(default=default, metadata={"help": help})
+
+
+def parse_options(options: type, values: Mapping[str, Any], where: str) -> Any:
+    """`options` (a dataclass) filled from `values`.
+
+    Raises InputError that names `where`, the key and, for an unknown one, the nearest valid key.
+    """
+    known = [f.name for f in dataclasses.fields(options)]
+    for key in values:
+        if key not in known:
+            hint = nearest(str(key), known) if known else " (it has no options)"
+            raise InputError(f"{where}: unknown option {key!r}{hint}")
+    try:
+        return _adapter(options).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{where}.{key}: {one_line(first['msg'].lower())}, got {first.get('input')!r}"
+        ) from None
+    except ValueError as error:  # from the dataclass's own __post_init__
+        raise InputError(f"{where}: {one_line(error)}") from None
+
+
+@lru_cache(maxsize=64)
+def _adapter(options: type) -> TypeAdapter[Any]:
+    return TypeAdapter(options)

@@ -1,0 +1,58 @@
+"""The layout of one engine's snapshot: a row of float64 that engines publish and everybody reads.
+
+The board (`gimbal.board`) carries rows between processes; the simulator fills the same columns.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+MAX_FRONT_ENDS = 16
+"""API server processes that one board can tell apart."""
+
+
+class Field(IntEnum):
+    """Columns of one engine's snapshot row. All are float64: integers below 2**53 stay exact."""
+
+    SEQUENCE = 0  # snapshots published so far: about two a step
+    TIMESTAMP_US = 1  # CLOCK_MONOTONIC when the snapshot was taken
+    EPOCH = 2  # changes when the engine process is a new one: its counters restarted
+    WAITING_REQUESTS = 3
+    WAITING_PREFILL_TOKENS = 4  # uncached prompt tokens of waiting requests
+    RUNNING_REQUESTS = 5
+    RUNNING_PREFILL_TOKENS = 6  # prompt tokens that running requests still have to prefill
+    DECODING_REQUESTS = 7  # running requests whose prompt is done
+    KV_BLOCKS_USED = 8
+    KV_BLOCKS_TOTAL = 9
+    KV_BLOCK_TOKENS = 10
+    PREEMPTIONS = 11  # since the engine started
+    STEP_TIME_US = 12  # recent time of one step, smoothed
+    STEP_BASE_US = 13  # learned: a step's time without prefill at the present decode batch
+    PREFILL_US_PER_TOKEN = 14  # learned: what one more prefill token adds to a step
+    PREFILL_TOKENS_PER_S = 15  # recent throughput, smoothed
+    STEP_TOKEN_BUDGET = 16  # max_num_batched_tokens
+    EXPERT_PRESSURE_US = 17  # per step, what this engine's requests cost by where experts lie
+    RUNNING_TOKENS = 18  # context tokens held by running requests
+    PENDING_PREFIX_HIT_TOKENS = 19  # prompt tokens of waiting requests the prefix cache holds
+    MAX_RUNNING_REQUESTS = 20  # max_num_active_seqs, or max_num_seqs without it
+    DECODE_US_PER_REQUEST = 21  # learned: what one more decoding request adds to a step
+    STEP_PREFILL_TOKENS = 22  # prefill tokens of the step that runs now
+    QUEUE_OVERTAKES = 23  # requests admitted before one that was queued earlier
+    QUEUE_PROMOTIONS = 24  # requests admitted because they had waited past the absolute limit
+    QUEUE_KV_PASSES = 25  # times a request was offered ahead of a head without KV blocks
+    QUEUE_YIELDS = 26  # steps in which a running prefill left budget to shorter newcomers
+    QUEUE_OLDEST_WAIT_US = 27  # longest wait of a request that waits now
+    QUEUE_OLDEST_BOUND_US = 28  # what the ordering's bound allowed it, when it came; 0: no bound
+    QUEUE_FALLBACKS = 29  # times the queue level fell back to vLLM's behaviour
+    PLACEMENT_FALLBACKS = 30  # the same of the placement level, in the worker that answers
+    QUEUE_GRAPH_STEPS = 31  # steps whose prefill was cut to what a CUDA graph covers
+    STEP_TOKENS = 32  # all tokens of the step that runs now
+
+
+SNAPSHOT_FIELDS = 36
+"""Width reserved for `Field`; the accepted counters follow it in a row."""
+ACCEPTED_REQUESTS = SNAPSHOT_FIELDS
+"""First of MAX_FRONT_ENDS columns: requests accepted from front end f since EPOCH."""
+ACCEPTED_TOKENS = ACCEPTED_REQUESTS + MAX_FRONT_ENDS
+"""First of MAX_FRONT_ENDS columns: prompt tokens accepted from front end f since EPOCH."""
+ROW_WIDTH = ACCEPTED_TOKENS + MAX_FRONT_ENDS
