@@ -52,7 +52,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--out", type=FILE, help="write the placement here")
 @click.option("--format", "form", type=click.Choice(["npz", "sglang", "trtllm"]), default="npz")
 @click.option("--first-layer", type=int, default=0, help="model layer of the first MoE layer")
-@click.option("--plot", type=FILE, help="write a PNG: rank loads, and who asks for which expert")
+@click.option("--plot", type=FILE, help="figure to write: rank loads, who asks for what")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 def command(**values: Any) -> None:
     """Plan where experts should live, and say what it costs, gains and moves.
