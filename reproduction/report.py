@@ -14,8 +14,8 @@ from gimbal.core.errors import InputError
 from gimbal.records.store import RUN_FILE
 from gimbal.report.charts import Bars, Chart, Lines
 from gimbal.report.page import figures, markdown, page, table
-from gimbal.report.plots import save_charts
 from gimbal.report.report import read_run, run_sections
+from gimbal.report.svg import save_charts
 
 RESULT_FILE, TEXT_FILE = "result.json", "report.md"
 AGAINST_LOAD = {

@@ -32,7 +32,7 @@ TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 MISMATCHED = {"torchvision", "torchaudio", "torchcodec"}
 PYTHONS = ("3.11", "3.12", "3.13")
-LOCK_EXTRAS = ("cpu", "plot", "solvers")
+LOCK_EXTRAS = ("cpu", "plot", "exact")
 
 
 class InstallError(Exception):

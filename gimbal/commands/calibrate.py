@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gimbal.bench.client import Replay
     from gimbal.bench.client_process import ReplayJob
     from gimbal.bench.endpoint import Endpoint
+    from gimbal.core.cost.calibrate import StepFit, StepSample
     from gimbal.workloads.trace import Trace
 
 UNSTEADY = 1.6
@@ -110,7 +111,7 @@ def command(**values: Any) -> None:
     _tell(fit, out, values["as_json"])
 
 
-def _tell(fit: Any, out: Path, as_json: bool) -> None:
+def _tell(fit: StepFit, out: Path, as_json: bool) -> None:
     if as_json:
         report = {
             "profile": str(out),
@@ -137,7 +138,7 @@ def _tell(fit: Any, out: Path, as_json: bool) -> None:
     click.echo(f"wrote {out}")
 
 
-def _samples(directory: Path) -> list[Any]:
+def _samples(directory: Path) -> list[StepSample]:
     from gimbal.core.errors import InputError
     from gimbal.records.schema import StepRecord
     from gimbal.records.steps import join_steps
@@ -149,7 +150,7 @@ def _samples(directory: Path) -> list[Any]:
     return join_steps([list(read_records(file, StepRecord)) for file in files])
 
 
-def _front_end_us(directory: Path, samples: list[Any]) -> float:
+def _front_end_us(directory: Path, samples: list[StepSample]) -> float:
     """Time outside the engine, from the requests of a calibration; 0 for other records."""
     from gimbal.bench.calibration_load import PhaseTimes, front_end_us
 
@@ -160,7 +161,7 @@ def _front_end_us(directory: Path, samples: list[Any]) -> float:
     return round(front_end_us(phases, samples), 1)
 
 
-def _warm(samples: list[Any]) -> list[Any]:
+def _warm(samples: list[StepSample]) -> list[StepSample]:
     from gimbal.bench.calibration_load import WARM_UP_S
 
     return [s for s in samples if s.time_s - samples[0].time_s > WARM_UP_S]

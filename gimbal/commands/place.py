@@ -47,13 +47,12 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--expert-groups", type=int, default=1, show_default=True, help="groups share a node")
 @click.option("--placer", default="gimbal", show_default=True, help="or a baseline by name")
 @click.option("--exact", is_flag=True, help="also solve to optimality (small instances)")
-@click.option("--solver", default="cp-sat", show_default=True, help="cp-sat or highs")
 @click.option("--time-limit", type=float, default=60.0, show_default=True, help="s per exact layer")
 @click.option("--exact-layers", type=int, help="solve only the first so many layers exactly")
 @click.option("--out", type=FILE, help="write the placement here")
 @click.option("--format", "form", type=click.Choice(["npz", "sglang", "trtllm"]), default="npz")
 @click.option("--first-layer", type=int, default=0, help="model layer of the first MoE layer")
-@click.option("--plot", type=FILE, help="write a PNG: rank loads, and who asks for which expert")
+@click.option("--plot", type=FILE, help="figure to write: rank loads, who asks for what")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 def command(**values: Any) -> None:
     """Plan where experts should live, and say what it costs, gains and moves.
@@ -70,7 +69,6 @@ def command(**values: Any) -> None:
         report["exact"] = exact.compare(
             problem,
             plan.physical_to_logical,
-            values["solver"],
             values["time_limit"],
             values["exact_layers"],
         ).as_dict()
@@ -267,7 +265,7 @@ def _print(report: dict[str, Any], problem: PlacementProblem) -> None:
     if "exact" in report:
         e = report["exact"]
         console.print(
-            f"{e['solver']}: best {e['exact_us']:.2f} us, proven {e['bound_us']:.2f} us on "
+            f"exact: best {e['exact_us']:.2f} us, proven {e['bound_us']:.2f} us on "
             f"{e['layers']} layer(s), {e['optimal_layers']} optimal, {e['seconds']:.1f} s; the "
             f"plan is {100 * e['gap']:.3f} % above the best, at most "
             f"{100 * e['proven_gap']:.3f} % above the optimum",

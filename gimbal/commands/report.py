@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -14,11 +13,10 @@ import click
     "--out", type=click.Path(path_type=Path), help="file to write (default: DIRECTORY/report.html)"
 )
 def command(directory: Path, out: Path | None) -> None:
-    """Write one self-contained HTML page with tables and plots for the run in DIRECTORY.
+    """Write one self-contained HTML page with tables and charts for the run in DIRECTORY.
 
     DIRECTORY is what `gimbal bench` or `gimbal simulate` wrote with --out, or the one of
-    `gimbal reproduce`. Plots also go to `plots` beside the page, as SVG and (with matplotlib,
-    `pip install 'gimbal-moe[plot]'`) as PNG.
+    `gimbal reproduce`. The charts also go to `plots` beside the page, each as an SVG file.
     """
     from gimbal.report.report import write_report
 
@@ -28,5 +26,4 @@ def command(directory: Path, out: Path | None) -> None:
         path = laboratory("report").write_reproduction(directory, out)
     else:
         path = write_report(directory, out)
-    png = "SVG and PNG" if find_spec("matplotlib") else "SVG (PNG needs matplotlib)"
-    click.echo(f"wrote {path} and plots as {png} in {path.parent / 'plots'}")
+    click.echo(f"wrote {path} and its charts as SVG in {path.parent / 'plots'}")

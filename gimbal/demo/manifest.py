@@ -12,7 +12,7 @@ import numpy as np
 
 from gimbal.core.errors import InputError, nearest
 from gimbal.demo.sizes import DemoSizes
-from gimbal.demo.vocabulary import Vocabulary
+from gimbal.demo.vocabulary import DemoVocabulary
 
 MANIFEST = "gimbal_demo.json"
 
@@ -39,7 +39,7 @@ class DemoManifest:
         return [int(i) for i in rng.choice(ids, size=tokens, p=probabilities)]
 
 
-def manifest_values(sizes: DemoSizes, words: Vocabulary) -> dict[str, Any]:
+def manifest_values(sizes: DemoSizes, words: DemoVocabulary) -> dict[str, Any]:
     """What `load_manifest` reads back."""
     domains = {}
     for index, name in enumerate(sizes.domain_names):

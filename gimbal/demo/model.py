@@ -20,7 +20,7 @@ import numpy as np
 from gimbal.core.errors import InputError
 from gimbal.demo.manifest import MANIFEST, manifest_values
 from gimbal.demo.sizes import BYTE_TOKENS, FIRST_WORD_ID, HEAD_DIM, SPECIAL_TOKENS, DemoSizes
-from gimbal.demo.vocabulary import Vocabulary, build_vocabulary
+from gimbal.demo.vocabulary import DemoVocabulary, build_vocabulary
 from gimbal.demo.weights import tensors
 
 CHAT_TEMPLATE = (
@@ -104,7 +104,7 @@ def _config(sizes: DemoSizes) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(out: Path, sizes: DemoSizes, words: Vocabulary) -> None:
+def _write_tokenizer(out: Path, sizes: DemoSizes, words: DemoVocabulary) -> None:
     """Byte-level: a known word is one token, anything else is spelt in bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

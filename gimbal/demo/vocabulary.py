@@ -19,7 +19,7 @@ ZIPF_EXPONENT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
+class DemoVocabulary:
     """Word tokens and who uses them.
 
     Attributes:
@@ -50,7 +50,7 @@ def _zipf(n: int) -> np.ndarray:
     return weights
 
 
-def build_vocabulary(sizes: DemoSizes, rng: np.random.Generator) -> Vocabulary:
+def build_vocabulary(sizes: DemoSizes, rng: np.random.Generator) -> DemoVocabulary:
     """Draws the words and deals them to the domains and the shared set in equal parts."""
     count = sizes.vocab - FIRST_WORD_ID
     words: dict[str, None] = {}
@@ -68,4 +68,4 @@ def build_vocabulary(sizes: DemoSizes, rng: np.random.Generator) -> Vocabulary:
     domain_of = np.full(sizes.vocab, -1, dtype=np.int64)
     for domain, part in enumerate(parts[1:]):
         domain_of[part] = domain
-    return Vocabulary(tuple(words), domain_of, parts[0], tuple(parts[1:]))
+    return DemoVocabulary(tuple(words), domain_of, parts[0], tuple(parts[1:]))

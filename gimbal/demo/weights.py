@@ -28,7 +28,7 @@ import numpy as np
 
 from gimbal.demo.calibrate import strengths
 from gimbal.demo.sizes import BYTE_TOKENS, FIRST_WORD_ID, HEAD_DIM, DemoSizes
-from gimbal.demo.vocabulary import Vocabulary
+from gimbal.demo.vocabulary import DemoVocabulary
 
 CONSTANT = 4.0
 """Embedding's constant coordinate."""
@@ -46,7 +46,7 @@ NEXT_WORD_LOGIT, DOMAIN_LOGIT, FREE_LOGIT, RARE_LOGIT = 12.0, 4.0, 0.6, -6.0
 CALIBRATION_TOKENS = 1500
 
 
-class Layout:
+class ResidualParts:
     """Coordinate ranges of the residual stream's four parts."""
 
     def __init__(self, sizes: DemoSizes) -> None:
@@ -58,21 +58,21 @@ class Layout:
         self.free_width = free
 
 
-def embeddings(sizes: DemoSizes, words: Vocabulary, rng: np.random.Generator) -> np.ndarray:
+def embeddings(sizes: DemoSizes, words: DemoVocabulary, rng: np.random.Generator) -> np.ndarray:
     """[vocab, hidden] clusters: mean square 1 per coordinate for a domain word."""
-    layout = Layout(sizes)
+    parts = ResidualParts(sizes)
     table = np.zeros((sizes.vocab, sizes.hidden), dtype=np.float64)
     table[:, 0] = CONSTANT
     ids = np.flatnonzero(words.domain_of >= 0)
-    table[ids, layout.domain.start + words.domain_of[ids]] = DOMAIN
+    table[ids, parts.domain.start + words.domain_of[ids]] = DOMAIN
     energy = sizes.hidden - CONSTANT**2 - DOMAIN**2
-    table[:, layout.token] = rng.standard_normal((sizes.vocab, layout.token_width)) * np.sqrt(
-        energy / layout.token_width
+    table[:, parts.token] = rng.standard_normal((sizes.vocab, parts.token_width)) * np.sqrt(
+        energy / parts.token_width
     )
     return table
 
 
-def successors(words: Vocabulary, rng: np.random.Generator) -> list[tuple[int, int]]:
+def successors(words: DemoVocabulary, rng: np.random.Generator) -> list[tuple[int, int]]:
     """(token, next token) pairs: a cycle in each domain, and one way into each from elsewhere."""
     pairs = []
     for own in words.by_domain:
@@ -85,19 +85,19 @@ def successors(words: Vocabulary, rng: np.random.Generator) -> list[tuple[int, i
 
 
 def output_head(
-    sizes: DemoSizes, words: Vocabulary, table: np.ndarray, rng: np.random.Generator
+    sizes: DemoSizes, words: DemoVocabulary, table: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """[vocab, hidden] rows of the output head."""
-    layout = Layout(sizes)
+    parts = ResidualParts(sizes)
     head = np.zeros((sizes.vocab, sizes.hidden), dtype=np.float64)
-    token = table[:, layout.token]
+    token = table[:, parts.token]
     unit = token / (token**2).sum(axis=1, keepdims=True)
     for before, after in successors(words, rng):
-        head[after, layout.token] += NEXT_WORD_LOGIT * unit[before]
+        head[after, parts.token] += NEXT_WORD_LOGIT * unit[before]
     ids = np.flatnonzero(words.domain_of >= 0)
-    head[ids, layout.domain.start + words.domain_of[ids]] = DOMAIN_LOGIT / DOMAIN
-    head[:, layout.free] = rng.standard_normal((sizes.vocab, layout.free_width)) * (
-        FREE_LOGIT / np.sqrt(layout.free_width) / FREE_SCALE
+    head[ids, parts.domain.start + words.domain_of[ids]] = DOMAIN_LOGIT / DOMAIN
+    head[:, parts.free] = rng.standard_normal((sizes.vocab, parts.free_width)) * (
+        FREE_LOGIT / np.sqrt(parts.free_width) / FREE_SCALE
     )
     head[:FIRST_WORD_ID, 0] = RARE_LOGIT / CONSTANT
     head[words.shared, 0] = RARE_LOGIT / CONSTANT / 4
@@ -105,10 +105,10 @@ def output_head(
 
 
 def gates(
-    sizes: DemoSizes, words: Vocabulary, table: np.ndarray, rng: np.random.Generator
+    sizes: DemoSizes, words: DemoVocabulary, table: np.ndarray, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
     """Yields each layer's calibrated gate [experts, hidden]."""
-    layout = Layout(sizes)
+    parts = ResidualParts(sizes)
     samples = []
     for domain in range(sizes.domains):
         ids, probabilities = words.weights(domain)
@@ -116,27 +116,27 @@ def gates(
     context = np.zeros((sizes.domains, sizes.domains))
     for layer in range(sizes.layers):
         gain = context_gain(sizes, layer)
-        own = np.stack([s[:, layout.domain].mean(axis=0) for s in samples])
+        own = np.stack([s[:, parts.domain].mean(axis=0) for s in samples])
         context = context + gain * (own + context)
         gate = np.zeros((sizes.experts, sizes.hidden))
         popularity = rng.standard_normal(sizes.experts)
         popularity = (popularity - popularity.mean()) / popularity.std()
         affinity = rng.standard_normal((sizes.experts, sizes.domains))
-        gate[:, layout.token] = rng.standard_normal((sizes.experts, layout.token_width))
-        gate[:, layout.token] /= np.sqrt((table[:, layout.token] ** 2).sum(axis=1).mean())
+        gate[:, parts.token] = rng.standard_normal((sizes.experts, parts.token_width))
+        gate[:, parts.token] /= np.sqrt((table[:, parts.token] ** 2).sum(axis=1).mean())
         popular, domainwise = strengths(
             popularity,
             [
-                (s[:, layout.domain] + context[d]) @ affinity.T / DOMAIN
+                (s[:, parts.domain] + context[d]) @ affinity.T / DOMAIN
                 for d, s in enumerate(samples)
             ],
-            [s[:, layout.token] @ gate[:, layout.token].T for s in samples],
+            [s[:, parts.token] @ gate[:, parts.token].T for s in samples],
             sizes.top_k,
             sizes.skew,
             sizes.divergence_bits,
         )
         gate[:, 0] = popular * popularity / CONSTANT
-        gate[:, layout.domain] = domainwise * affinity / DOMAIN
+        gate[:, parts.domain] = domainwise * affinity / DOMAIN
         yield gate * GATE_SCALE
 
 
@@ -150,20 +150,20 @@ def attention(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the layer's attention tensors; value channels 0 to domains-1 of each KV head carry
     the domain coordinates, the others a random mix of the token and free parts."""
-    layout = Layout(sizes)
+    parts = ResidualParts(sizes)
     hidden, width = sizes.hidden, sizes.heads * HEAD_DIM
     values = np.zeros((sizes.kv_heads, HEAD_DIM, hidden))
-    mixed = slice(layout.token.start, hidden)
+    mixed = slice(parts.token.start, hidden)
     rest = HEAD_DIM - sizes.domains
     values[:, sizes.domains :, mixed] = rng.standard_normal(
-        (sizes.kv_heads, rest, hidden - layout.token.start)
+        (sizes.kv_heads, rest, hidden - parts.token.start)
     ) / np.sqrt(hidden)
-    values[:, np.arange(sizes.domains), layout.domain.start + np.arange(sizes.domains)] = 1.0
+    values[:, np.arange(sizes.domains), parts.domain.start + np.arange(sizes.domains)] = 1.0
     out = np.zeros((hidden, sizes.heads, HEAD_DIM))
     for domain in range(sizes.domains):
-        out[layout.domain.start + domain, :, domain] = context_gain(sizes, layer) / sizes.heads
-    out[layout.free, :, sizes.domains :] = rng.standard_normal(
-        (layout.free_width, sizes.heads, rest)
+        out[parts.domain.start + domain, :, domain] = context_gain(sizes, layer) / sizes.heads
+    out[parts.free, :, sizes.domains :] = rng.standard_normal(
+        (parts.free_width, sizes.heads, rest)
     ) / np.sqrt(sizes.heads * rest)
     for name, rows in (("q", width), ("k", sizes.kv_heads * HEAD_DIM)):
         yield f"{name}_proj.weight", rng.standard_normal((rows, hidden)) / np.sqrt(hidden)
@@ -174,7 +174,7 @@ def attention(
 
 def experts(sizes: DemoSizes, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
     """Yields one layer's expert tensors; only the free coordinates are written."""
-    layout = Layout(sizes)
+    parts = ResidualParts(sizes)
     width = sizes.moe_intermediate
     for expert in range(sizes.experts):
         for name in ("gate_proj", "up_proj"):
@@ -185,14 +185,14 @@ def experts(sizes: DemoSizes, rng: np.random.Generator) -> Iterator[tuple[str, n
         down = np.zeros((sizes.hidden, width))
         # silu(a)*b of two unit normals has a standard deviation of about 0.6; the weighted mean
         # of top-k experts keeps about half of it.
-        down[layout.free] = rng.standard_normal((layout.free_width, width)) * (
+        down[parts.free] = rng.standard_normal((parts.free_width, width)) * (
             FREE_SCALE / 0.3 / np.sqrt(width)
         )
         yield f"{expert}.down_proj.weight", down
 
 
 def tensors(
-    sizes: DemoSizes, words: Vocabulary, rng: np.random.Generator
+    sizes: DemoSizes, words: DemoVocabulary, rng: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every (name, float64 array) of the checkpoint in Qwen3-MoE's published naming."""
     table = embeddings(sizes, words, rng)

@@ -66,19 +66,6 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class DecisionRecord:
-    """One dispatch decision."""
-
-    time_s: float
-    request_id: str
-    policy: str
-    engine: int
-    costs: tuple[float, ...]
-    signal_age_us: float
-    decision_us: float
-
-
-@dataclass(frozen=True, slots=True)
 class RebalanceRecord:
     """One expert rearrangement, proposed or committed."""
 

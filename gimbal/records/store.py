@@ -14,7 +14,6 @@ from typing import IO, Any, TypeVar
 
 from gimbal.core.errors import InputError
 from gimbal.records.schema import (
-    DecisionRecord,
     PlacementRecord,
     RebalanceRecord,
     RequestRecord,
@@ -26,14 +25,11 @@ RUN_FILE = "run.json"
 FILES: dict[type, str] = {
     RequestRecord: "requests.jsonl",
     StepRecord: "steps.jsonl",
-    DecisionRecord: "decisions.jsonl",
     RebalanceRecord: "rebalances.jsonl",
     PlacementRecord: "placements.jsonl",
 }
 
-Record = TypeVar(
-    "Record", RequestRecord, StepRecord, DecisionRecord, RebalanceRecord, PlacementRecord
-)
+Record = TypeVar("Record", RequestRecord, StepRecord, RebalanceRecord, PlacementRecord)
 
 
 class RunWriter:
@@ -105,9 +101,6 @@ class RunReader:
 
     def steps(self) -> list[StepRecord]:
         return list(self._read(StepRecord))
-
-    def decisions(self) -> list[DecisionRecord]:
-        return list(self._read(DecisionRecord))
 
     def rebalances(self) -> list[RebalanceRecord]:
         return list(self._read(RebalanceRecord))

@@ -1,4 +1,4 @@
-"""What a plot shows, apart from how it is drawn: `svg` draws it for the page, `plots` as PNG."""
+"""What a chart shows, apart from how `svg` draws it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray, Topology
 from gimbal.core.placement.objective import pair_loads
-from gimbal.report.plots import pyplot
+from gimbal.report.plots import pyplot, save_figure
 
 
 def plot_placement(
@@ -38,5 +38,4 @@ def plot_placement(
         ylabel="source",
     )
     figure.colorbar(image, ax=axes[2], shrink=0.8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)

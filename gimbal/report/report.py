@@ -13,8 +13,8 @@ from gimbal.records.schema import RunInfo
 from gimbal.records.store import RunReader
 from gimbal.report.charts import Chart
 from gimbal.report.page import figures, page, table
-from gimbal.report.plots import save_charts
 from gimbal.report.run_charts import run_charts
+from gimbal.report.svg import save_charts
 from gimbal.report.table import COUNTS, LATENCIES, RATES, STATISTICS
 
 

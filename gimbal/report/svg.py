@@ -1,13 +1,15 @@
-"""Charts as SVG text, so that a report is one file without a plotting library."""
+"""Charts as SVG text, so that a report is one file and needs no plotting library."""
 
 from __future__ import annotations
 
 import base64
 import math
+import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +66,22 @@ def standalone(chart: Chart) -> str:
     )
     body = inner[inner.index(">") + 1 : -len("</svg>")]
     return f"{head}{body}{rows}</svg>"
+
+
+def save_charts(charts: Sequence[Chart], directory: Path) -> list[Path]:
+    """Writes every chart as an SVG file named after its title; returns the paths.
+
+    Files of an earlier report in `directory` are replaced by name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    for chart in charts:
+        path = directory / (re.sub(r"[^a-z0-9.]+", "-", chart.title.lower()).strip("-") + ".svg")
+        while path in written:
+            path = path.with_name(f"{path.stem}-more.svg")
+        path.write_text(standalone(chart), encoding="utf-8")
+        written.append(path)
+    return written
 
 
 def _svg(title: str, body: str) -> str:

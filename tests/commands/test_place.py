@@ -68,6 +68,8 @@ def test_plot_and_table(routing: Path, tmp_path: Path) -> None:
     )
     assert out.read_bytes()[:4] == b"\x89PNG"
     assert "communication term off" in text
+    with pytest.raises(InputError, match=r"plan\.nothing: cannot be written"):
+        run("--routing", routing, "--ranks", 4, "--plot", tmp_path / "plan.nothing")
 
 
 @pytest.mark.parametrize(

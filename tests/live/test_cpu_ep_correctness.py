@@ -21,7 +21,7 @@ from tests.live.check.correctness import (
     migrate,
     take_reference,
 )
-from tests.live.check.server import CheckedServer, Layout
+from tests.live.check.server import CheckedServer, ServerLayout
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]
 
@@ -36,9 +36,9 @@ def test_migrated_experts_answer_like_one_engine(
 ) -> None:
     server_pool.stop()  # type: ignore[attr-defined]  # the shared demo server would slow these down
     vocabulary = int(json.loads((model / "config.json").read_text())["vocab_size"])
-    with CheckedServer(model, Layout(dtype="float32"), tmp_path / "one.log") as server:
+    with CheckedServer(model, ServerLayout(dtype="float32"), tmp_path / "one.log") as server:
         reference = take_reference(server, None, vocabulary)
-    layout = Layout(2, 1, True, 4, True, STEP_INTERVAL, "float32")
+    layout = ServerLayout(2, 1, True, 4, True, STEP_INTERVAL, "float32")
     extra = ("--worker-extension-cls", BREAKER)
     with CheckedServer(model, layout, tmp_path / "split.log", extra) as server:
         before = measure(server, reference, "before", FLOAT32)

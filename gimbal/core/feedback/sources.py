@@ -116,14 +116,21 @@ def stable_windows(mixes: Sequence[FloatArray], most: int = 8) -> int:
 def persistence(previous: FloatArray, rows: FloatArray) -> float:
     """How much of what sets a source apart from the others is still there one window later.
 
-    Regression of this window's deviations from the pooled row on the last window's, clipped to
-    0..1. Sampling noise in the earlier window lowers it, as it should: a deviation that is noise
-    will not come back. 0 when dispatch sends every domain everywhere, near 1 under affinity.
+    The slope of this window's deviations from the pooled row on the last window's. 0 when dispatch
+    sends every domain everywhere, near 1 under affinity.
 
     Args:
         previous, rows: [sources, layers, experts] counts of two successive windows.
     """
-    before, now = _deviations(previous), _deviations(rows)
+    return slope(_deviations(previous), _deviations(rows))
+
+
+def slope(before: FloatArray, now: FloatArray) -> float:
+    """Regression of `now` on `before` through the origin, clipped to 0..1; 0 where `before` is 0.
+
+    Sampling noise in the earlier window lowers it, as it should: a deviation that is noise will
+    not come back.
+    """
     squares = float((before * before).sum())
     return float(np.clip((before * now).sum() / squares, 0.0, 1.0)) if squares > 0 else 0.0
 

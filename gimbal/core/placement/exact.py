@@ -2,36 +2,31 @@
 
 One layer at a time (layers only meet in a move budget, which is left out). The linear form of the
 MoE time replaces the curve, as in the search; where it matters the report compares both solutions
-under it. CP-SAT (ortools) and HiGHS (highspy) cannot be imported in one process, so each runs in
-one of its own: ``python -m gimbal.core.placement.exact cp-sat`` reads from standard input.
+under it. The solver is HiGHS (the extra ``exact``), as a mixed-integer linear program.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
-from importlib import import_module, util
+from importlib import util
 from typing import Any
 
 import numpy as np
 
-from gimbal.core.contracts import IntArray
-from gimbal.core.errors import InputError, nearest
+from gimbal.core.contracts import FloatArray, IntArray
+from gimbal.core.errors import InputError
 from gimbal.core.placement import objective
 from gimbal.core.placement.bounds import send_costs
 from gimbal.core.placement.problem import PlacementProblem
 
-SOLVERS = {
-    "cp-sat": ("ortools", "gimbal.core.placement.exact_cpsat"),
-    "highs": ("highspy", "gimbal.core.placement.exact_highs"),
-}
+THREADS = 2
+RELATIVE_GAP = 1e-5
+"""A layer is solved when its bound is this near its best placement."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExactInstance:
-    """One layer, microseconds per step. Lists, because it travels as JSON.
+    """One layer, microseconds per step.
 
     Attributes:
         load: [copies - 1][expert] time of one of that many replicas, alpha included.
@@ -42,12 +37,12 @@ class ExactInstance:
         hint: [expert][rank] 0/1, a valid solution to start from.
     """
 
-    load: list[list[float]]
-    send: list[list[float]]
-    receive: list[list[float]]
+    load: FloatArray
+    send: FloatArray
+    receive: FloatArray
     slots: int
     most_copies: int
-    hint: list[list[int]]
+    hint: IntArray
 
     @property
     def experts(self) -> int:
@@ -55,7 +50,7 @@ class ExactInstance:
 
     @property
     def ranks(self) -> int:
-        return len(self.send[0])
+        return int(self.send.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +62,7 @@ class ExactResult:
 
     cost: float
     bound: float
-    holds: list[list[int]]
+    holds: IntArray
     seconds: float
 
 
@@ -78,7 +73,6 @@ class ExactReport:
     `proven_gap` is the same against the solver's lower bound: an upper bound of the true gap.
     """
 
-    solver: str
     heuristic_us: float
     exact_us: float
     bound_us: float
@@ -117,50 +111,47 @@ def instance(
     load = problem.alpha * (load + priced.us_per_active[layer] * active)
     receive = priced.receive_us * (1 - matrix(problem.current[layer], t.ranks, experts))
     return ExactInstance(
-        load=load.tolist(),
-        send=send_costs(problem, priced)[layer].tolist(),
-        receive=receive.tolist(),
+        load=load,
+        send=send_costs(problem, priced)[layer],
+        receive=np.asarray(receive, dtype=np.float64),
         slots=t.slots_per_rank,
         most_copies=most,
-        hint=matrix(hint, t.ranks, experts).tolist(),
+        hint=matrix(hint, t.ranks, experts),
     )
 
 
-def cost(model: ExactInstance, holds: IntArray | list[list[int]]) -> float:
+def cost(model: ExactInstance, holds: IntArray) -> float:
     """Objective of a placement [experts, ranks] under the exact model, without `change_us`."""
-    x = np.asarray(holds)
-    copies = x.sum(axis=1)
-    unit = np.asarray(model.load)[copies - 1, np.arange(len(x))]
-    slowest = float((x * unit[:, None]).sum(axis=0).max())
-    send = float((np.asarray(model.send) * x / copies[:, None]).sum())
-    return slowest + send + float((np.asarray(model.receive) * x).sum())
+    copies = holds.sum(axis=1)
+    unit = model.load[copies - 1, np.arange(len(holds))]
+    slowest = float((holds * unit[:, None]).sum(axis=0).max())
+    send = float((model.send * holds / copies[:, None]).sum())
+    return slowest + send + float((model.receive * holds).sum())
 
 
 def compare(
     problem: PlacementProblem,
     placement: IntArray,
-    solver: str = "cp-sat",
     time_limit_s: float = 60.0,
     layers: int | None = None,
 ) -> ExactReport:
     """Solves the first `layers` layers exactly and prices `placement` beside them.
 
     Raises:
-        InputError: unknown or missing solver, or a problem with a forecast (the exact model has
-            no uncertainty) or with expert groups.
+        InputError: a problem with a forecast (the exact model has no uncertainty) or with expert
+            groups, or HiGHS is not installed.
     """
-    if solver not in SOLVERS:
-        raise InputError(f"unknown solver {solver!r}{nearest(solver, SOLVERS)}")
-    if util.find_spec(SOLVERS[solver][0]) is None:
-        raise InputError(f"--exact needs {SOLVERS[solver][0]}: pip install 'gimbal-moe[solvers]'")
     if problem.forecast is not None or problem.group_locked:
         raise InputError("the exact solver takes neither a forecast nor expert groups")
+    if util.find_spec("highspy") is None:
+        raise InputError("--exact needs highspy: pip install 'gimbal-moe[exact]'")
     priced = objective.prices(problem)
     count = min(layers or problem.layers, problem.layers)
-    models = [instance(problem, priced, n, placement[n]) for n in range(count)]
-    results = solve(models, solver, time_limit_s)
-    ours, best, bounds = [], [], []
-    for n, (model, result) in enumerate(zip(models, results, strict=True)):
+    ours, best, bounds, seconds = [], [], [], 0.0
+    for n in range(count):
+        model = instance(problem, priced, n, placement[n])
+        result = solve(model, time_limit_s)
+        seconds += result.seconds
         now, plan = (
             matrix(p[n], problem.topology.ranks, problem.experts)
             for p in (problem.current, placement)
@@ -173,58 +164,72 @@ def compare(
         bounds.append(min(stay, result.bound + priced.change_us))
     optimal = sum(b <= low * (1 + 1e-4) + 1e-9 for b, low in zip(best, bounds, strict=True))
     return ExactReport(
-        solver=solver,
         heuristic_us=float(sum(ours)),
         exact_us=float(sum(best)),
         bound_us=float(sum(bounds)),
         layers=count,
         optimal_layers=optimal,
-        seconds=float(sum(r.seconds for r in results)),
+        seconds=seconds,
     )
 
 
-def _with_change(
-    model: ExactInstance, holds: IntArray | list[list[int]], now: IntArray, change_us: float
-) -> float:
+def _with_change(model: ExactInstance, holds: IntArray, now: IntArray, change_us: float) -> float:
     """`cost`, and `change_us` when a rank receives an expert it does not hold `now`."""
-    changed = bool((np.asarray(holds) > now).any())
-    return cost(model, holds) + (change_us if changed else 0.0)
+    return cost(model, holds) + (change_us if bool((holds > now).any()) else 0.0)
 
 
-def solve(
-    models: list[ExactInstance], solver: str = "cp-sat", time_limit_s: float = 60.0
-) -> list[ExactResult]:
-    """Solves each instance within `time_limit_s` in a process that loads only that solver."""
-    request = json.dumps({"limit_s": time_limit_s, "models": [asdict(m) for m in models]})
-    done = subprocess.run(
-        [sys.executable, "-m", "gimbal.core.placement.exact", solver],
-        input=request,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{solver} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return [ExactResult(**answer) for answer in json.loads(done.stdout.splitlines()[-1])]
+def solve(model: ExactInstance, time_limit_s: float = 60.0) -> ExactResult:
+    """Minimizes slowest rank + sends + receipts; see the linearization in docs/placement.md.
+
+    The result is the solver's placement or the hint, whichever `cost` says is better.
+    """
+    import highspy
+
+    highs: Any = highspy.Highs()  # type: ignore[no-untyped-call]
+    for name, value in (
+        ("output_flag", False),
+        ("time_limit", time_limit_s),
+        ("threads", THREADS),
+        ("mip_rel_gap", RELATIVE_GAP),
+    ):
+        highs.setOptionValue(name, value)
+    experts, ranks, most = model.experts, model.ranks, model.most_copies
+    x = [[highs.addBinary() for _ in range(ranks)] for _ in range(experts)]
+    slowest = highs.addVariable(lb=float(model.load[0].sum() / ranks) if most == 1 else 0.0)
+    rank_load: list[list[Any]] = [[] for _ in range(ranks)]
+    costs = [1.0 * slowest]
+    for e in range(experts):
+        y = _by_copies(highs, x[e], most)
+        for r in range(ranks):
+            for m in range(most):
+                rank_load[r].append(float(model.load[m, e]) * y[m][r])
+                costs.append(float(model.send[e, r] / (m + 1) + model.receive[e, r]) * y[m][r])
+    for r in range(ranks):
+        highs.addConstr(highs.qsum(x[e][r] for e in range(experts)) == model.slots)
+        highs.addConstr(highs.qsum(rank_load[r]) <= slowest)
+    highs.minimize(highs.qsum(costs))
+    info = highs.getInfo()
+    values = highs.getSolution().col_value
+    holds = model.hint
+    feasible = int(highspy.SolutionStatus.kSolutionStatusFeasible)
+    if values and info.primal_solution_status == feasible:
+        found = np.array([[round(values[v.index]) for v in row] for row in x], dtype=np.int32)
+        holds = min(found, holds, key=lambda h: cost(model, h))
+    value = cost(model, holds)
+    return ExactResult(value, min(float(info.mip_dual_bound), value), holds, highs.getRunTime())
 
 
-def repaired(
-    model: ExactInstance, bound: float, holds: list[list[int]], seconds: float
-) -> ExactResult:
-    """A solver's answer, or the hint when that is better; priced by `cost`, not by the solver."""
-    best = min((holds, model.hint), key=lambda h: cost(model, h))
-    value = cost(model, best)
-    return ExactResult(value, min(bound, value), best, seconds)
-
-
-def main() -> None:
-    """The worker process: one solver's name as argument, instances in, answers out."""
-    request = json.load(sys.stdin)
-    module = import_module(SOLVERS[sys.argv[1]][1])
-    models = [ExactInstance(**model) for model in request["models"]]
-    answers = [asdict(module.solve_layer(model, request["limit_s"])) for model in models]
-    print(json.dumps(answers))
-
-
-if __name__ == "__main__":
-    main()
+def _by_copies(highs: Any, x: list[Any], most: int) -> list[list[Any]]:
+    """[copies - 1][rank] 1 when the rank holds the expert and it has that many replicas."""
+    if most == 1:
+        highs.addConstr(highs.qsum(x) == 1)
+        return [x]
+    z = [highs.addBinary() for _ in range(most)]
+    highs.addConstr(highs.qsum(z) == 1)
+    highs.addConstr(highs.qsum(x) == highs.qsum((m + 1) * z[m] for m in range(most)))
+    y = [[highs.addVariable(0, 1) for _ in x] for _ in range(most)]
+    for r, held in enumerate(x):
+        highs.addConstr(highs.qsum(y[m][r] for m in range(most)) == held)
+        for m in range(most):
+            highs.addConstr(y[m][r] <= z[m])
+    return y

@@ -40,7 +40,7 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class PlacementDecision:
     """One proposal and what it is predicted to do; times are microseconds.
 
     Attributes:
@@ -133,7 +133,7 @@ class Planner:
         stall_scale: float = 1.0,
         windows: float = 1.0,
         kinds: Sequence[StepKind] = MEAN_STEP,
-    ) -> Decision:
+    ) -> PlacementDecision:
         """Plans from `current`.
 
         `windows` is over how many intervals the gain may be counted, `kinds` for which steps is
@@ -152,7 +152,7 @@ class Planner:
         options = horizon_steps, self.config.gamma, self.config.gate
         modelled_us = gate.decide(plan, *options).stall_us
         verdict = gate.decide(plan, *options, stall_us=modelled_us * stall_scale)
-        return Decision(
+        return PlacementDecision(
             placement=plan.physical_to_logical,
             commit=verdict.commit,
             reason=verdict.reason,

@@ -54,23 +54,3 @@ def near_split(
         shares,
     )
     return shares
-
-
-def rank_loads(
-    counts: FloatArray, placement: IntArray, shares: FloatArray, topology: Topology
-) -> FloatArray:
-    """[layers, ranks] pairs when `shares` of `near_split` decide the replicas."""
-    index = np.broadcast_to(placement.astype(np.intp), shares.shape)
-    pairs = (np.take_along_axis(counts, index, axis=2) * shares).sum(axis=0)
-    return np.asarray(pairs.reshape(pairs.shape[0], topology.ranks, -1).sum(axis=2))
-
-
-def split_local_share(
-    counts: FloatArray, placement: IntArray, shares: FloatArray, topology: Topology
-) -> float:
-    """Share of all pairs served on their source's own ranks."""
-    index = np.broadcast_to(placement.astype(np.intp), shares.shape)
-    pairs = np.take_along_axis(counts, index, axis=2) * shares
-    owner = np.arange(topology.slots) // topology.slots_per_rank // topology.ranks_per_source
-    own = sum(float(pairs[s][:, owner == s].sum()) for s in range(counts.shape[0]))
-    return own / max(float(counts.sum()), 1e-300)

@@ -23,11 +23,11 @@ from gimbal.core.feedback.outlook import window_overlap
 from gimbal.core.feedback.pressure import expert_pressure_us
 from gimbal.core.guard import LevelGuard
 from gimbal.core.placement import verify
-from gimbal.core.placement.planner import Decision
+from gimbal.core.placement.planner import PlacementDecision
 from gimbal.core.placement.replica_split import near_split
 from gimbal.records.schema import RebalanceRecord
 from gimbal.vllm_plugin.placement.agreement import Gather, Verdict, Vote, map_hash, outcome
-from gimbal.vllm_plugin.placement.ledger import Ledger
+from gimbal.vllm_plugin.placement.rebalance_log import RebalanceLog
 from gimbal.vllm_plugin.placement.replicas import write_tables
 from gimbal.vllm_plugin.placement.rows import (
     SourceCounts,
@@ -78,7 +78,7 @@ class Controller:
     pressure_news: bool = False  # not yet sent to the scheduler
     fallbacks_sent: int = 0  # of `guard`, last told to the scheduler
     notes: WindowNotes = field(init=False)
-    ledger: Ledger = field(init=False)
+    rebalance_log: RebalanceLog = field(init=False)
     _gathered: Any = None  # [ranks, n] rows of all models, on vLLM's device
     _next_model: int = 0
     _own_turn: bool = False
@@ -92,7 +92,7 @@ class Controller:
     def __post_init__(self) -> None:
         self.notes = WindowNotes(self.window_size, max(self.config.half_life_steps, 1e-3))
         writes = self.config.records and self.place.rank == 0
-        self.ledger = Ledger(Path(self.config.records) if writes else None)
+        self.rebalance_log = RebalanceLog(Path(self.config.records) if writes else None)
         self._start_s = self.clock_s()
 
     # A step.
@@ -206,7 +206,7 @@ class Controller:
 
     def _propose(
         self, index: int, shape: tuple[int, ...], current: IntArray
-    ) -> tuple[Vote, Decision | None]:
+    ) -> tuple[Vote, PlacementDecision | None]:
         """This rank's vote; whatever goes wrong becomes a vote for the old map."""
         if self.guard.disabled:
             return (Verdict.VLLM, 0), None
@@ -287,21 +287,23 @@ class Controller:
         )
         view.before = None
         view.outlook.realized(view.promised_us, gain)
-        self.ledger.amend(realized_gain_us_per_step=gain)
-        if self.place.rank == 0 and self.ledger.last is not None:
+        self.rebalance_log.amend(realized_gain_us_per_step=gain)
+        if self.place.rank == 0 and self.rebalance_log.last is not None:
             logger.info(
                 "Gimbal placement: last rearrangement predicted %.1f us per step, realized %.1f",
-                self.ledger.last.predicted_gain_us_per_step,
+                self.rebalance_log.last.predicted_gain_us_per_step,
                 gain,
             )
 
-    def _record(self, index: int, decision: Decision, verdict: Verdict, current: IntArray) -> None:
+    def _record(
+        self, index: int, decision: PlacementDecision, verdict: Verdict, current: IntArray
+    ) -> None:
         committed = verdict is Verdict.COMMIT
         if committed:
             view = self.models[index]
             view.before, view.promised_us = current, decision.gain_us_per_step
             self._modelled_us = decision.modelled_stall_us
-        self.ledger.add(
+        self.rebalance_log.add(
             RebalanceRecord(
                 time_s=self.clock_s() - self._start_s,
                 committed=committed,
@@ -320,7 +322,7 @@ class Controller:
         )
         if (counts := self.models[index].counts) is not None:
             pairs, planned = counts.routing.counts.sum(axis=0), decision.placement
-            self.ledger.snapshot(pairs, current, planned, self.place.ranks)
+            self.rebalance_log.snapshot(pairs, current, planned, self.place.ranks)
         if self.place.rank == 0:
             logger.info(
                 "Gimbal placement: %s, %s; balance %.3f -> %.3f, local share %.3f -> %.3f, "
@@ -340,7 +342,7 @@ class Controller:
         """A rearrangement took `elapsed_us` from serving (all of it, or one layer's share)."""
         if any(view.committed for view in self.models):
             self.stall_us = elapsed_us
-            self.ledger.amend(stall_us=elapsed_us)
+            self.rebalance_log.amend(stall_us=elapsed_us)
 
     def stalled_more(self, elapsed_us: float) -> None:
         """Adds one step's share of an asynchronous rearrangement."""

@@ -103,28 +103,22 @@ def per_source(rows: RankRows, ranks_per_source: int) -> SourceCounts:
     Lock-step engines share their steps: the busiest rank's decayed steps are the window's.
     """
     sources = who_counts(rows.raw, ranks_per_source)
-
-    def fold(plane: FloatArray) -> FloatArray:
-        if sources is Sources.UNKNOWN:
-            return plane[:1]
-        groups = plane.reshape(-1, ranks_per_source, *plane.shape[1:])
-        if sources is Sources.PER_ENGINE:
-            return groups[:, 0]
-        return np.asarray(groups.sum(axis=1))
-
     window = max(float(rows.steps.max()), 1e-9)
     steps = max(1, round(window))
     scale = steps / window
     # Ranks of one engine take part in the same steps: the union of their activations.
-    missed = fold_missed(rows.active_steps / window, sources, ranks_per_source)
-    routing = RoutingCounts(fold(rows.pairs) * scale, np.clip(1.0 - missed, 0.0, 1.0), steps)
+    missed = 1.0 - np.clip(rows.active_steps / window, 0.0, 1.0)
+    active = 1.0 - _folded(missed, sources, ranks_per_source, np.multiply)
+    pairs = _folded(rows.pairs, sources, ranks_per_source, np.add) * scale
+    decode_pairs = _folded(rows.decode_pairs, sources, ranks_per_source, np.add) * scale
+    routing = RoutingCounts(pairs, np.clip(active, 0.0, 1.0), steps)
     if not rows.raw.any():
         routing = replace(routing, active=None)
     kinds = step_kinds(
         _typical(rows, sources, ranks_per_source),
         float(rows.decode_pairs.sum() / max(rows.pairs.sum(), 1e-300)),
     )
-    return SourceCounts(routing, fold(rows.decode_pairs) * scale, sources, kinds)
+    return SourceCounts(routing, decode_pairs, sources, kinds)
 
 
 def _typical(rows: RankRows, sources: Sources, ranks_per_source: int) -> float:
@@ -139,12 +133,13 @@ def _typical(rows: RankRows, sources: Sources, ranks_per_source: int) -> float:
     return typical_share(float(sums.sum()), float(squares.sum() + others), steps)
 
 
-def fold_missed(probability: FloatArray, sources: Sources, ranks_per_source: int) -> FloatArray:
-    """[sources, layers, experts] probability that a step does not activate the expert."""
-    missed = 1.0 - np.clip(probability, 0.0, 1.0)
+def _folded(
+    plane: FloatArray, sources: Sources, ranks_per_source: int, combine: np.ufunc
+) -> FloatArray:
+    """[ranks, ...] of ranks as [sources, ...], those of one engine put together by `combine`."""
     if sources is Sources.UNKNOWN:
-        return missed[:1]
-    groups = missed.reshape(-1, ranks_per_source, *missed.shape[1:])
+        return plane[:1]
+    groups = plane.reshape(-1, ranks_per_source, *plane.shape[1:])
     if sources is Sources.PER_ENGINE:
         return groups[:, 0]
-    return np.asarray(groups.prod(axis=1))
+    return np.asarray(combine.reduce(groups, axis=1))

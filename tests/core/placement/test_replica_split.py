@@ -8,11 +8,31 @@ from hypothesis import strategies as st
 from gimbal.core.contracts import Topology
 from gimbal.core.errors import InputError
 from gimbal.core.placement.objective import pair_loads
-from gimbal.core.placement.replica_split import near_split, rank_loads, split_local_share
+from gimbal.core.placement.replica_split import near_split
 
 TWO = Topology(ranks=2, slots_per_rank=2, ranks_per_source=1, ranks_per_node=2)
 # Expert 0 is on both ranks, 1 on rank 0, 2 on rank 1.
 PLACEMENT = np.array([[0, 1, 2, 0]], dtype=np.int32)
+
+
+def rank_loads(
+    counts: np.ndarray, placement: np.ndarray, shares: np.ndarray, topology: Topology
+) -> np.ndarray:
+    """[layers, ranks] pairs when `shares` of `near_split` decide the replicas."""
+    index = np.broadcast_to(placement.astype(np.intp), shares.shape)
+    pairs = (np.take_along_axis(counts, index, axis=2) * shares).sum(axis=0)
+    return pairs.reshape(pairs.shape[0], topology.ranks, -1).sum(axis=2)
+
+
+def split_local_share(
+    counts: np.ndarray, placement: np.ndarray, shares: np.ndarray, topology: Topology
+) -> float:
+    """Share of all pairs served on their source's own ranks."""
+    index = np.broadcast_to(placement.astype(np.intp), shares.shape)
+    pairs = np.take_along_axis(counts, index, axis=2) * shares
+    owner = np.arange(topology.slots) // topology.slots_per_rank // topology.ranks_per_source
+    own = sum(float(pairs[s][:, owner == s].sum()) for s in range(counts.shape[0]))
+    return own / max(float(counts.sum()), 1e-300)
 
 
 @pytest.mark.parametrize(

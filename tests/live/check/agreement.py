@@ -43,7 +43,7 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class AgreementRow:
     """One line of the table; differences are absolute, in natural log.
 
     Attributes:
@@ -76,7 +76,7 @@ def compare(
     when: str,
     migrations: Mapping[str, int],
     tolerance: Tolerance,
-) -> Row:
+) -> AgreementRow:
     """One row from the scores of every pass and one greedy decode of every prompt."""
     differences = sorted(
         abs(a - b)
@@ -91,7 +91,7 @@ def compare(
         for want, got in zip(reference.continuations, decoded, strict=True)
     ]
     wrong = sum(not at_tie for _, at_tie in agreement)
-    return Row(
+    return AgreementRow(
         layout=layout,
         when=when,
         migrations=int(migrations.get("rearrangements", 0)),
@@ -122,7 +122,7 @@ HEADER = (
 )
 
 
-def render(row: Row) -> str:
+def render(row: AgreementRow) -> str:
     """The row as one line under `HEADER`."""
     return (
         f"{row.layout:<34}{row.when:<25}{row.migrations:>6}{row.moved_slots:>7}{row.tokens:>8}"

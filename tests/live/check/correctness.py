@@ -32,14 +32,14 @@ from tests.live.check.agreement import (
     FLOAT32,
     HEADER,
     NEAR_TIE,
+    AgreementRow,
     Reference,
-    Row,
     Tolerance,
     compare,
     render,
 )
 from tests.live.check.completions import greedy, score, together
-from tests.live.check.server import CheckedServer, Layout
+from tests.live.check.server import CheckedServer, ServerLayout
 
 CONTINUATION_TOKENS = 24
 MIGRATIONS = 3
@@ -75,7 +75,9 @@ def take_reference(server: CheckedServer, base: Reference | None, vocabulary: in
     return Reference(prompts, tuple(answers), sequences, tuple(scores))
 
 
-def measure(server: CheckedServer, reference: Reference, when: str, tolerance: Tolerance) -> Row:
+def measure(
+    server: CheckedServer, reference: Reference, when: str, tolerance: Tolerance
+) -> AgreementRow:
     """Scores the reference's sequences and decodes its prompts, batched unevenly over ranks."""
     url = server.url
     passes = []
@@ -89,7 +91,7 @@ def measure(server: CheckedServer, reference: Reference, when: str, tolerance: T
     return compare(reference, passes, decoded, name, when, moved, tolerance)
 
 
-def measure_alone(server: CheckedServer, reference: Reference) -> Row:
+def measure_alone(server: CheckedServer, reference: Reference) -> AgreementRow:
     """The reference engine against itself, one request at a time."""
     url = server.url
     scores = [together([t], lambda s, t: score(s, url, t, 0))[0] for t in reference.sequences]
@@ -115,9 +117,9 @@ def migrate(server: CheckedServer, reference: Reference, wanted: int, limit_s: f
         together(work, lambda s, item: greedy(s, url, item[0], 64, item[1]))
 
 
-def default_layouts() -> list[Layout]:
+def default_layouts() -> list[ServerLayout]:
     """DP=2 EP=2 and DP=2 TP=2 EP=4, with and without redundancy, sync and async, and float32."""
-    two = Layout(2, 1, True, 0, False, STEP_INTERVAL)
+    two = ServerLayout(2, 1, True, 0, False, STEP_INTERVAL)
     four = replace(two, tp=2)
     return [
         two,
@@ -136,25 +138,25 @@ class Check:
     model: Path
     logs: Path
     plain_vllm: bool = False
-    rows: list[Row] = field(default_factory=list)
+    rows: list[AgreementRow] = field(default_factory=list)
     references: dict[str, Reference] = field(default_factory=dict)
     tolerances: dict[str, Tolerance] = field(default_factory=dict)
 
-    def serve(self, layout: Layout, *extra: str) -> CheckedServer:
+    def serve(self, layout: ServerLayout, *extra: str) -> CheckedServer:
         name = layout.name.replace(" ", "_").replace("=", "")
         return CheckedServer(self.model, layout, self.logs / f"{name}.log", extra, self.plain_vllm)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: AgreementRow) -> None:
         self.rows.append(row)
         print(render(row), flush=True)
 
     def take_references(self) -> None:
         """One engine without expert parallelism, in bf16 and in float32."""
         vocabulary = int(json.loads((self.model / "config.json").read_text())["vocab_size"])
-        with self.serve(Layout()) as server:
+        with self.serve(ServerLayout()) as server:
             base = take_reference(server, None, vocabulary)
             self.add(measure_alone(server, base))
-        with self.serve(Layout(dtype="float32")) as server:
+        with self.serve(ServerLayout(dtype="float32")) as server:
             yardstick = measure(server, base, "against bf16: yardstick", Tolerance())
             self.references["float32"] = take_reference(server, base, vocabulary)
         self.references["bfloat16"] = base
@@ -164,7 +166,7 @@ class Check:
         }
         self.add(yardstick)
 
-    def check(self, layout: Layout, break_map: bool = False) -> None:
+    def check(self, layout: ServerLayout, break_map: bool = False) -> None:
         """Rows of one layout; `break_map` adds the one that must be outside."""
         reference, tolerance = self.references[layout.dtype], self.tolerances[layout.dtype]
         extra = ("--worker-extension-cls", BREAKER) if break_map else ()

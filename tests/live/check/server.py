@@ -24,7 +24,7 @@ WORKER_NAME = re.compile(r"VLLM::Worker")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ServerLayout:
     """How one model is laid out over ranks, and how its experts migrate.
 
     Attributes:
@@ -83,7 +83,7 @@ class CheckedServer:
     """
 
     model: Path
-    layout: Layout
+    layout: ServerLayout
     log: Path
     extra: tuple[str, ...] = ()
     plain_vllm: bool = False

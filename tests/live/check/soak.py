@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 
 from tests.live.check.correctness import make_demo_model
-from tests.live.check.server import CheckedServer, Layout
+from tests.live.check.server import CheckedServer, ServerLayout
 
 MAX_GROWTH = 0.01
 """Allowed growth of the workers' resident memory over the second half, as a share of it."""
@@ -249,7 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = options.model or make_demo_model(folder)
     vocabulary = int(json.loads((model / "config.json").read_text())["vocab_size"])
     requests = soak_requests(options.requests, vocabulary, options.abort_share, options.seed)
-    layout = Layout(2, options.tp, True, options.redundant, not options.sync, options.step_interval)
+    layout = ServerLayout(
+        2, options.tp, True, options.redundant, not options.sync, options.step_interval
+    )
     extra = ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
     with CheckedServer(model, layout, folder / "server.log", extra, options.plain_vllm) as server:
         print(f"{layout.name}: ready after {server.start_s:.0f} s, log {server.log}", flush=True)

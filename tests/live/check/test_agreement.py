@@ -21,7 +21,7 @@ from tests.live.check.correctness import (
     fixed_prompts,
     rank_splits,
 )
-from tests.live.check.server import Layout
+from tests.live.check.server import ServerLayout
 
 WANT = Greedy((7, 8, 9), (-0.1, -0.7, -0.2), ({7: -0.1}, {8: -0.7, 5: -0.75, 6: -2.0}, {9: -0.2}))
 REFERENCE = Reference(((1, 2),), (WANT,), ((1, 2, 7, 8, 9),), ((-1.0, -2.0, -0.5, -0.25),))
@@ -87,8 +87,8 @@ def test_a_layout_s_flags_say_what_its_name_says():
     assert eplb["num_redundant_experts"] == 4
     assert eplb["use_async"] is False
     assert eplb["window_size"] <= eplb["step_interval"]
-    assert "--enable-expert-parallel" not in Layout().flags()
-    assert "--enable-eplb" not in Layout(2, 1, True).flags()
+    assert "--enable-expert-parallel" not in ServerLayout().flags()
+    assert "--enable-eplb" not in ServerLayout(2, 1, True).flags()
 
 
 def test_every_layout_is_checked_with_and_without_redundancy_sync_and_async():

@@ -120,11 +120,11 @@ class Group:
         votes = []
         for index, worker in enumerate(self.workers):
             current = worker.models[0].state.physical_to_logical_map.numpy().astype(np.int32)
-            before, last = worker.models[0].before, worker.ledger.last
+            before, last = worker.models[0].before, worker.rebalance_log.last
             learned = copy.deepcopy(worker.models[0].outlook), worker.models[0].planned_step
             vote, _ = worker._propose(0, tuple(weight.shape), current)
             votes.append(self.votes[index] or vote)
-            worker.models[0].before, worker.ledger.last = before, last
+            worker.models[0].before, worker.rebalance_log.last = before, last
             worker.models[0].outlook, worker.models[0].planned_step = learned
         maps = []
         for worker in self.workers:

@@ -43,15 +43,15 @@ def test_without_drift_the_second_rearrangement_moves_nothing():
         group.run_step(skewed(2))
     second = group.rearrange()
     assert (first[0] == second[0]).all()
-    assert group.workers[0].ledger.committed == 1
+    assert group.workers[0].rebalance_log.committed == 1
 
 
 def test_a_gate_that_cannot_be_passed_keeps_the_map():
     group = filled(2, gate=1e12)
     before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
     assert (group.rearrange()[0] == before).all()
-    assert not group.workers[0].ledger.last.committed
-    assert "does not exceed" in group.workers[0].ledger.last.reason
+    assert not group.workers[0].rebalance_log.last.committed
+    assert "does not exceed" in group.workers[0].rebalance_log.last.reason
 
 
 @pytest.mark.parametrize(

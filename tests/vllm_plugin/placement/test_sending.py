@@ -96,9 +96,9 @@ def test_with_feedback_only_lasting_differences_move_experts():
             flipping.run_step(swapped() if window % 2 else skewed(2))
         steady.rearrange()
         flipping.rearrange()
-    assert steady.workers[0].ledger.committed == 1
+    assert steady.workers[0].rebalance_log.committed == 1
     assert steady.workers[0].models[0].outlook.windows > 4
-    assert flipping.workers[0].ledger.committed == 0
+    assert flipping.workers[0].rebalance_log.committed == 0
     assert flipping.workers[0].guard.counts == {}
 
 

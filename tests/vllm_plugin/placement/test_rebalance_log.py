@@ -3,7 +3,7 @@
 import json
 
 from gimbal.records.schema import RebalanceRecord
-from gimbal.vllm_plugin.placement.ledger import Ledger
+from gimbal.vllm_plugin.placement.rebalance_log import RebalanceLog
 
 
 def record(time_s, committed=True):
@@ -29,46 +29,46 @@ def lines(folder):
 
 
 def test_the_last_record_is_completed_in_place(tmp_path):
-    ledger = Ledger(tmp_path / "deep")
-    ledger.add(record(1.0))
-    ledger.amend(stall_us=3.0)
-    ledger.amend(realized_gain_us_per_step=4.0)
-    ledger.add(record(2.0, committed=False))
-    ledger.amend(stall_us=9.0)
+    log = RebalanceLog(tmp_path / "deep")
+    log.add(record(1.0))
+    log.amend(stall_us=3.0)
+    log.amend(realized_gain_us_per_step=4.0)
+    log.add(record(2.0, committed=False))
+    log.amend(stall_us=9.0)
     first, second = lines(tmp_path / "deep")
     assert (first["time_s"], first["stall_us"], first["realized_gain_us_per_step"]) == (1, 3, 4)
     assert (second["time_s"], second["stall_us"]) == (2, 9)
-    assert (ledger.proposed, ledger.committed) == (2, 1)
+    assert (log.proposed, log.committed) == (2, 1)
 
 
 def test_another_run_appends(tmp_path):
-    Ledger(tmp_path).add(record(1.0))
-    second = Ledger(tmp_path)
+    RebalanceLog(tmp_path).add(record(1.0))
+    second = RebalanceLog(tmp_path)
     second.add(record(2.0))
     second.amend(stall_us=1.0)
     assert [r["time_s"] for r in lines(tmp_path)] == [1.0, 2.0]
 
 
 def test_a_file_taken_away_comes_back(tmp_path):
-    ledger = Ledger(tmp_path)
-    ledger.add(record(1.0))
-    ledger.add(record(2.0))
+    log = RebalanceLog(tmp_path)
+    log.add(record(1.0))
+    log.add(record(2.0))
     (tmp_path / "rebalances.jsonl").unlink()
-    ledger.amend(stall_us=1.0)
+    log.amend(stall_us=1.0)
     assert [r["time_s"] for r in lines(tmp_path)] == [2.0]
 
 
 def test_a_place_that_cannot_be_written_stops_the_records_only(tmp_path):
     (tmp_path / "file").write_text("")
-    ledger = Ledger(tmp_path / "file")
-    ledger.add(record(1.0))
-    ledger.amend(stall_us=1.0)
-    assert ledger.last.stall_us == 1.0
+    log = RebalanceLog(tmp_path / "file")
+    log.add(record(1.0))
+    log.amend(stall_us=1.0)
+    assert log.last.stall_us == 1.0
 
 
 def test_without_a_directory_the_last_record_is_kept():
-    ledger = Ledger(None)
-    ledger.amend(stall_us=1.0)
-    assert ledger.last is None
-    ledger.add(record(1.0))
-    assert ledger.last.time_s == 1.0
+    log = RebalanceLog(None)
+    log.amend(stall_us=1.0)
+    assert log.last is None
+    log.add(record(1.0))
+    assert log.last.time_s == 1.0

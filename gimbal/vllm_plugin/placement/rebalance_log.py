@@ -21,7 +21,7 @@ from gimbal.records.store import FILES
 logger = logging.getLogger("vllm.gimbal")
 
 
-class Ledger:
+class RebalanceLog:
     """Appends records to ``rebalances.jsonl``; keeps the last one open.
 
     Args:
