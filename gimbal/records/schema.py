@@ -51,7 +51,7 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One lock-step engine step."""
+    """One lock-step engine step, in a server's own ``steps-ENGINE.jsonl`` (key `step_records`)."""
 
     time_s: float
     engine: int

@@ -24,7 +24,6 @@ from gimbal.records.schema import (
 RUN_FILE = "run.json"
 FILES: dict[type, str] = {
     RequestRecord: "requests.jsonl",
-    StepRecord: "steps.jsonl",
     RebalanceRecord: "rebalances.jsonl",
     PlacementRecord: "placements.jsonl",
 }
@@ -98,9 +97,6 @@ class RunReader:
 
     def requests(self) -> list[RequestRecord]:
         return list(self._read(RequestRecord))
-
-    def steps(self) -> list[StepRecord]:
-        return list(self._read(StepRecord))
 
     def rebalances(self) -> list[RebalanceRecord]:
         return list(self._read(RebalanceRecord))

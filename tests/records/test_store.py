@@ -10,7 +10,6 @@ from gimbal.records.schema import (
     RebalanceRecord,
     RequestRecord,
     RunInfo,
-    StepRecord,
 )
 from gimbal.records.store import RunReader, RunWriter
 
@@ -18,21 +17,18 @@ INFO = RunInfo("bench", ("bench", "--demo"), 3, 2, {"name": "t"}, {"vllm": {}}, 
 REQUEST = RequestRecord(
     "a-0", "vllm", 1, 0.5, 0.501, 30, 2, 2, 0.7, 0.8, (0.7, 0.8), 1, "s", "code", "ok", None, 4
 )
-STEP = StepRecord(0.1, 1, 900.0, 30, 2, 1, 17, 0.25)
 REBALANCE = RebalanceRecord(1.0, True, "gain", 5.0, 6.0, None, 7.0, 4, 3, 1.5, 1.1, None, 0.4)
 
 
 def test_every_record_round_trips(tmp_path: Path) -> None:
     with RunWriter(tmp_path / "run", INFO) as writer:
         writer.write([REQUEST, REQUEST])
-        writer.write([STEP])
         writer.write([REBALANCE])
         # Readable while the run goes on: nothing waits for close.
         assert len(RunReader(tmp_path / "run").requests()) == 2
     reader = RunReader(tmp_path / "run")
     assert reader.info() == INFO
     assert reader.requests() == [REQUEST, REQUEST]
-    assert reader.steps() == [STEP]
     assert reader.rebalances() == [REBALANCE]
 
 
@@ -58,14 +54,14 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run"):
         RunReader(tmp_path).info()
     with RunWriter(tmp_path / "run", INFO) as writer:
-        writer.write([STEP])
-    path = tmp_path / "run" / "steps.jsonl"
+        writer.write([REBALANCE])
+    path = tmp_path / "run" / "rebalances.jsonl"
     path.write_text(path.read_text() + "{broken\n")
-    with pytest.raises(InputError, match=r"steps\.jsonl:2: not JSON"):
-        RunReader(tmp_path / "run").steps()
+    with pytest.raises(InputError, match=r"rebalances\.jsonl:2: not JSON"):
+        RunReader(tmp_path / "run").rebalances()
     path.write_text('{"time_s": 1, "unknown": 2}\n')
-    with pytest.raises(InputError, match=r"steps\.jsonl:1: .*engine"):
-        RunReader(tmp_path / "run").steps()
+    with pytest.raises(InputError, match=r"rebalances\.jsonl:1: .*committed"):
+        RunReader(tmp_path / "run").rebalances()
 
 
 def test_unknown_fields_are_ignored_and_new_ones_defaulted(tmp_path: Path) -> None:

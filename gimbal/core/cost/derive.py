@@ -8,7 +8,7 @@ more on small steps, where launches and the host decide; `gimbal calibrate` repl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gimbal.core.cost.profile import (
@@ -19,6 +19,7 @@ from gimbal.core.cost.profile import (
     MoeTerm,
     Profile,
     Term,
+    load_profile,
 )
 from gimbal.core.errors import InputError, nearest
 
@@ -26,6 +27,9 @@ MEMORY, COMPUTE, LINK = 0.85, 0.72, 0.75
 KERNEL_US = 5.0
 MOE_NORM = 2.0
 BF16_BYTES = 2
+SAMPLER_US = 150.0
+HOST_PROFILE = "h100-qwen3-30b-a3b"
+"""Whose host times an estimate takes: no data sheet says them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,83 +81,97 @@ def model_shape(config: Mapping[str, Any], where: str = "config.json") -> ModelS
         raise InputError(f"{where}: no {error.args[0]}") from None
 
 
+@dataclass(frozen=True, slots=True)
+class _Roofline:
+    """What kernels of one GPU can be expected to reach."""
+
+    flop_per_us: float
+    byte_per_us: float
+    link_per_us: float
+    source: str
+
+    def gemm(self, inputs: int, outputs: float) -> Term:
+        flops, weights = 2.0 * inputs * outputs, inputs * outputs * BF16_BYTES
+        floor = KERNEL_US + weights / self.byte_per_us
+        return Term(flops / self.flop_per_us, KERNEL_US, floor, self.source)
+
+    def elementwise(self, bytes_per_token: float) -> Term:
+        return Term(bytes_per_token / self.byte_per_us, 2 * KERNEL_US, 0.0, self.source)
+
+    def transfer(self, bytes_per_token: float) -> Term:
+        return Term(bytes_per_token / self.link_per_us, KERNEL_US, 0.0, self.source)
+
+    def attention(self, width: float, kv_bytes_per_token: float) -> AttentionTerm:
+        """Args: width, channels of all heads; kv_bytes_per_token, both of one layer of one rank."""
+        kv_us = kv_bytes_per_token / self.byte_per_us
+        return AttentionTerm(
+            floor_us=2 * KERNEL_US,
+            base_us=2 * KERNEL_US,
+            per_decode_kv_token_us=kv_us,
+            per_mixed_decode_kv_token_us=kv_us,
+            per_prefill_pair_us=4.0 * width / self.flop_per_us,
+            per_prefill_kv_token_us=kv_us,
+            source=self.source,
+        )
+
+    def moe(self, model: ModelShape) -> MoeTerm:
+        flops = 2.0 * model.expert_bytes / BF16_BYTES  # a multiplication and an addition each
+        return MoeTerm(
+            base_us=5 * KERNEL_US,
+            per_active_expert_us=model.expert_bytes / self.byte_per_us,
+            per_pair_us=flops / self.flop_per_us,
+            per_group_token_us=3 * model.top_k * model.hidden * BF16_BYTES / self.byte_per_us,
+            norm=MOE_NORM,
+            source=self.source,
+        )
+
+
 def derive_profile(
     name: str, config: Mapping[str, Any], gpu: str, layout: Layout, where: str = "config.json"
 ) -> Profile:
     """The estimate for a model on `layout.ep` GPUs called `gpu`; raises InputError.
 
-    The result says ``estimated: true``, and so does every term.
+    The result says ``estimated: true``, and so does every term. What the host takes and how far
+    CUDA graphs reach are those of the measured H100 profile.
     """
     if gpu not in GPUS:
         raise InputError(f"unknown GPU {gpu!r}{nearest(gpu, GPUS)}")
     sheet, model = GPUS[gpu], model_shape(config, where)
-    flop_per_us = sheet.tflops * 1e6 * COMPUTE
-    byte_per_us = sheet.memory_gbps * 1e3 * MEMORY
+    source = f"estimate: roofline of the {gpu} data sheet"
     link_per_us = sheet.link_gbps * 1e3 * LINK
-    heads, hidden = config["num_attention_heads"], model.hidden
+    flop_per_us, byte_per_us = sheet.tflops * 1e6 * COMPUTE, sheet.memory_gbps * 1e3 * MEMORY
+    roofline = _Roofline(flop_per_us, byte_per_us, link_per_us, source)
+    tp, hidden, token_bytes = layout.tp, model.hidden, model.hidden * BF16_BYTES
+    heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads", heads)
     head_dim = config.get("head_dim") or hidden // heads
-    source = f"estimate: roofline of the {gpu} data sheet"
-
-    def gemm(inputs: int, outputs: float) -> Term:
-        flops, weights = 2.0 * inputs * outputs, inputs * outputs * BF16_BYTES
-        floor = KERNEL_US + weights / byte_per_us
-        return Term(flops / flop_per_us, KERNEL_US, floor, source)
-
-    def transfer(bytes_per_token: float) -> Term:
-        return Term(bytes_per_token / link_per_us, KERNEL_US, 0.0, source)
-
-    tp = layout.tp
-    token_bytes = hidden * BF16_BYTES
     per_rank = [
-        gemm(hidden, (heads + 2 * kv_heads) * head_dim / tp),
-        gemm(hidden, heads * head_dim / tp),
-        gemm(hidden, model.experts),
-        Term(10 * token_bytes / byte_per_us, 2 * KERNEL_US, 0.0, source),
+        roofline.gemm(hidden, (heads + 2 * kv_heads) * head_dim / tp),
+        roofline.gemm(hidden, heads * head_dim / tp),
+        roofline.gemm(hidden, model.experts),
+        roofline.elementwise(10 * token_bytes),
     ]
     if tp > 1:
-        per_rank += [transfer(2 * token_bytes * (tp - 1) / tp)]
-    per_group = (transfer(token_bytes), transfer(token_bytes)) if layout.ep > 1 else ()
+        per_rank += [roofline.transfer(2 * token_bytes * (tp - 1) / tp)]
+    gathers = 2 if layout.ep > 1 else 0  # dispatch and combine
     kv_layer = model.kv_bytes_per_token / config["num_hidden_layers"] / tp
-    dense = 4.0 * heads * head_dim / tp
-    vocabulary = config.get("vocab_size", 0) * hidden * BF16_BYTES / tp
-    expert_flops = 2.0 * model.expert_bytes / BF16_BYTES  # a multiplication and an addition each
+    head_us = config.get("vocab_size", 0) * token_bytes / tp / byte_per_us
     weights = model.layers * model.experts / layout.ep * model.expert_bytes
     free = max(0.0, sheet.memory_gb * 1e9 * 0.9 - 1.15 * weights)
-    return Profile(
+    return replace(
+        load_profile(HOST_PROFILE),
         name=name,
         machine=f"{layout.ep}x {gpu}",
         model=model,
         layout=layout,
         per_rank_token=tuple(per_rank),
-        per_group_token=per_group,
-        attention=AttentionTerm(
-            floor_us=2 * KERNEL_US,
-            base_us=2 * KERNEL_US,
-            per_decode_kv_token_us=kv_layer / byte_per_us,
-            per_mixed_decode_kv_token_us=kv_layer / byte_per_us,
-            per_prefill_pair_us=dense / flop_per_us,
-            per_prefill_kv_token_us=kv_layer / byte_per_us,
-            source=source,
-        ),
-        moe=MoeTerm(
-            base_us=5 * KERNEL_US,
-            per_active_expert_us=model.expert_bytes / byte_per_us,
-            per_pair_us=expert_flops / flop_per_us,
-            per_group_token_us=3 * model.top_k * token_bytes / byte_per_us,
-            norm=MOE_NORM,
-            source=source,
-        ),
-        per_step=(Term(0.3, vocabulary / byte_per_us + 150.0, 0.0, source),),
+        per_group_token=(roofline.transfer(token_bytes),) * gathers,
+        attention=roofline.attention(heads * head_dim / tp, kv_layer),
+        moe=roofline.moe(model),
+        per_step=(Term(0.3, head_us + SAMPLER_US, 0.0, source),),
         interconnect=Interconnect(
             link_per_us, sheet.other_node_gbps * 1e3 * LINK, link_per_us, 15_000.0, source
         ),
-        host_us=500.0,
-        host_per_request_us=4.4,
-        launch_layer_us=500.0,
-        graph_tokens=512,
-        api_us=3000.0,
-        api_token_us=46.0,
         kv_tokens=int(free / (model.kv_bytes_per_token / tp)),
         estimated=True,
         notes=("an estimate: measure with gimbal calibrate before trusting absolute times",),
