@@ -31,7 +31,8 @@ from rich.table import Table
 
 from gimbal.bench.endpoint import Endpoint
 from gimbal.bench.servers import ServerPool
-from gimbal.bench.session import BenchOptions, BenchSession, plan_turns
+from gimbal.bench.session import BenchOptions, BenchSession
+from gimbal.bench.turns import plan_turns
 from gimbal.commands.stats import fetch
 from gimbal.core.contracts import Topology
 from gimbal.core.placement import objective
@@ -55,11 +56,13 @@ def arms_of(names: list[str], args: argparse.Namespace, records: Path) -> list[A
     placement = {"records": str(records)}
     local = placement | {"backend": "all2all", "beta": args.beta}
     known = {
-        "none": Arm("none", flags=("--no-enable-eplb",)),
-        "eplb": Arm("eplb", flags=flags),
-        "placement": Arm("placement", ("placement",), flags=flags, config={"placement": placement}),
+        "none": Arm("none", config={"levels": []}, flags=("--no-enable-eplb",)),
+        "eplb": Arm("eplb", config={"levels": []}, flags=flags),
+        "placement": Arm(
+            "placement", config={"levels": ["placement"], "placement": placement}, flags=flags
+        ),
         "placement-local": Arm(
-            "placement-local", ("placement",), flags=flags, config={"placement": local}
+            "placement-local", config={"levels": ["placement"], "placement": local}, flags=flags
         ),
     }
     return [known[name] for name in names]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from dataclasses import replace
 
-from gimbal.sim.arms import get_arm
+from gimbal.report.arms import get_arm
 from gimbal.sim.cluster import load_cluster
 from gimbal.sim.routing import make_population
 from gimbal.sim.run import Simulation
@@ -18,7 +19,9 @@ from gimbal.workloads import WorkloadOptions, build_workload
 from gimbal.workloads.trace import Trace, TraceRequest, make_trace
 
 RATES_RPS = (12.0, 24.0, 48.0)
-ARMS = ("vllm-no-eplb", "gimbal-dp")
+ARMS = [  # experts stay, as they did when these were first measured
+    replace(get_arm(name), flags=("--no-enable-eplb",)) for name in ("vllm-no-eplb", "gimbal-dp")
+]
 
 
 def synthetic(requests: int) -> Trace:
@@ -39,24 +42,24 @@ def main() -> None:
     population = make_population(profile)
     warm = build_workload(synthetic(50), WorkloadOptions(arrivals="poisson", rate_rps=10.0), 0)
     for arm in ARMS:  # compiles the kernels
-        Simulation(warm, cluster, profile, population, get_arm(arm)).run()
+        Simulation(warm, cluster, profile, population, arm).run()
     print(f"{'arm':>14s} {'rate/s':>7s} {'steps':>8s} {'steps/s':>9s} {'x real time':>11s}")
     for rate in RATES_RPS:
         options = WorkloadOptions(arrivals="poisson", rate_rps=rate)
         trace = build_workload(synthetic(args.requests), options, 0)
         for arm in ARMS:
-            simulation = Simulation(trace, cluster, profile, population, get_arm(arm))
+            simulation = Simulation(trace, cluster, profile, population, arm)
             began = time.perf_counter()
             result = simulation.run()
             took = time.perf_counter() - began
             print(
-                f"{arm:>14s} {rate:7.0f} {result.steps:8d} {result.steps / took:9.0f} "
+                f"{arm.name:>14s} {rate:7.0f} {result.steps:8d} {result.steps / took:9.0f} "
                 f"{result.duration_s / took:11.0f}"
             )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     options = WorkloadOptions(arrivals="poisson", rate_rps=RATES_RPS[-1])
     trace = build_workload(synthetic(args.memory_requests), options, 0)
-    result = Simulation(trace, cluster, profile, population, get_arm("gimbal-dp")).run()
+    result = Simulation(trace, cluster, profile, population, ARMS[-1]).run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
         f"{len(result.records)} requests: peak {peak / 2**20:.2f} GiB "

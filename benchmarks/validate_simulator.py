@@ -24,9 +24,10 @@ import numpy as np
 from gimbal.core.cost.profile import Profile, load_profile, slowed
 from gimbal.records.schema import RequestRecord
 from gimbal.records.store import RunReader
+from gimbal.report.arms import Arm, get_arm
+from gimbal.report.arms_file import parse_arm
 from gimbal.report.compare import compare
 from gimbal.report.metrics import Slo, samples, summarize
-from gimbal.sim.arms import Arm, get_arm
 from gimbal.sim.cells import gaps_ms
 from gimbal.sim.cluster import Cluster, load_cluster
 from gimbal.sim.routing import make_population, named_population
@@ -115,11 +116,11 @@ def live_trace(records: Sequence[RequestRecord]) -> Trace:
 
 
 def live_arm(name: str, spec: Mapping[str, Any]) -> Arm:
-    """The simulated policy set of a measured arm, from what ``run.json`` says of it."""
-    dispatches = "dispatch" in spec["levels"]
-    policy = spec["policy"] if dispatches else None
-    ordering = spec["queue_ordering"] if "queue" in spec["levels"] else None
-    return Arm(name, policy or "vllm", dispatches, ordering or "fcfs")
+    """Dispatch and queue of a measured arm, from what ``run.json`` says of it; experts stay."""
+    arm = parse_arm(f"arm {name}", name, spec)
+    levels = [level for level in arm.levels if level in ("dispatch", "queue")]
+    config = {**arm.config, "levels": levels}
+    return dataclasses.replace(arm, config=config, flags=("--no-enable-eplb",))
 
 
 def mean_gap_ms(records: Sequence[RequestRecord]) -> float:

@@ -96,8 +96,8 @@ def _write_runs(out: Path, results: list[Any]) -> None:
     from gimbal.commands.simulate import report_of
     from gimbal.records.schema import RunInfo
     from gimbal.records.store import RunWriter
+    from gimbal.report.arms import get_arm
     from gimbal.report.metrics import Slo
-    from gimbal.sim.arms import get_arm
     from reproduction.matrix import FIRST_SEED, KEPT_LOAD, kept_run
 
     kept = [(task, cell) for task, cell in results if task.arm and task.kept]
@@ -118,7 +118,7 @@ def _write_runs(out: Path, results: list[Any]) -> None:
             seed=FIRST_SEED,
             repeats=len({run.repeat for run in runs}),
             trace={"name": f"{first.trace}-{first.distribution}", "options": {}},
-            arms={name: dataclasses.asdict(get_arm(name)) for name in names},
+            arms={name: get_arm(name).to_json() for name in names},
             environment=report["environment"],
             result=report,
         )

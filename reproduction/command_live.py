@@ -103,11 +103,12 @@ def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:
     """What is measured, and what each run says of itself; raises InputError."""
     from dataclasses import asdict
 
+    from gimbal.bench.arms import refuse_simulated
     from gimbal.bench.session import BenchOptions
     from gimbal.core.errors import InputError
     from gimbal.records.environment import describe_environment
     from gimbal.records.schema import RunInfo
-    from gimbal.report.arms import select_arms
+    from gimbal.report.arms_file import select_arms
     from gimbal.workloads import WorkloadOptions, load_trace
     from reproduction.live import ARMS, LiveMatrix
 
@@ -125,7 +126,7 @@ def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:
     names = (
         tuple(n.strip() for n in values["arm_names"].split(",")) if values["arm_names"] else ARMS
     )
-    select_arms(names)
+    refuse_simulated(select_arms(names))
     trace = load_trace("burstgpt")
     workload = WorkloadOptions(
         arrivals="gamma",

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gimbal.bench.arms import ServerSpec, server_spec
 from gimbal.bench.endpoint import Endpoint
 from gimbal.bench.servers import ServerPool
-from gimbal.bench.session import BenchOptions, BenchSession, Turn
+from gimbal.bench.session import BenchOptions, BenchSession
+from gimbal.bench.turns import Turn
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord, RunInfo
 from gimbal.records.store import FILES, RUN_FILE, RunReader, RunWriter, read_records
-from gimbal.report.arms import Arm, ServerSpec, select_arms
+from gimbal.report.arms import Arm
+from gimbal.report.arms_file import select_arms
 from gimbal.report.compare import turns
 from gimbal.workloads.prompts import Vocabulary
 
@@ -42,7 +45,7 @@ class LiveMatrix:
         """Arms by the server they run on."""
         groups: dict[ServerSpec, list[Arm]] = {}
         for arm in select_arms(self.arms):
-            groups.setdefault(arm.server("placement" not in arm.levels), []).append(arm)
+            groups.setdefault(server_spec(arm, "placement" not in arm.levels), []).append(arm)
         return groups
 
 
@@ -154,7 +157,7 @@ class LiveRun:
             return float(json.loads(path.read_text(encoding="utf-8"))["capacity_rps"])
         arm = select_arms(["vllm"])[0]
         session.switches = True
-        session.settle_rate(arm.server(True), arm)
+        session.settle_rate(server_spec(arm, True), arm)
         assert session.capacity_rps is not None
         path.write_text(json.dumps({"capacity_rps": session.capacity_rps}), encoding="utf-8")
         return session.capacity_rps

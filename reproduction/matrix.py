@@ -3,6 +3,10 @@
 A cell is one arm on one seed's workload of one length distribution at one load of one scenario.
 Its file is named after a digest of everything that defines it, so an interrupted run continues
 where it stopped and a changed definition runs only its own cells again.
+
+Arms mean what they mean everywhere (`gimbal.report.arms`). Since 0.2 those without level
+`placement` run under vLLM's EPLB, as on a server: of ours `gimbal-dp`, whose experts stayed where
+they start until then.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from typing import Any
 import numpy as np
 
 import gimbal
+from gimbal.core.config_sources import to_mapping
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
-from gimbal.sim.arms import get_arm
+from gimbal.report.arms import Arm, get_arm
 from gimbal.sim.capacity import capacity_rps
 from gimbal.sim.cells import POPULATION_SEED, CellResult, cell_result, completed
 from gimbal.sim.routing import make_population
@@ -92,7 +97,7 @@ class Task:
         options = SCENARIOS[self.scenario].options(self.distribution, self.requests, None)
         values = dataclasses.asdict(self)
         del values["directory"], values["scenario"]
-        arm = dataclasses.asdict(get_arm(self.arm)) if self.arm else {}
+        arm = _arm_definition(get_arm(self.arm)) if self.arm else {}
         return {
             **values,
             "format": FORMAT,
@@ -112,6 +117,13 @@ class Task:
         kind = self.arm or "capacity"
         name = f"{self.scenario}-{self.distribution}-{kind}-{self.load:g}-{self.seed}-{digest}.json"
         return Path(self.directory) / "cells" / name
+
+
+def _arm_definition(arm: Arm) -> dict[str, Any]:
+    """What of an arm its cells depend on, defaults of the configuration included."""
+    values = arm.to_json() | {"config": to_mapping(arm.gimbal_config())}
+    del values["description"]
+    return values
 
 
 @lru_cache(maxsize=2)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from gimbal.bench.arms import ServerSpec
 from gimbal.bench.endpoint import Endpoint
-from gimbal.report.arms import ServerSpec
 
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 60.0

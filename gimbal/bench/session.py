@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from gimbal.bench.arms import ServerSpec, switches
 from gimbal.bench.capacity import measure_capacity
 from gimbal.bench.client import Replay
 from gimbal.bench.client_process import ReplayJob, run_replay
 from gimbal.bench.endpoint import Endpoint, counter_differences
 from gimbal.bench.turn_rows import client_cost, hit_rate, run_row, sum_engines
+from gimbal.bench.turns import Turn
 from gimbal.records.schema import RequestRecord, RunInfo
 from gimbal.records.store import RunWriter
-from gimbal.report.arms import Arm, ServerSpec
-from gimbal.report.compare import compare, nested, turns
+from gimbal.report.arms import Arm
+from gimbal.report.compare import compare, nested
 from gimbal.report.metrics import Slo, balance, summarize
 from gimbal.workloads import Trace, WorkloadOptions, build_workload
 from gimbal.workloads.load import DEFAULT_RATE_RPS
@@ -63,49 +65,6 @@ class BenchOptions:
     share: bool = True
     timeout_s: float = 600.0
     pin_engines: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One run of one arm."""
-
-    repeat: int
-    arm: Arm
-    spec: ServerSpec
-
-
-def plan_turns(arms: Sequence[Arm], repeats: int, share: bool) -> list[Turn]:
-    """The runs in order: within a server Williams turns, servers there and back.
-
-    Going through servers in one direction and then in the other starts each one but the first
-    and last at most once per repeat, and lets a drift of the machine hit all of them alike.
-    """
-    by_name = {arm.name: arm for arm in arms}
-    specs = {arm.name: arm.server(share) for arm in arms}
-    servers = list(dict.fromkeys(specs.values()))
-    if len(servers) == len(arms):
-        rows = [turns([*by_name], 1)[0][:: 1 if k % 2 == 0 else -1] for k in range(repeats)]
-    else:
-        rows = turns([*by_name], repeats)
-    plan = []
-    for repeat, row in enumerate(rows):
-        for spec in servers if repeat % 2 == 0 else servers[::-1]:
-            plan += [Turn(repeat, by_name[n], spec) for n in row if specs[n] == spec]
-    return plan
-
-
-def count_starts(plan: Sequence[Turn], resident: int) -> int:
-    """Server starts that `plan` needs with `resident` servers alive at once."""
-    alive: list[ServerSpec] = []
-    starts = 0
-    for turn in plan:
-        if turn.spec in alive:
-            alive.remove(turn.spec)
-        else:
-            starts += 1
-            alive = alive[-(resident - 1) :] if resident > 1 else []
-        alive.append(turn.spec)
-    return starts
 
 
 class BenchSession:
@@ -214,7 +173,7 @@ class BenchSession:
         """The turn's server, switched to its arm, with empty prefix caches if it can be."""
         endpoint = self._server_of(turn.spec)
         if self.switches:
-            endpoint.switch(turn.arm.switches() | {"reset": True})
+            endpoint.switch(switches(turn.arm) | {"reset": True})
         return endpoint
 
     def _workload(self, repeat: int, endpoint: Endpoint, count: int | None = None) -> Trace:

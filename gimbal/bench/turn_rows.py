@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gimbal.bench.client import Replay
 from gimbal.bench.endpoint import Counters
+from gimbal.bench.turns import Turn
 from gimbal.workloads import Trace
-
-if TYPE_CHECKING:
-    from gimbal.bench.session import Turn
 
 
 def run_row(

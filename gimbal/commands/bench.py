@@ -16,17 +16,15 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gimbal.commands.arm_options import arm_options, arms_given, list_arms, read_arm_options
 from gimbal.commands.workload_options import read_workload_options, workload_options
-from gimbal.core.config_sources import parse_levels
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @workload_options
 @click.option("--demo", is_flag=True, help="start `gimbal serve --demo` servers and stop them")
 @click.option("--url", help="measure the server there instead of starting any")
-@click.option("--arms", "arm_names", help="comma-separated arms (default: vllm,gimbal)")
-@click.option("--levels", help="levels of the arm `gimbal`, or all, or none (default: all)")
-@click.option("--arms-file", type=click.Path(path_type=Path), help="YAML file with more arms")
+@arm_options
 @click.option(
     "--duration",
     default=60.0,
@@ -64,6 +62,9 @@ def command(**values: Any) -> None:
     Servers are started with `gimbal serve SERVER_ARGUMENTS` (a model and vLLM flags, after
     `--`), with the demo model (--demo), or not at all (--url).
     """
+    if values["list_names"]:
+        list_arms(values)
+        return
     console = Console(stderr=True)
     if values.pop("check_client"):
         _check_client(values["as_json"])
@@ -134,7 +135,8 @@ class _Bench:
 
     def run(self) -> tuple[dict[str, Any], bool]:
         """Returns the report and whether it was interrupted."""
-        from gimbal.bench.session import BenchSession, count_starts, plan_turns
+        from gimbal.bench.session import BenchSession
+        from gimbal.bench.turns import count_starts, plan_turns
         from gimbal.records.store import RunWriter
 
         options, arms, switch = self._check()
@@ -178,9 +180,10 @@ class _Bench:
 
     def _check(self) -> tuple[Any, list[Any], bool]:
         """Options and arms, everything that can be refused refused before a server starts."""
+        from gimbal.bench.arms import needs_own_server, refuse_simulated
         from gimbal.bench.session import BenchOptions
         from gimbal.core.errors import InputError
-        from gimbal.report.arms import Arm, select_arms
+        from gimbal.report.arms import Arm
         from gimbal.report.metrics import parse_slo
         from gimbal.workloads import build_workload, load_trace
 
@@ -202,14 +205,12 @@ class _Bench:
             raise InputError("--load and --rate both set the arrival rate: give one")
         trace = load_trace(v["trace_name"])
         build_workload(trace, self.workload, v["seed"])
-        levels = None if v["levels"] is None else parse_levels(v["levels"])
-        if v["url"] and v["arm_names"] is None:
-            arms = [Arm("server")]
-        else:
-            names = (v["arm_names"] or "vllm,gimbal").split(",")
-            arms = select_arms([n.strip() for n in names], levels, v["arms_file"])
-        if v["url"] and any(arm.flags or arm.config for arm in arms):
-            raise InputError("--url: an arm with flags or config needs a server of its own")
+        as_it_is = bool(v["url"]) and not arms_given(v)
+        arms = [Arm("server", "the server as it is")] if as_it_is else read_arm_options(v)
+        refuse_simulated(arms)
+        for arm in arms:
+            if v["url"] and not as_it_is and needs_own_server(arm):
+                raise InputError(f"--url: arm {arm.name!r} needs a server of its own")
         share = bool(v["url"]) or (v["share"] and len(arms) > 1)
         options = BenchOptions(
             trace=trace,
@@ -226,7 +227,7 @@ class _Bench:
             timeout_s=v["timeout"],
             pin_engines=v["pin_domains"],
         )
-        return options, arms, share and arms[0].name != "server"
+        return options, arms, share and not as_it_is
 
     def _info(self, options: Any, arms: list[Any]) -> Any:
         from dataclasses import asdict
@@ -308,10 +309,11 @@ def _keep_rearrangements(
 
     Of a server that several placing arms share nobody can say which of them moved what.
     """
+    from gimbal.bench.arms import server_spec
     from gimbal.records.schema import PlacementRecord, RebalanceRecord
     from gimbal.records.store import FILES, read_records
 
-    owners = [(arm.server(share), arm.name) for arm in arms if "placement" in arm.levels]
+    owners = [(server_spec(arm, share), arm.name) for arm in arms if "placement" in arm.levels]
     names = dict(owners)
     for spec, directory in records:
         if [own for own, _ in owners].count(spec) != 1:

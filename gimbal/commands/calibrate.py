@@ -213,9 +213,9 @@ def _estimate(values: dict[str, Any]) -> None:
 
 def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
     """Serves, sends the phases of `calibration_load`, stops; returns the model's folder."""
+    from gimbal.bench.arms import ServerSpec
     from gimbal.bench.client_process import ReplayJob, run_replay
     from gimbal.bench.servers import ServerPool
-    from gimbal.report.arms import ServerSpec
     from gimbal.workloads.prompts import read_vocabulary
 
     arguments = (*(("--demo",) if values["demo"] else ()), *values["server_arguments"])

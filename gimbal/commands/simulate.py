@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gimbal.commands.arm_options import arm_options, list_arms, read_arm_options
 from gimbal.commands.workload_options import read_workload_options, workload_options
 
 
@@ -23,13 +24,12 @@ from gimbal.commands.workload_options import read_workload_options, workload_opt
     show_default=True,
     help="named cluster, or a YAML file",
 )
-@click.option("--arms", "arm_names", default="vllm,gimbal", show_default=True, help="arms")
+@arm_options
 @click.option("--load", type=float, help="rate as a fraction of the simulated capacity")
 @click.option("--slo", default="", help="what goodput counts: ttft_ms=2000,tpot_ms=200,...")
 @click.option("--jobs", type=int, help="processes (default: all CPUs)")
 @click.option("--out", type=click.Path(path_type=Path), help="keep the records in this directory")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
-@click.option("--list", "list_names", is_flag=True, help="list clusters and arms, and stop")
 def command(**values: Any) -> None:
     """Simulate a trace on a cluster under several arms: the report of `gimbal bench`, offline.
 
@@ -37,11 +37,10 @@ def command(**values: Any) -> None:
     byte for byte.
     """
     if values["list_names"]:
-        from gimbal.sim.arms import ARMS
         from gimbal.sim.cluster import cluster_names
 
         click.echo("clusters: " + ", ".join(cluster_names()))
-        click.echo("arms: " + ", ".join(ARMS))
+        list_arms(values)
         return
     report = _simulate(values)
     if values["as_json"]:
@@ -56,10 +55,10 @@ def command(**values: Any) -> None:
 def _simulate(values: dict[str, Any]) -> dict[str, Any]:
     from gimbal.core.errors import InputError
     from gimbal.report.metrics import parse_slo
-    from gimbal.sim.arms import get_arm
     from gimbal.sim.capacity import capacity_rps
     from gimbal.sim.cells import POPULATION_SEED, Cell, run_cells
     from gimbal.sim.cluster import load_cluster
+    from gimbal.sim.policies import with_flags
     from gimbal.sim.routing import named_population
     from gimbal.workloads import build_workload, load_trace
 
@@ -71,9 +70,11 @@ def _simulate(values: dict[str, Any]) -> dict[str, Any]:
         raise InputError("--load and --rate both set the arrival rate: give one")
     if repeats < 1:
         raise InputError(f"--repeat {repeats}: expected a whole number >= 1")
-    arms = [get_arm(name.strip()) for name in values["arm_names"].split(",")]
+    arms = read_arm_options(values)
     base = next((arm for arm in arms if arm.name == "vllm"), arms[0])
     cluster, profile = load_cluster(values["cluster"])
+    for arm in arms:
+        with_flags(cluster, arm)
     trace = load_trace(values["trace_name"])
     population = named_population(cluster.routing, profile, POPULATION_SEED)
     capacity = None
@@ -175,7 +176,7 @@ def _write(
         seed=report["seed"],
         repeats=max(r.repeat for r in results) + 1,
         trace={"name": trace.name, "options": dataclasses.asdict(workload)},
-        arms={arm.name: dataclasses.asdict(arm) for arm in arms},
+        arms={arm.name: arm.to_json() for arm in arms},
         environment=report["environment"],
         slo=slo.limits(),
         result=report,

@@ -1,193 +1,169 @@
-"""Arms: named sets of server flags and Gimbal configuration.
+"""Arms: named sides of a comparison, the same for live servers and for the simulator.
 
-Which engine a request goes to and how an engine orders its queue (nearly all of section `queue`)
-can be switched while a server runs, so arms that differ in nothing else share one. Flags, other
-configuration, and the levels `placement` and `feedback` (which leave experts where they moved
-them) need a server of their own.
+An arm is a Gimbal configuration and vLLM flags. Without level `placement` vLLM's own EPLB places
+experts, where the server's flags or the simulated cluster enable it; without level `dispatch` or
+`queue` vLLM dispatches or orders. What only the simulator can do stands apart (`Simulated`).
 """
 
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
-from gimbal.core.config import LEVELS
+from gimbal.core.config import LEVELS, GimbalConfig, parse_config
 from gimbal.core.errors import InputError, nearest
 
-SWITCHABLE = ("dispatch", "queue")
-_QUEUE_FIXED = ("ordering", "priority_tokens")
-"""Keys of section `queue` that a running server does not change."""
+SIGNALS = ("board", "coordinator")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What an arm does that no server can.
+
+    Attributes:
+        pressure: what an engine is pressed by: ``sending`` (what dispatch can relieve, see
+            docs/feedback.md) or ``owner`` (straggling of the ranks it owns, as in the paper).
+        affinity: ``local`` prices the pairs that leave an engine in dispatch, ``home`` sends a
+            domain to its home engine as Sem-MoE does, ``none`` neither.
+        oracle: the placer plans once, before the run, on the run's own expected routing.
+    """
+
+    pressure: str = "sending"
+    affinity: str = "none"
+    oracle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Arm:
     """One side of a comparison.
 
     Attributes:
         name: what reports call it.
-        levels: Gimbal's levels that are on; none leaves every decision to vLLM.
-        policy: dispatch policy when `dispatch` is on.
-        queue_ordering: waiting-queue ordering when `queue` is on.
-        flags: vLLM flags added to the server's.
-        config: further Gimbal configuration, as in its YAML file.
+        description: one sentence.
+        config: Gimbal's configuration, as in its YAML file; without ``levels`` all are on.
+        flags: vLLM flags added to the server's, or in force on the simulated cluster.
+        signals: what dispatch reads of the engines where level `dispatch` is on: ``board``, what
+            they publish, at the moment of the decision; or, in the simulator, ``coordinator``: the
+            request counts of up to 100 ms ago that vLLM's own dispatch reads.
+        simulated: set for an arm that only the simulator can run.
     """
 
     name: str
-    levels: tuple[str, ...] = ()
-    policy: str = "gimbal"
-    queue_ordering: str = "gimbal"
-    flags: tuple[str, ...] = ()
+    description: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
-
-    def switches(self) -> dict[str, Any]:
-        """What ``POST /gimbal/control`` is sent before this arm runs."""
-        settings: dict[str, Any] = {"levels": list(self.levels)}
-        if "dispatch" in self.levels:
-            settings["policy"] = self.policy
-        if "queue" in self.levels:
-            settings["queue_ordering"] = self.queue_ordering
-            settings["queue"] = {
-                key: value for key, value in self._queue().items() if key not in _QUEUE_FIXED
-            }
-        return settings
-
-    def _queue(self) -> Mapping[str, Any]:
-        section = self.config.get("queue", {})
-        return section if isinstance(section, Mapping) else {}
-
-    def server(self, shared: bool) -> ServerSpec:
-        """The server this arm runs on; equal for arms that may share it."""
-        values = json.loads(json.dumps(dict(self.config)))
-        if shared:
-            values["levels"] = [x for x in LEVELS if x in SWITCHABLE or x in self.levels]
-            values["admin"] = True
-            fixed = {key: value for key, value in self._queue().items() if key in _QUEUE_FIXED}
-            values.pop("queue", None)
-            if fixed:
-                values["queue"] = fixed
-        else:
-            values["levels"] = list(self.levels)
-            if "dispatch" in self.levels:
-                values.setdefault("dispatch", {})["policy"] = self.policy
-            if "queue" in self.levels:
-                values.setdefault("queue", {})["ordering"] = self.queue_ordering
-        return ServerSpec(self.flags, json.dumps(values, sort_keys=True))
-
-    def to_json(self) -> dict[str, Any]:
-        """For records."""
-        return {
-            "levels": list(self.levels),
-            "policy": self.policy if "dispatch" in self.levels else None,
-            "queue_ordering": self.queue_ordering if "queue" in self.levels else None,
-            "flags": list(self.flags),
-            "config": dict(self.config),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSpec:
-    """What a server is started with: vLLM flags, and Gimbal's configuration as JSON."""
-
-    flags: tuple[str, ...]
-    config_json: str
+    flags: tuple[str, ...] = ()
+    signals: str = "board"
+    simulated: Simulated | None = None
 
     @property
-    def shared(self) -> bool:
-        """Whether arms can be switched on it while it runs."""
-        return bool(json.loads(self.config_json).get("admin", False))
+    def levels(self) -> tuple[str, ...]:
+        """Gimbal's levels that are on; none leaves every decision to vLLM."""
+        return tuple(self.config.get("levels", LEVELS))
+
+    def gimbal_config(self) -> GimbalConfig:
+        """The configuration, checked; raises InputError that names the arm and the key."""
+        return parse_config(self.config, f"arm {self.name}")
+
+    def to_json(self) -> dict[str, Any]:
+        """For records; `gimbal.report.arms_file.parse_arm` reads it back."""
+        values: dict[str, Any] = {
+            "description": self.description,
+            "flags": list(self.flags),
+            "signals": self.signals,
+            "config": json.loads(json.dumps(dict(self.config))) | {"levels": list(self.levels)},
+        }
+        if self.simulated is not None:
+            values["simulated"] = {
+                key: getattr(self.simulated, key) for key in self.simulated.__slots__
+            }
+        return values
 
 
-BUILTIN_ARMS = {
-    "vllm": Arm("vllm"),
-    "vllm-legacy": Arm("vllm-legacy", ("dispatch",), "vllm-legacy"),
-    "round-robin": Arm("round-robin", ("dispatch",), "round-robin"),
-    "total-tokens": Arm("total-tokens", ("dispatch",), "total-tokens"),
-    "lmetric": Arm("lmetric", ("dispatch",), "lmetric"),
-    "dynamo": Arm("dynamo", ("dispatch",), "dynamo"),
-    "llm-d": Arm("llm-d", ("dispatch",), "llm-d"),
-    "gimbal-dispatch": Arm("gimbal-dispatch", ("dispatch",)),
-    "sjf": Arm("sjf", ("queue",), queue_ordering="sjf"),
-    "hrrn": Arm("hrrn", ("queue",), queue_ordering="hrrn"),
-    "gimbal-queue": Arm("gimbal-queue", ("queue",)),
-    "gimbal-dispatch-queue": Arm("gimbal-dispatch-queue", ("dispatch", "queue")),
-    "gimbal-dp": Arm("gimbal-dp", ("dispatch", "queue")),
-    "gimbal-ep": Arm("gimbal-ep", ("placement",)),
-    "gimbal-no-feedback": Arm("gimbal-no-feedback", ("dispatch", "queue", "placement")),
-    "gimbal": Arm("gimbal", LEVELS),
-}
+def _policy(name: str, description: str) -> Arm:
+    """A dispatch policy alone."""
+    return Arm(name, description, {"levels": ["dispatch"], "dispatch": {"policy": name}})
 
 
-def select_arms(
-    names: Sequence[str], levels: Sequence[str] | None = None, file: Path | None = None
-) -> list[Arm]:
-    """The arms called `names`, in that order; `levels` are those of the arm ``gimbal``.
-
-    Raises InputError for an unknown or repeated name, or a malformed file.
-    """
-    known = dict(BUILTIN_ARMS)
-    if file is not None:
-        known |= read_arms(file)
-    if levels is not None:
-        for level in levels:
-            if level not in LEVELS:
-                raise InputError(f"--levels: unknown level {level!r}{nearest(level, LEVELS)}")
-        known["gimbal"] = replace(known["gimbal"], levels=tuple(levels))
-    chosen = []
-    for name in names:
-        if name not in known:
-            raise InputError(f"--arms: unknown arm {name!r}{nearest(name, known)}")
-        if known[name] in chosen:
-            raise InputError(f"--arms: {name!r} is named twice")
-        chosen.append(known[name])
-    if not chosen:
-        raise InputError("--arms: no arm named")
-    return chosen
+def _ordering(name: str, description: str) -> Arm:
+    """A queue ordering alone."""
+    return Arm(name, description, {"levels": ["queue"], "queue": {"ordering": name}})
 
 
-_KEYS = ("levels", "policy", "queue_ordering", "flags", "config")
+def _legacy(name: str, description: str, *flags: str) -> Arm:
+    config = {"levels": ["dispatch"], "dispatch": {"policy": "vllm-legacy"}}
+    return Arm(name, description, config, flags, signals="coordinator")
 
 
-def read_arms(file: Path) -> dict[str, Arm]:
-    """Arms of a YAML file: ``name: {levels, policy, queue_ordering, flags, config}``.
-
-    Raises InputError naming the file, the arm and the key.
-    """
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--arms-file {file}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"--arms-file {file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise InputError(f"--arms-file {file}: expected a mapping of arm names")
-    return {str(name): _arm(f"{file}: {name}", str(name), v) for name, v in document.items()}
+def _oracle(name: str, description: str, affinity: str = "none") -> Arm:
+    config = {"levels": ["placement"], "placement": {"placer": name}}
+    return Arm(name, description, config, simulated=Simulated(affinity=affinity, oracle=True))
 
 
-def _arm(where: str, name: str, values: Any) -> Arm:
-    if not isinstance(values, dict):
-        raise InputError(f"--arms-file {where}: expected a mapping")
-    for key in values:
-        if key not in _KEYS:
-            raise InputError(f"--arms-file {where}: unknown key {key!r}{nearest(str(key), _KEYS)}")
-    levels = values.get("levels", [])
-    if not isinstance(levels, list) or not all(level in LEVELS for level in levels):
-        raise InputError(f"--arms-file {where}: levels: expected a list of {', '.join(LEVELS)}")
-    flags = values.get("flags", [])
-    words = shlex.split(flags) if isinstance(flags, str) else [str(word) for word in flags]
-    config = values.get("config", {})
-    if not isinstance(config, dict):
-        raise InputError(f"--arms-file {where}: config: expected a mapping")
-    return Arm(
-        name,
-        tuple(levels),
-        str(values.get("policy", "gimbal")),
-        str(values.get("queue_ordering", "gimbal")),
-        tuple(words),
-        config,
+_NO_EPLB = "--no-enable-eplb"
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(
+            "vllm",
+            "vLLM as it is; its EPLB places experts where the server or the cluster enables it",
+            {"levels": []},
+        ),
+        Arm("vllm-no-eplb", "vLLM with experts where they start", {"levels": []}, (_NO_EPLB,)),
+        _legacy("vllm-legacy", "vLLM's dispatch before July 2026, the paper's baseline"),
+        _legacy("vllm-legacy-no-eplb", "the same with experts where they start", _NO_EPLB),
+        _policy("round-robin", "engines in turn"),
+        _policy("total-tokens", "SGLang: the engine with the fewest tokens held and queued"),
+        _policy("lmetric", "LMetric, vllm-router's kv_aware: prefill tokens times requests"),
+        _policy("dynamo", "Dynamo's KV router: blocks to prefill and blocks in use"),
+        _policy("llm-d", "llm-d's default scorers: queue, KV usage, cached prefix"),
+        Arm("gimbal-dispatch", "Gimbal's dispatch alone", {"levels": ["dispatch"]}),
+        Arm("gimbal-queue", "Gimbal's queue alone", {"levels": ["queue"]}),
+        _ordering("sjf", "shortest uncached prompt first"),
+        _ordering("hrrn", "highest response ratio next"),
+        Arm("gimbal-dp", "Gimbal's dispatch and queue", {"levels": ["dispatch", "queue"]}),
+        Arm(
+            "gimbal-paced",
+            "the same, keeping a --prefill-schedule-interval until 8 full steps wait",
+            {"levels": ["dispatch", "queue"], "queue": {"interval_backlog_steps": 8.0}},
+        ),
+        Arm("gimbal-ep", "Gimbal's placement alone", {"levels": ["placement"]}),
+        Arm(
+            "gimbal-no-feedback",
+            "Gimbal without what its levels tell each other",
+            {"levels": ["dispatch", "queue", "placement"]},
+        ),
+        Arm("gimbal", "Gimbal as configured: all levels, or those of --levels"),
+        Arm(
+            "gimbal-no-graphs",
+            "Gimbal without keeping prefill to steps that replay CUDA graphs",
+            {"queue": {"graph_steps": 0.0}},
+        ),
+        Arm(
+            "gimbal-owner",
+            "Gimbal with the paper's pressure, by the ranks that an engine owns",
+            simulated=Simulated(pressure="owner"),
+        ),
+        Arm(
+            "gimbal-affinity",
+            "Gimbal with the bytes that leave an engine priced in dispatch",
+            simulated=Simulated(affinity="local"),
+        ),
+        _oracle("moe-tuner", "MoE-Tuner's placement, told the run's routing beforehand"),
+        _oracle("sem-moe", "Sem-MoE's placement and home engines, told the same", "home"),
     )
+}
+"""Every built-in arm by name."""
+
+_FORMER = {"gimbal-dispatch-queue": "gimbal-dp"}
+
+
+def get_arm(name: str, known: Mapping[str, Arm] = ARMS) -> Arm:
+    """The arm called `name`; raises InputError naming the nearest one."""
+    if name not in known:
+        former = _FORMER.get(name)
+        hint = nearest(name, known) if former is None else f" (did you mean {former!r}?)"
+        raise InputError(f"unknown arm {name!r}{hint}")
+    return known[name]

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from gimbal.core.cost.profile import Profile
-from gimbal.sim.arms import Arm
+from gimbal.report.arms import Arm
 from gimbal.sim.cluster import Cluster
 from gimbal.sim.routing import Population
 from gimbal.sim.run import Simulation

@@ -15,7 +15,7 @@ import numpy as np
 
 from gimbal.core.contracts import FloatArray
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
-from gimbal.sim.arms import Arm
+from gimbal.report.arms import Arm
 from gimbal.sim.cluster import load_cluster
 from gimbal.sim.routing import named_population
 from gimbal.sim.run import SimResult, Simulation

@@ -30,6 +30,7 @@ class Cluster:
         async_scheduling: step k+1 is scheduled while step k runs, so what arrives during k is
             first scheduled in k+2.
         stats_interval_ms: the coordinator forwards request counts at most this often.
+        enable_eplb: experts are rearranged, by vLLM's EPLB or by level `placement`.
         eplb_step_interval: steps, as in vLLM's --eplb-config; the window is the whole interval.
         eplb_async: experts move layer by layer beside the steps instead of stalling one.
         routing: name of the routing population (see `gimbal.sim.routing.named_population`).
@@ -50,6 +51,7 @@ class Cluster:
     long_prefill_token_threshold: int = 0
     async_scheduling: bool = True
     stats_interval_ms: float = 100.0
+    enable_eplb: bool = True
     eplb_step_interval: int = 3000
     eplb_async: bool = True
     routing: str = "domains"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gimbal.core.config import PlacementConfig
 from gimbal.core.contracts import FloatArray, IntArray, Placer, RoutingCounts, Topology
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import migration_us
@@ -14,9 +15,9 @@ from gimbal.core.placement.kinds import StepKind, at_kind, plan_kinds, step_kind
 from gimbal.records.placements import placement_record
 from gimbal.records.schema import PlacementRecord, RebalanceRecord
 from gimbal.sim import kernels
-from gimbal.sim.arms import Arm
 from gimbal.sim.cluster import Cluster
 from gimbal.sim.loop import Loop
+from gimbal.sim.policies import SimPolicies
 from gimbal.sim.routing import (
     GRID,
     NOISE_POOL,
@@ -42,7 +43,7 @@ class Experts:
         cluster: Cluster,
         profile: Profile,
         population: Population,
-        arm: Arm,
+        policies: SimPolicies,
         seed: int,
         expected_tokens: FloatArray | None = None,
     ) -> None:
@@ -54,11 +55,12 @@ class Experts:
         self.placement = linear_placement(model.layers, model.experts, self.topology)
         self.rebalances: list[RebalanceRecord] = []
         self.placements: list[PlacementRecord] = []  # of the first and the last rearrangement
-        self._arm, self._changed = arm, 0
-        self._rebalances = arm.placer != "static" and not arm.oracle
-        self._placer = _placer(arm)
+        self._policies, self._changed = policies, 0
+        oracle = policies.simulated.oracle
+        self._rebalances = policies.placement.placer != "static" and not oracle
+        self._placer = _placer(policies.placement)
         self._planner: GimbalPlacer | None = None
-        if arm.oracle and expected_tokens is not None:
+        if oracle and expected_tokens is not None:
             assert self._placer is not None
             routing = RoutingCounts(np.einsum("sd,dlx->slx", expected_tokens, population.share))
             planned = self._placer.place(routing, self.topology, self.placement)
@@ -92,8 +94,14 @@ class Experts:
         self._saved_us = 0.0
         self._compared = 0
         self.loop = (
-            Loop(cluster, profile, arm, len(population.names), self._off_source_us)
-            if arm.feedback
+            Loop(
+                cluster,
+                profile,
+                policies.simulated.pressure,
+                len(population.names),
+                self._off_source_us,
+            )
+            if policies.feedback is not None
             else None
         )
         self._no_pressure: FloatArray = np.zeros(cluster.dp)
@@ -171,8 +179,9 @@ class Experts:
         self.close_comparison()
         counts = self._recorded_counts()
         horizon = interval
-        if self.loop is not None:
-            affinity = self.affinity_us_per_token() if self._arm.affinity == "local" else None
+        if self.loop is not None and self._policies.places:
+            local = self._policies.simulated.affinity == "local"
+            affinity = self.affinity_us_per_token() if local else None
             counts, windows = self.loop.plan_for(counts, self._window, affinity)
             horizon = round(interval * windows)
         planned, gate = self._propose(counts, horizon)
@@ -283,10 +292,10 @@ class Experts:
         return float(busiest)
 
 
-def _placer(arm: Arm) -> Placer | None:
-    """The arm's placer; None when it is static, or Gimbal's, which plans behind its gate."""
-    if arm.placer in {"static", "gimbal"}:
+def _placer(placement: PlacementConfig) -> Placer | None:
+    """The placer; None when it is static, or Gimbal's, which plans behind its gate."""
+    if placement.placer in {"static", "gimbal"}:
         return None
     from gimbal.core.placement import PLACERS
 
-    return PLACERS.build(arm.placer)
+    return PLACERS.build(placement.placer, placement.options)

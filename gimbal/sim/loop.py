@@ -10,7 +10,6 @@ from gimbal.core.feedback import damping, pressure, sources
 from gimbal.core.feedback.outlook import Outlook
 from gimbal.core.feedback.pressure import PERIOD_STEPS
 from gimbal.core.placement.problem import constants_of
-from gimbal.sim.arms import Arm
 from gimbal.sim.cluster import Cluster
 from gimbal.sim.routing import RoutingTables
 
@@ -19,6 +18,7 @@ class Loop:
     """Collects what the levels tell each other in one run.
 
     Args:
+        pressure: see `gimbal.report.arms.Simulated`.
         off_source_us: time of one pair that leaves its engine; 0 under all-gather.
 
     Attributes:
@@ -26,9 +26,9 @@ class Loop:
     """
 
     def __init__(
-        self, cluster: Cluster, profile: Profile, arm: Arm, domains: int, off_source_us: float
+        self, cluster: Cluster, profile: Profile, pressure: str, domains: int, off_source_us: float
     ) -> None:
-        self._arm, self._tp, self._off_source_us = arm, cluster.tp, off_source_us
+        self._pressed_by, self._tp, self._off_source_us = pressure, cluster.tp, off_source_us
         self._constants = constants_of(profile)
         self._kinds = np.zeros((2, cluster.dp, domains))  # tokens of steps with, without prefill
         self._steps = np.zeros(2)
@@ -46,7 +46,7 @@ class Loop:
         """
         pairs = profile.model.layers * profile.model.top_k
         per_pair = self._off_source_us
-        if self._arm.pressure == "owner":
+        if self._pressed_by == "owner":
             per_pair = profile.moe.per_pair_us
         token_us = profile.model.layers * (
             profile.moe.per_group_token_us
@@ -70,7 +70,7 @@ class Loop:
     def _measure(self, tables: RoutingTables) -> FloatArray:
         per_step = self._kinds / np.maximum(self._steps, 1.0)[:, None, None]
         share = self._steps / self._steps.sum()
-        if self._arm.pressure == "owner":
+        if self._pressed_by == "owner":
             pairs = np.einsum("ked,dlr->klr", per_step, tables.pairs)
             active = np.stack([tables.active_at(kind.sum()) for kind in per_step])
             load = pressure.RankLoad(pairs, active, share)

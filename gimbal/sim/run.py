@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -10,8 +9,14 @@ from typing import cast
 import numpy as np
 
 from gimbal.core.compiled import compile_kernels
-from gimbal.core.config import DispatchConfig, QueueConfig
-from gimbal.core.contracts import DispatchPolicy, DispatchRequest, FloatArray, TimedPolicy
+from gimbal.core.config import QueueConfig
+from gimbal.core.contracts import (
+    DispatchPolicy,
+    DispatchRequest,
+    FloatArray,
+    TimedPolicy,
+    traits_of,
+)
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import pack
 from gimbal.core.dispatch.dispatcher import Dispatcher
@@ -21,11 +26,13 @@ from gimbal.core.queue import ORDERINGS
 from gimbal.core.queue.graph_steps import fits_graph_steps
 from gimbal.core.snapshot import Field
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
+from gimbal.report.arms import Arm
 from gimbal.sim import kernels
-from gimbal.sim.arms import Arm
 from gimbal.sim.cluster import Cluster
 from gimbal.sim.engine import Engine, SimRequest, StepBatch
 from gimbal.sim.experts import Experts
+from gimbal.sim.policies import policies_of, with_flags
+from gimbal.sim.requests import check_lengths, requests_of
 from gimbal.sim.routing import Population
 from gimbal.sim.signals import Signals
 from gimbal.workloads.trace import Trace
@@ -64,7 +71,7 @@ class Simulation:
     """One run of one arm over one trace; `run` may be called once.
 
     Args:
-        dispatch: options of the level; its policy is the arm's.
+        cluster: the arm's flags change it for this run.
         max_steps: stop after so many lock-step iterations.
         concurrency: closed loop: that many requests at a time, arrival times are ignored.
     """
@@ -77,17 +84,18 @@ class Simulation:
         population: Population,
         arm: Arm,
         seed: int = 0,
-        dispatch: DispatchConfig | None = None,
         max_steps: int | None = None,
         concurrency: int | None = None,
     ) -> None:
+        cluster = with_flags(cluster, arm)
         self.cluster, self.profile, self.arm = cluster, profile, arm
+        self.policies = policies = policies_of(arm, cluster)
         self.max_steps = max_steps
         self._prefix_block_tokens = trace.prefix_block_tokens
         domains = {name: i for i, name in enumerate(population.names)}
         kv_tokens = cluster.kv_tokens or profile.kv_tokens
-        self._pending = _requests(trace, profile, domains)
-        _check_lengths(self._pending, trace.name, cluster.name, kv_tokens)
+        self._pending = requests_of(trace, profile, domains)
+        check_lengths(self._pending, trace.name, cluster.name, kv_tokens)
         self._trace = trace
         self._next = 0
         self._released = len(self._pending)
@@ -98,22 +106,20 @@ class Simulation:
         self._late: list[SimRequest] = []
         self._done: list[SimRequest] = []
         self.engines = [
-            _engine(index, cluster, arm, kv_tokens, len(domains)) for index in range(cluster.dp)
+            _engine(index, cluster, policies.queue, kv_tokens, len(domains), trace)
+            for index in range(cluster.dp)
         ]
-        for engine in self.engines:
-            engine.set_prefix_block_tokens(trace.prefix_block_tokens)
-        config = dataclasses.replace(dispatch or DispatchConfig(), policy=arm.dispatch)
-        self.dispatcher = Dispatcher(
-            cluster.dp, config, feedback_weight=1.0 if arm.feedback else 0.0
-        )
+        self._sizes_steps = traits_of(self.engines[0].waiting.ordering).sizes_steps
+        weight = 0.0 if policies.feedback is None else policies.feedback.weight
+        self.dispatcher = Dispatcher(cluster.dp, policies.dispatch, feedback_weight=weight)
         compile_kernels()
         self._domains = population.names
         homes = self._use_affinity(domains)
         interval_us, graph_tokens = cluster.stats_interval_ms * 1e3, self._graph_tokens()
-        self.signals = Signals(self.engines, arm.fresh_signals, interval_us, graph_tokens)
+        self.signals = Signals(self.engines, policies.fresh_signals, interval_us, graph_tokens)
         self.dispatcher.fit_prefix_index(self.signals.board)
-        expected = self._expected_tokens(homes) if arm.oracle else None
-        self.experts = Experts(cluster, profile, population, arm, seed, expected)
+        expected = self._expected_tokens(homes) if policies.simulated.oracle else None
+        self.experts = Experts(cluster, profile, population, policies, seed, expected)
         self._update_affinity()
         self._packed = pack(profile)
         self._shape: FloatArray = np.zeros((cluster.dp, 5))
@@ -127,20 +133,23 @@ class Simulation:
 
     def _graph_tokens(self) -> int:
         """The largest step that a CUDA graph covers, where the arm's queue keeps to it; else 0."""
-        ours = self.arm.ordering == "gimbal" and self.arm.graph_steps > 0.0
+        keeps = self._sizes_steps and self.policies.queue.graph_steps > 0.0
         # Under a prefill interval a server cuts nothing either.
-        return (
-            self.profile.graph_tokens if ours and self.cluster.prefill_schedule_interval <= 1 else 0
-        )
+        if not keeps or self.cluster.prefill_schedule_interval > 1:
+            return 0
+        return self.profile.graph_tokens
 
     def _use_affinity(self, domains: dict[str, int]) -> dict[str, int]:
         """Wraps the arm's dispatch policy as its affinity asks; returns domains' home engines."""
         policy: DispatchPolicy = self.dispatcher.policy
         self._affinity: AffinityPolicy | None = None
-        if self.arm.affinity == "local":
+        affinity = self.policies.simulated.affinity
+        if affinity == "local":
+            if not getattr(policy, "term_names", ()):
+                raise InputError(f"arm {self.arm.name}: its dispatch policy has no terms to price")
             self._affinity = AffinityPolicy(cast(TimedPolicy, policy), domains, self.cluster.dp)
             self.dispatcher.use_policy(self._affinity)
-        if self.arm.affinity != "home":
+        if affinity != "home":
             return {}
         tokens = dict.fromkeys(domains, 0.0)
         for request in self._pending:
@@ -220,9 +229,10 @@ class Simulation:
         interval = self.cluster.prefill_schedule_interval
         if interval <= 1 or len(self._step_us) % interval == 0:
             return [True] * len(self.engines)
-        if self.arm.interval_backlog_steps <= 0.0:
+        backlog_steps = self.policies.queue.interval_backlog_steps
+        if not self._sizes_steps or backlog_steps <= 0.0:
             return [engine.capacity_bound for engine in self.engines]
-        limit = self.arm.interval_backlog_steps * self.cluster.max_num_batched_tokens
+        limit = backlog_steps * self.cluster.max_num_batched_tokens
         return [max(engine.backlog_tokens for engine in self.engines) > limit] * len(self.engines)
 
     def _budgets(self) -> list[int | None]:
@@ -240,7 +250,7 @@ class Simulation:
         graph = costs.graph_tokens
         if tokens <= graph or decodes == 0:
             return whole
-        fits = fits_graph_steps(backlog, decodes, graph, self.arm.graph_steps)
+        fits = fits_graph_steps(backlog, decodes, graph, self.policies.queue.graph_steps)
         if not (fits and costs.small_steps_pay(backlog)):
             return whole
         return [min(graph, engine.budget) for engine in self.engines]
@@ -350,48 +360,23 @@ class Simulation:
         )
 
 
-def _requests(trace: Trace, profile: Profile, domains: dict[str, int]) -> list[SimRequest]:
-    """The trace's requests as they reach dispatch; those without a domain take turns."""
-    return [
-        SimRequest(
-            i,
-            f"r{i}",
-            r.arrival_s * 1e6 + profile.api_us,
-            r.prompt_tokens,
-            max(1, r.output_tokens),
-            domains.get(r.domain or "", i % len(domains)),
-            r.session,
-            r.prefix_blocks,
-        )
-        for i, r in enumerate(trace.requests)
-    ]
-
-
-def _check_lengths(
-    requests: Sequence[SimRequest], trace: str, cluster: str, kv_tokens: int
-) -> None:
-    """Raises InputError for a request that no engine could ever hold."""
-    for request in requests:
-        needed = request.prompt_tokens + request.output_tokens
-        if needed > kv_tokens:
-            raise InputError(
-                f"trace {trace}: request {request.index} needs {needed} tokens of KV cache, one "
-                f"engine of {cluster} has {kv_tokens}; cut lengths or raise kv_tokens"
-            )
-
-
-def _engine(index: int, cluster: Cluster, arm: Arm, kv_tokens: int, domains: int) -> Engine:
-    level, ours = QueueConfig(), arm.ordering == "gimbal"
-    return Engine(
+def _engine(
+    index: int, cluster: Cluster, queue: QueueConfig, kv_tokens: int, domains: int, trace: Trace
+) -> Engine:
+    ordering = ORDERINGS.build(queue.ordering, queue.options)
+    can = traits_of(ordering)
+    engine = Engine(
         index,
         cluster.max_num_batched_tokens,
         cluster.max_num_seqs,
         kv_tokens // cluster.block_size,
         cluster.block_size,
-        ORDERINGS.build(arm.ordering),
+        ordering,
         cluster.enable_prefix_caching,
         cluster.long_prefill_token_threshold,
         domains,
-        (level.max_wait_s or None) if ours else None,
-        ours and level.in_batch,
+        (queue.max_wait_s or None) if can.age_limit else None,
+        can.shares_steps and queue.in_batch,
     )
+    engine.set_prefix_block_tokens(trace.prefix_block_tokens)
+    return engine

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gimbal.bench.arms import ServerSpec
 from gimbal.bench.servers import ServerPool
-from gimbal.report.arms import ServerSpec
 
 FAKE = """
 import asyncio, json, sys

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from gimbal.commands import reproduce as command
 from gimbal.core.errors import InputError
+from gimbal.report import arms
 from gimbal.workloads.load import data_directories
 from reproduction import matrix as reproduce
 from reproduction import paper
@@ -56,9 +57,8 @@ def test_a_stopped_run_continues_and_gives_the_same(trace, tmp_path):
 def test_a_changed_definition_runs_only_its_own_cells_again(trace, tmp_path, monkeypatch):
     list(reproduce.run_matrix(matrix(trace), tmp_path, 1))
     before = files(tmp_path)
-    from gimbal.sim import arms
-
-    changed = dataclasses.replace(arms.get_arm("gimbal-dp"), ordering="sjf")
+    own = arms.get_arm("gimbal-dp")
+    changed = dataclasses.replace(own, config={**own.config, "queue": {"ordering": "sjf"}})
     monkeypatch.setitem(arms.ARMS, "gimbal-dp", changed)
     list(reproduce.run_matrix(matrix(trace), tmp_path, 1))
     new = set(files(tmp_path)) - set(before)

@@ -7,9 +7,10 @@ import pytest
 
 from gimbal.core.cost.profile import load_profile
 from gimbal.core.cost.step import moe_us
-from gimbal.sim.arms import get_arm
+from gimbal.report.arms import get_arm
 from gimbal.sim.cluster import load_cluster
 from gimbal.sim.experts import Experts
+from gimbal.sim.policies import policies_of
 from gimbal.sim.routing import GRID, make_population
 
 
@@ -18,7 +19,8 @@ from gimbal.sim.routing import GRID, make_population
 def test_expert_time_is_the_cost_model_s(name, index):
     cluster, profile = load_cluster(name)
     population = dataclasses.replace(make_population(profile), burstiness=0.0)
-    experts = Experts(cluster, profile, population, get_arm("vllm-no-eplb"), 0)
+    policies = policies_of(get_arm("vllm"), cluster)
+    experts = Experts(cluster, profile, population, policies, 0)
     tokens = np.full((cluster.dp, 4), GRID[index] / (4 * cluster.dp))
     tables = experts._tables
     pairs = np.tensordot(tokens.sum(axis=0), tables.pairs, axes=1)

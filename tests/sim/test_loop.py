@@ -7,9 +7,10 @@ import pytest
 
 from gimbal.core.contracts import RoutingCounts
 from gimbal.core.feedback.outlook import MOST_WINDOWS
-from gimbal.sim.arms import get_arm
+from gimbal.report.arms import get_arm
 from gimbal.sim.experts import Experts
 from gimbal.sim.loop import PERIOD_STEPS, Loop
+from gimbal.sim.policies import policies_of
 from gimbal.sim.routing import Population
 from gimbal.sim.run import Simulation
 from gimbal.workloads.trace import TraceRequest, make_trace
@@ -68,7 +69,7 @@ def test_what_stays_at_home_makes_steps_shorter():
 
 
 def observe(arm, tokens, decodes, cluster=CLUSTER, profile=PROFILE, steps=PERIOD_STEPS):
-    experts = Experts(cluster, profile, opposed(), get_arm(arm), 0)
+    experts = Experts(cluster, profile, opposed(), policies_of(get_arm(arm), cluster), 0)
     for _ in range(steps):
         experts.step_us(np.array(tokens, dtype=float), np.array(decodes, dtype=float))
     return experts.pressure_us
@@ -100,14 +101,14 @@ def test_decode_steps_press_by_distinct_experts_not_by_pairs():
     cluster, profile = built("today")
     tokens = [[30, 10], [30, 10]]
     decode = observe("gimbal-owner", tokens, tokens, cluster, profile)
-    loop = Loop(cluster, profile, get_arm("gimbal-owner"), 2, 0.0)
+    loop = Loop(cluster, profile, "owner", 2, 0.0)
     assert loop.pressure_us.shape == (2,)
     prefill = observe("gimbal-owner", np.array(tokens) * 50, np.zeros((2, 2)), cluster, profile)
     assert prefill[0] > 5 * decode[0]
 
 
 def test_placement_hears_for_how_long_the_routing_has_held():
-    loop = Loop(CLUSTER, PROFILE, get_arm("gimbal"), 2, 0.0)
+    loop = Loop(CLUSTER, PROFILE, "sending", 2, 0.0)
     hot = np.arange(1.0, EXPERTS + 1) * np.ones((2, LAYERS, 1))
     mix = np.array([[500.0, 500.0], [500.0, 500.0]])
     seen = [hot, hot, hot[:, :, ::-1].copy()]
@@ -119,7 +120,7 @@ def test_placement_hears_for_how_long_the_routing_has_held():
 
 
 def test_with_affinity_the_mix_of_domains_says_how_long():
-    loop = Loop(CLUSTER, PROFILE, get_arm("gimbal-affinity"), 2, 0.0)
+    loop = Loop(CLUSTER, PROFILE, "sending", 2, 0.0)
     counts = RoutingCounts(np.ones((2, LAYERS, EXPERTS)))
     mix = np.array([[500.0, 500.0], [500.0, 500.0]])
     cost = np.array([[0.0, 1.0], [1.0, 0.0]])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gimbal.core.errors import InputError
-from gimbal.sim.arms import ARMS, get_arm
+from gimbal.report.arms import Arm, get_arm
 from gimbal.sim.cluster import cluster_names, load_cluster
 from gimbal.sim.routing import (
     Population,
@@ -112,9 +112,37 @@ def test_a_hot_rank_slows_every_step():
     share[..., :8] = 1.0  # every token goes to the eight experts of rank 0
     hot = Population(share, ("all",))
     trace = long_tailed(100)
-    even = Simulation(trace, CLUSTER, PROFILE, POPULATION, get_arm("round-robin")).run()
-    skewed = Simulation(trace, CLUSTER, PROFILE, hot, get_arm("round-robin")).run()
+    even = Simulation(trace, CLUSTER, PROFILE, POPULATION, get_arm("vllm-no-eplb")).run()
+    skewed = Simulation(trace, CLUSTER, PROFILE, hot, get_arm("vllm-no-eplb")).run()
     assert skewed.balance < 0.3 < even.balance
+
+
+def test_arms_without_placement_run_under_eplb_where_it_is_enabled():
+    soon = dataclasses.replace(CLUSTER, eplb_step_interval=200)
+    ours, flags = get_arm("gimbal-dp"), ("--no-enable-eplb",)
+
+    def records(arm, cluster):
+        result = Simulation(long_tailed(), cluster, PROFILE, POPULATION, arm).run()
+        return result.rebalances, result.records
+
+    moved, under_eplb = records(ours, soon)
+    still, by_flag = records(dataclasses.replace(ours, flags=flags), soon)
+    assert len(moved) > 0
+    assert still == []
+    assert records(ours, dataclasses.replace(soon, enable_eplb=False)) == ([], by_flag)
+    assert by_flag != under_eplb
+
+
+def test_options_of_the_configuration_change_a_run():
+    def records(**queue):
+        config = {"levels": ["dispatch", "queue"], "queue": queue}
+        arm = Arm("gimbal-dp", config=config, flags=("--max-num-batched-tokens", "1024"))
+        return Simulation(long_tailed(rate=60.0), CLUSTER, PROFILE, POPULATION, arm).run().records
+
+    plain = records()
+    assert records(options={"overtake_factor": 1.0, "backlog_factor": 0.0}) != plain
+    assert records(max_wait_s=0.05) != plain
+    assert records(in_batch=False) != plain
 
 
 def test_a_shared_prefix_is_prefilled_once_per_engine():
@@ -176,7 +204,3 @@ def test_packaged_clusters_load(name):
 def test_bad_input_says_what_and_where(call, message):
     with pytest.raises(InputError, match=message):
         call()
-
-
-def test_arms_are_named_after_themselves():
-    assert all(name == arm.name for name, arm in ARMS.items())
