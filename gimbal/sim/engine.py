@@ -2,28 +2,30 @@
 
 Running requests first (every decode one token, then prefills in order of admission), then the
 waiting queue while token budget, seats and KV blocks last; chunked prefill; paged KV with
-preemption of the latest admitted request and recompute; prefix cache by block hashes. With
-`in_batch` running prefills leave budget to newcomers, as under Gimbal's queue.
+preemption of the latest admitted request and recompute; prefix cache by block hashes. Where level
+`queue` is on, `core.queue.step` decides about each step's prefill, as on a server.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from gimbal.core.contracts import QueuedRequest, QueueOrdering, QueueState
-from gimbal.core.queue.budget import (
-    NEWCOMERS,
-    PrefillSharing,
-    running_candidate,
-    waiting_candidate,
-)
+from gimbal.core.config import QueueConfig
+from gimbal.core.contracts import NO_TRAITS, QueuedRequest, QueueOrdering, QueueState
+from gimbal.core.queue.admission import BlockedHeadGate, next_entry
 from gimbal.core.queue.heap import Entry, WaitingHeap
+from gimbal.core.queue.step import StepDecision, decide
+from gimbal.core.queue.traits import usable
+from gimbal.sim.step_view import EngineView, Group
 
 NEVER = -1
+PLAIN = usable(QueueConfig(), NO_TRAITS)
+"""Section `queue` under an ordering that can order and nothing else, as vLLM's own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -84,9 +86,8 @@ class Engine:
         prefix_caching: whether finished prompts stay matchable.
         chunk_limit: long_prefill_token_threshold; 0 is none.
         domains: number of routing domains tokens are counted by.
-        max_wait_s: limit of `WaitingHeap`.
-        in_batch: whether running prefills share the budget with newcomers in the ordering's order,
-            as Gimbal's queue does; vLLM serves them first.
+        queue: section `queue`, less what the ordering cannot do (`core.queue.traits.usable`).
+        group: what the engines in lock step tell each other before a step.
     """
 
     def __init__(
@@ -100,17 +101,24 @@ class Engine:
         prefix_caching: bool = True,
         chunk_limit: int = 0,
         domains: int = 1,
-        max_wait_s: float | None = None,
-        in_batch: bool = False,
+        queue: QueueConfig = PLAIN,
+        group: Group | None = None,
     ) -> None:
         self.index, self.budget, self.seats = index, budget, seats
         self.block_tokens, self.blocks_total = block_tokens, blocks
         self.chunk_limit = chunk_limit
-        self.in_batch = in_batch
+        self.queue = queue
+        self.view = EngineView(self, group or Group())
         self.capacity_bound = False  # the last step that could prefill left somebody waiting
-        self._sharing = PrefillSharing()
+        self.decision = StepDecision(budget)  # of the latest step
         self.prefix_caching = prefix_caching
-        self.waiting: WaitingHeap[SimRequest] = WaitingHeap(ordering, max_wait_s)
+        # Without any of these `decide` leaves the step to vLLM's rule; most arms have none.
+        self._decides = queue.in_batch or queue.protect_decodes or queue.graph_steps > 0.0
+        self._decides = self._decides or queue.interval_backlog_steps > 0.0
+        self.waiting: WaitingHeap[SimRequest] = WaitingHeap(ordering, queue.max_wait_s or None)
+        passing = queue.pass_steps > 0
+        self._gate = BlockedHeadGate(queue.pass_steps, queue.pass_s) if passing else None
+        self._left = 0  # tokens of this step that are not given away yet
         self.running: dict[int, SimRequest] = {}  # by request index, in order of admission
         self.prefilling: list[SimRequest] = []
         self.remaining_prefill_tokens = 0  # of `prefilling`
@@ -177,83 +185,85 @@ class Engine:
 
     # -- one step ----------------------------------------------------------------------------
 
-    def schedule(
-        self, now_s: float, admit: bool = True, budget_tokens: int | None = None
-    ) -> StepBatch:
+    def schedule(self, now_s: float, due: bool = True) -> StepBatch:
         """Chooses this step's batch.
 
         Args:
-            admit: False holds back prefills beside decodes.
-            budget_tokens: of this step, where it is less than the engine's own.
+            due: False where ``--prefill-schedule-interval`` holds prefill beside decodes back.
         """
         batch = StepBatch()
-        admit = admit or self.decodes == 0
         self.domain_tokens[:] = self.domain_decodes
         self._grow_decodes()
         batch.decodes, batch.kv_tokens = self.decodes, self.kv_tokens
-        whole = self.budget if budget_tokens is None else budget_tokens
-        budget = whole - self.decodes
-        if admit:
-            caps = self._caps(budget, now_s)
-            for number, request in enumerate(list(self.prefilling)):
-                if budget <= 0:
-                    break
-                if request.index in self.running:  # not preempted by an earlier one
-                    most = budget if caps is None else min(budget, caps[number])
-                    budget -= self._prefill(request, most, batch) if most else 0
-            if self.waiting.is_dynamic:
-                self.waiting.refresh(self._queue_state(now_s))
-            while budget > 0 and len(self.running) < self.seats and len(self.waiting):
-                entry = self.waiting.peek(now_s)
-                request = entry.item
-                if not self._fits(request, budget):
-                    break
-                self.waiting.take(entry)
-                self._admit(request)
-                budget -= self._prefill(request, budget, batch)
+        decision = self.decision = self._decide(now_s, due)
+        if decision.admit:
+            self._left = decision.budget_tokens - self.decodes
+            self._continue_prefills(decision.caps, batch)
+            self._admit_waiting(now_s, batch)
             self.capacity_bound = len(self.waiting) > 0
-            self._sharing.end(self.step, budget > 0 and self.capacity_bound)
+            given = decision.budget_tokens - self._left
+            self.view.memory.ended(self.step, decision, given, self.capacity_bound)
         self.step += 1
         return batch
 
-    def _caps(self, budget: int, now_s: float) -> list[int] | None:
-        """Most tokens of each running prefill where newcomers claim some; None: no limits.
-
-        As `step_plan.StepPlanner.caps` on a server.
-        """
-        may_yield = self._sharing.begin(self.step)
-        if not (may_yield and self.in_batch and self.prefilling and len(self.waiting)):
-            return None
-        seats = self.seats - len(self.running)
-        if seats <= 0:
-            return None
-        longest = self.chunk_limit or budget
-        free, newcomers = self.blocks_total - self.used_blocks, []
-        for entry in self.waiting.first(min(seats, NEWCOMERS)):
-            free -= self._blocks_for(entry.item.target)
-            if free < 0:
+    def _continue_prefills(self, caps: Sequence[int] | None, batch: StepBatch) -> None:
+        """Running prefills go on in order of admission, each within its cap."""
+        for number, request in enumerate(list(self.prefilling)):
+            most = self._left if caps is None else min(self._left, caps[number])
+            if self._left <= 0:
                 break
-            newcomers.append(waiting_candidate(entry, longest, strict=False))
-        if not newcomers:
-            return None
-        running = [
-            running_candidate(
-                r.entry, self.waiting, now_s, r.target - r.computed, longest, strict=False
-            )
-            for r in self.prefilling
-        ]
-        return self._sharing.shares(running, newcomers, budget)
+            if request.index in self.running and most:  # not preempted by an earlier one
+                self._left -= self._prefill(request, most, batch)
+
+    def _admit_waiting(self, now_s: float, batch: StepBatch) -> None:
+        """Waiting requests start while tokens, seats and KV blocks last."""
+        if self.waiting.is_dynamic:
+            self.waiting.refresh(self._queue_state(now_s))
+        while self._left > 0 and len(self.running) < self.seats and len(self.waiting):
+            entry = self._next(now_s)
+            request = entry.item
+            if not self._fits(request, self._left):
+                break
+            self.waiting.take(entry)
+            if self._gate is not None:
+                self._gate.forget(request.request_id)
+            self._admit(request)
+            self._left -= self._prefill(request, self._left, batch)
+
+    def _decide(self, now_s: float, due: bool) -> StepDecision:
+        """What this step may do: by the queue level's decision, or by vLLM's own rule."""
+        nothing_to_prefill = not (self.prefilling or len(self.waiting))
+        if not self._decides or nothing_to_prefill:
+            return StepDecision(self.budget, due or self.capacity_bound or self.decodes == 0)
+        view = self.view
+        view.now_s, view.held_back = now_s, not due
+        return decide(view, self.queue)
+
+    def _next(self, now_s: float) -> Entry[SimRequest]:
+        """The waiting request to admit next."""
+        if self._gate is None:
+            return self.waiting.peek(now_s)
+        return next_entry(self.waiting, self._gate, self, self.step, now_s)
+
+    def free_blocks(self) -> int:
+        """KV blocks that can be allocated now."""
+        return self.blocks_total - self.used_blocks
+
+    def blocks_needed(self, item: SimRequest, free: int) -> int:
+        """KV blocks that the request's first chunk takes."""
+        return self.blocks_for(item.computed + self._chunk(item, self._left))
 
     def _chunk(self, request: SimRequest, budget: int) -> int:
         chunk = min(request.target - request.computed, budget)
         return min(chunk, self.chunk_limit) if self.chunk_limit else chunk
 
-    def _blocks_for(self, tokens: int) -> int:
+    def blocks_for(self, tokens: int) -> int:
+        """KV blocks that hold `tokens`."""
         return -(-tokens // self.block_tokens)
 
     def _fits(self, request: SimRequest, budget: int) -> bool:
         tokens = request.computed + self._chunk(request, budget)
-        return self.used_blocks + self._blocks_for(tokens) <= self.blocks_total
+        return self.used_blocks + self.blocks_for(tokens) <= self.blocks_total
 
     def _admit(self, request: SimRequest) -> None:
         self._admissions += 1
@@ -261,13 +271,13 @@ class Engine:
         self.running[request.index] = request
         self.prefilling.append(request)
         self.remaining_prefill_tokens += request.target - request.computed
-        self.used_blocks += self._blocks_for(request.computed)
+        self.used_blocks += self.blocks_for(request.computed)
 
     def _prefill(self, request: SimRequest, budget: int, batch: StepBatch) -> int:
         """Gives `request` its chunk; returns the tokens taken (0 when blocks ran out)."""
         chunk = self._chunk(request, budget)
         before = request.computed
-        grown = self._blocks_for(before + chunk) - self._blocks_for(before)
+        grown = self.blocks_for(before + chunk) - self.blocks_for(before)
         while self.used_blocks + grown > self.blocks_total:
             if self._preempt(batch) is request:
                 return 0
@@ -302,14 +312,14 @@ class Engine:
         """
         victim = self.running.pop(next(reversed(self.running)))
         if victim.decode_from_step == NEVER:
-            self.used_blocks -= self._blocks_for(victim.computed)
+            self.used_blocks -= self.blocks_for(victim.computed)
             if victim in self.prefilling:
                 self.prefilling.remove(victim)
                 self.remaining_prefill_tokens -= victim.target - victim.computed
         else:
             context = victim.computed + self.step - victim.decode_from_step
             if batch is not None:
-                self.used_blocks -= self._blocks_for(context + 1) - self._blocks_for(context)
+                self.used_blocks -= self.blocks_for(context + 1) - self.blocks_for(context)
                 batch.decodes -= 1
                 batch.kv_tokens -= context + 1
             self._leave_decode(victim)
@@ -341,7 +351,7 @@ class Engine:
                 request.first_token_us = end_us
             request.generated += 1
             if request.generated >= request.output_tokens:
-                self.used_blocks -= self._blocks_for(request.computed)
+                self.used_blocks -= self.blocks_for(request.computed)
                 del self.running[request.index]
                 self._retire(request, end_us)
                 finished.append(request)
@@ -368,7 +378,7 @@ class Engine:
         self.kv_tokens -= request.computed + 1 + done
         self.domain_decodes[request.domain] -= 1
         self._phase[(request.computed - request.decode_from_step) % self.block_tokens] -= 1
-        self.used_blocks -= self._blocks_for(request.computed + done)
+        self.used_blocks -= self.blocks_for(request.computed + done)
         request.decode_from_step = NEVER
 
     def _retire(self, request: SimRequest, end_us: float) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gimbal.core.config import PlacementConfig
-from gimbal.core.contracts import FloatArray, IntArray, Placer, RoutingCounts, Topology
+from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import migration_us
-from gimbal.core.placement.kinds import StepKind, at_kind, plan_kinds, step_kinds, typical_share
+from gimbal.core.placement.kinds import MEAN_STEP, StepKind, step_kinds, typical_share
+from gimbal.core.placement.planner import PlacementDecision, Planner
+from gimbal.core.placement.problem import constants_of
 from gimbal.records.placements import placement_record
 from gimbal.records.schema import PlacementRecord, RebalanceRecord
 from gimbal.sim import kernels
@@ -26,10 +27,6 @@ from gimbal.sim.routing import (
     linear_placement,
     noise_pool,
 )
-
-if TYPE_CHECKING:
-    from gimbal.core.placement.gate import GateDecision
-    from gimbal.core.placement.heuristic import GimbalPlacer
 
 COMPARED_STEPS = 8
 """Every so many steps after a rearrangement are also priced with the placement before it."""
@@ -58,12 +55,10 @@ class Experts:
         self._policies, self._changed = policies, 0
         oracle = policies.simulated.oracle
         self._rebalances = policies.placement.placer != "static" and not oracle
-        self._placer = _placer(policies.placement)
-        self._planner: GimbalPlacer | None = None
+        self._planner = _planner(cluster, profile, policies.placement)
         if oracle and expected_tokens is not None:
-            assert self._placer is not None
             routing = RoutingCounts(np.einsum("sd,dlx->slx", expected_tokens, population.share))
-            planned = self._placer.place(routing, self.topology, self.placement)
+            planned = self._planner.place(routing, self.topology, self.placement)
             pairs = routing.counts.sum(axis=0)
             self.placements.append(
                 placement_record(0.0, True, pairs, self.placement, planned, slots)
@@ -177,15 +172,16 @@ class Experts:
         if (step + interval * 3 // 4) % interval or self._steps_in_window == 0:
             return 0.0
         self.close_comparison()
-        counts = self._recorded_counts()
-        horizon = interval
+        counts, windows = self._recorded_counts(), 1.0
         if self.loop is not None and self._policies.places:
             local = self._policies.simulated.affinity == "local"
             affinity = self.affinity_us_per_token() if local else None
             counts, windows = self.loop.plan_for(counts, self._window, affinity)
-            horizon = round(interval * windows)
-        planned, gate = self._propose(counts, horizon)
-        stall = self._record(step, now_us, planned, gate)
+        kinds = self._kinds()
+        decision = self._planner.decide(
+            counts, self.topology, self.placement, windows=windows, kinds=kinds
+        )
+        stall = self._record(step, now_us, decision)
         self._window[:] = 0
         self._steps_in_window, self._squares, self._decodes = 0, 0.0, 0.0
         return 0.0 if self.cluster.eplb_async else stall
@@ -207,42 +203,14 @@ class Experts:
     def _kinds(self) -> tuple[StepKind, ...]:
         """Of the window's steps."""
         tokens = float(self._window.sum())
+        if tokens <= 0.0:
+            return MEAN_STEP
         typical = typical_share(tokens, self._squares, self._steps_in_window)
         return step_kinds(typical, self._decodes / tokens)
 
-    def _propose(self, counts: RoutingCounts, horizon: int) -> tuple[IntArray, GateDecision | None]:
-        """The next placement, and what the gain gate said (None for placers without one)."""
-        if self._placer is not None:
-            return self._placer.place(counts, self.topology, self.placement), None
-        from gimbal.core.placement.gate import decide
-        from gimbal.core.placement.heuristic import GimbalPlacer
-        from gimbal.core.placement.problem import PlacementProblem, constants_of
-
-        if self._planner is None:
-            self._planner = GimbalPlacer()
-        constants = constants_of(self.profile)
-        if self.cluster.eplb_async:  # moved beside the steps: only the bytes cost
-            constants = replace(constants, migration_fixed_us=0.0)
-        kinds = self._kinds()
-        problems = [
-            PlacementProblem(
-                at_kind(counts, kind),
-                self.topology,
-                self.placement,
-                constants,
-                horizon_steps=max(1, round(horizon * kind.share)),
-                backend=self.profile.backend,
-            )
-            for kind in kinds
-        ]
-        proposed = plan_kinds(self._planner, problems, kinds)
-        gate = decide(proposed, horizon)
-        return (proposed.physical_to_logical if gate.commit else self.placement), gate
-
-    def _record(
-        self, step: int, now_us: float, planned: IntArray, gate: GateDecision | None
-    ) -> float:
-        """Puts `planned` in force; returns the stall of a synchronous rearrangement."""
+    def _record(self, step: int, now_us: float, decision: PlacementDecision) -> float:
+        """Puts a plan in force that may be; returns the stall of a synchronous rearrangement."""
+        planned = decision.placement if decision.commit else self.placement
         moved = planned != self.placement
         received = self._received(planned)
         mix = self._window.sum(axis=0)
@@ -263,9 +231,9 @@ class Experts:
             RebalanceRecord(
                 time_s=now_us / 1e6,
                 committed=bool(moved.any()),
-                reason=f"step {step}" + (f": {gate.reason}" if gate is not None else ""),
-                predicted_gain_us_per_step=gate.gain_us_per_step if gate is not None else 0.0,
-                predicted_stall_us=gate.stall_us if gate is not None else stall,
+                reason=f"step {step}: {decision.reason}",
+                predicted_gain_us_per_step=decision.gain_us_per_step,
+                predicted_stall_us=decision.stall_us,
                 realized_gain_us_per_step=None,
                 stall_us=0.0 if self.cluster.eplb_async else stall,
                 moved_slots=int(moved.sum()),
@@ -292,10 +260,9 @@ class Experts:
         return float(busiest)
 
 
-def _placer(placement: PlacementConfig) -> Placer | None:
-    """The placer; None when it is static, or Gimbal's, which plans behind its gate."""
-    if placement.placer in {"static", "gimbal"}:
-        return None
-    from gimbal.core.placement import PLACERS
-
-    return PLACERS.build(placement.placer, placement.options)
+def _planner(cluster: Cluster, profile: Profile, placement: PlacementConfig) -> Planner:
+    constants = constants_of(profile)
+    if cluster.eplb_async:  # moved beside the steps: only the bytes cost
+        constants = replace(constants, migration_fixed_us=0.0)
+    backend = profile.backend if placement.backend == "auto" else placement.backend
+    return Planner(placement, constants, backend, cluster.eplb_step_interval)

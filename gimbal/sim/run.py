@@ -23,7 +23,8 @@ from gimbal.core.dispatch.dispatcher import Dispatcher
 from gimbal.core.errors import InputError
 from gimbal.core.feedback.affinity import AffinityPolicy, HomePolicy, home_engines
 from gimbal.core.queue import ORDERINGS
-from gimbal.core.queue.graph_steps import fits_graph_steps
+from gimbal.core.queue.graph_steps import GraphStepCosts
+from gimbal.core.queue.traits import usable
 from gimbal.core.snapshot import Field
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.report.arms import Arm
@@ -35,6 +36,7 @@ from gimbal.sim.policies import policies_of, with_flags
 from gimbal.sim.requests import check_lengths, requests_of
 from gimbal.sim.routing import Population
 from gimbal.sim.signals import Signals
+from gimbal.sim.step_view import Group
 from gimbal.workloads.trace import Trace
 
 
@@ -105,18 +107,21 @@ class Simulation:
                 request.arrival_us = profile.api_us if request.index < concurrency else np.inf
         self._late: list[SimRequest] = []
         self._done: list[SimRequest] = []
+        self.group = Group()
         self.engines = [
-            _engine(index, cluster, policies.queue, kv_tokens, len(domains), trace)
+            _engine(index, cluster, policies.queue, kv_tokens, len(domains), self.group)
             for index in range(cluster.dp)
         ]
-        self._sizes_steps = traits_of(self.engines[0].waiting.ordering).sizes_steps
+        for engine in self.engines:
+            engine.set_prefix_block_tokens(trace.prefix_block_tokens)
+        self.group.graphs = self._graph_costs(self.engines[0].queue)
         weight = 0.0 if policies.feedback is None else policies.feedback.weight
         self.dispatcher = Dispatcher(cluster.dp, policies.dispatch, feedback_weight=weight)
         compile_kernels()
         self._domains = population.names
         homes = self._use_affinity(domains)
-        interval_us, graph_tokens = cluster.stats_interval_ms * 1e3, self._graph_tokens()
-        self.signals = Signals(self.engines, policies.fresh_signals, interval_us, graph_tokens)
+        interval_us = cluster.stats_interval_ms * 1e3
+        self.signals = Signals(self.engines, policies.fresh_signals, interval_us, self.group.graphs)
         self.dispatcher.fit_prefix_index(self.signals.board)
         expected = self._expected_tokens(homes) if policies.simulated.oracle else None
         self.experts = Experts(cluster, profile, population, policies, seed, expected)
@@ -131,13 +136,13 @@ class Simulation:
         self._step_us: list[float] = []
         self._step_decodes: list[int] = []
 
-    def _graph_tokens(self) -> int:
-        """The largest step that a CUDA graph covers, where the arm's queue keeps to it; else 0."""
-        keeps = self._sizes_steps and self.policies.queue.graph_steps > 0.0
+    def _graph_costs(self, queue: QueueConfig) -> GraphStepCosts | None:
+        """What steps with and without CUDA graphs take, where the arm's queue goes by it."""
         # Under a prefill interval a server cuts nothing either.
-        if not keeps or self.cluster.prefill_schedule_interval > 1:
-            return 0
-        return self.profile.graph_tokens
+        if queue.graph_steps <= 0.0 or self.cluster.prefill_schedule_interval > 1:
+            return None
+        graph_tokens = self.profile.graph_tokens
+        return GraphStepCosts(graph_tokens) if graph_tokens else None
 
     def _use_affinity(self, domains: dict[str, int]) -> dict[str, int]:
         """Wraps the arm's dispatch policy as its affinity asks; returns domains' home engines."""
@@ -194,12 +199,7 @@ class Simulation:
 
     def _step(self, start_us: float) -> float:
         """Runs one lock-step step of all engines; returns the time of its end."""
-        batches = [
-            engine.schedule(start_us / 1e6, admit, budget)
-            for engine, admit, budget in zip(
-                self.engines, self._admit(), self._budgets(), strict=True
-            )
-        ]
+        batches = self._schedule(start_us)
         if self.cluster.async_scheduling:
             # Step k+1 is scheduled as soon as k runs: what came during k waits for k+2.
             self._deliver(start_us)
@@ -220,40 +220,17 @@ class Simulation:
         self._step_decodes.append(sum(batch.decodes for batch in batches))
         return end_us
 
-    def _admit(self) -> list[bool]:
-        """Per engine, whether this step may prefill beside decodes, by vLLM's interval.
-
-        vLLM lifts it on an engine that left somebody waiting, Gimbal's queue on all of them once
-        the fullest has so many full steps of prefill (`interval_backlog_steps`).
-        """
+    def _schedule(self, start_us: float) -> list[StepBatch]:
+        """Every engine's batch, by what the group looked like before any of them took its own."""
         interval = self.cluster.prefill_schedule_interval
-        if interval <= 1 or len(self._step_us) % interval == 0:
-            return [True] * len(self.engines)
-        backlog_steps = self.policies.queue.interval_backlog_steps
-        if not self._sizes_steps or backlog_steps <= 0.0:
-            return [engine.capacity_bound for engine in self.engines]
-        limit = backlog_steps * self.cluster.max_num_batched_tokens
-        return [max(engine.backlog_tokens for engine in self.engines) > limit] * len(self.engines)
-
-    def _budgets(self) -> list[int | None]:
-        """Per engine, the step's token budget where a CUDA graph had better cover it.
-
-        As `step_plan.StepPlanner.graph_budget` on a server.
-        """
-        whole: list[int | None] = [None] * len(self.engines)
-        costs = self.signals.graph_costs
-        if costs is None:
-            return whole
-        tokens = max(engine.backlog_tokens + engine.decodes for engine in self.engines)
-        backlog = max(engine.backlog_tokens for engine in self.engines)
-        decodes = max(engine.decodes for engine in self.engines)
-        graph = costs.graph_tokens
-        if tokens <= graph or decodes == 0:
-            return whole
-        fits = fits_graph_steps(backlog, decodes, graph, self.policies.queue.graph_steps)
-        if not (fits and costs.small_steps_pay(backlog)):
-            return whole
-        return [min(graph, engine.budget) for engine in self.engines]
+        due = interval <= 1 or len(self._step_us) % interval == 0
+        group, engines = self.group, self.engines
+        group.backlog_tokens = max(engine.backlog_tokens for engine in engines)
+        group.decode_tokens = max(engine.decodes for engine in engines)
+        batches = [engine.schedule(start_us / 1e6, due) for engine in engines]
+        if group.graphs is not None and any(e.decision.asked_graphs for e in engines):
+            group.graphs.decided()
+        return batches
 
     def _release(self, now_us: float) -> None:
         """In a closed loop the end of one request sends the next."""
@@ -361,11 +338,15 @@ class Simulation:
 
 
 def _engine(
-    index: int, cluster: Cluster, queue: QueueConfig, kv_tokens: int, domains: int, trace: Trace
+    index: int,
+    cluster: Cluster,
+    queue: QueueConfig,
+    kv_tokens: int,
+    domains: int,
+    group: Group,
 ) -> Engine:
     ordering = ORDERINGS.build(queue.ordering, queue.options)
-    can = traits_of(ordering)
-    engine = Engine(
+    return Engine(
         index,
         cluster.max_num_batched_tokens,
         cluster.max_num_seqs,
@@ -375,8 +356,6 @@ def _engine(
         cluster.enable_prefix_caching,
         cluster.long_prefill_token_threshold,
         domains,
-        (queue.max_wait_s or None) if can.age_limit else None,
-        can.shares_steps and queue.in_batch,
+        usable(queue, traits_of(ordering)),
+        group,
     )
-    engine.set_prefix_block_tokens(trace.prefix_block_tokens)
-    return engine

@@ -7,14 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from gimbal.core.contracts import FloatArray
-from gimbal.core.cost.online import OnlineStepCost
+from gimbal.core.cost.online import OnlineStepCost, smoothed
 from gimbal.core.queue.graph_steps import GraphStepCosts
 from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 from gimbal.sim.engine import Engine, StepBatch
-
-SMOOTHING = 0.2
-"""Weight of a new prefill rate, as an engine on a server weighs it."""
-
 
 _SEQUENCE = int(Field.SEQUENCE)
 _COLUMNS = np.array(
@@ -47,7 +43,8 @@ class Signals:
         fresh: True publishes every step; False only request counts and KV usage, at most every
             `stats_interval_us` and only when a count changed, as vLLM's coordinator does.
         stats_interval_us: see `fresh`.
-        graph_tokens: the largest step that replays a CUDA graph; 0 learns nothing about them.
+        graph_costs: learns what steps with and without CUDA graphs take; None where nobody asks.
+            On a server every engine has its own; told the same, they come to the same conclusions.
     """
 
     def __init__(
@@ -55,7 +52,7 @@ class Signals:
         engines: Sequence[Engine],
         fresh: bool,
         stats_interval_us: float,
-        graph_tokens: int = 0,
+        graph_costs: GraphStepCosts | None = None,
     ) -> None:
         self._engines = engines
         self._fresh = fresh
@@ -69,8 +66,12 @@ class Signals:
         self.board[:, Field.STEP_TOKEN_BUDGET] = [e.budget for e in engines]
         self.board[:, Field.MAX_RUNNING_REQUESTS] = [e.seats for e in engines]
         self.costs = [OnlineStepCost(e.budget) for e in engines]
-        # On a server every engine has its own; told the same, they come to the same conclusions.
-        self.graph_costs = GraphStepCosts(graph_tokens) if graph_tokens else None
+        protected = [e.queue.protect_decodes for e in engines]
+        self._learns = fresh or any(protected)
+        if any(protected):
+            for engine, cost in zip(engines, self.costs, strict=True):
+                engine.view.learned = cost
+        self.graph_costs = graph_costs
 
     def step_done(self, batches: Sequence[StepBatch], duration_us: float) -> None:
         """Learns from one finished step (every engine saw the same duration)."""
@@ -80,9 +81,8 @@ class Signals:
             if batch.prefill_tokens:  # the queue's orderings read it, whatever dispatch sees
                 fullest = max(fullest, batch.prefill_tokens)
                 rate = batch.prefill_tokens / max(duration_us, 1.0) * 1e6
-                weight = SMOOTHING if engine.prefill_rate else 1.0
-                engine.prefill_rate += weight * (rate - engine.prefill_rate)
-        if self._fresh:
+                engine.prefill_rate = smoothed(engine.prefill_rate, rate)
+        if self._learns:
             for cost, batch in zip(self.costs, batches, strict=True):
                 cost.observe(batch.prefill_tokens, batch.decodes, duration_us, fullest)
         if self.graph_costs is not None:

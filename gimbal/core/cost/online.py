@@ -27,12 +27,19 @@ stay right on average.
 
 from __future__ import annotations
 
+SMOOTHING = 0.2
+"""Share of the newest value in a smoothed one."""
 FORGETTING = 0.995  # remembers about 200 steps
 CLIP = 4.0
 WARM_STEPS = 8  # before these the usual residual is not known and nothing is clipped
 _PRIOR_VARIANCE = 1e3
 _MAX_VARIANCE = 1.0
 _DECODE_SCALE = 64.0
+
+
+def smoothed(old: float, new: float) -> float:
+    """`old` moved towards `new`; the first value counts whole (0 is none yet)."""
+    return old + (new - old) * (SMOOTHING if old else 1.0)
 
 
 class OnlineStepCost:

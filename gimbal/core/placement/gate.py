@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gimbal.core.placement.heuristic import PlacementPlan
 
@@ -22,6 +22,11 @@ class GateDecision:
     gain_us: float
     stall_us: float
     reason: str
+
+
+def ungated(decision: GateDecision, moved_slots: int) -> GateDecision:
+    """`decision` of a placer that declares ``gated = False``: whatever moves is committed."""
+    return replace(decision, commit=moved_slots > 0, reason=f"not gated: {decision.reason}")
 
 
 def decide(

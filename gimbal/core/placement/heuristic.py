@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from gimbal.core.placement import forecast, objective
 from gimbal.core.placement.bounds import load_floor_us, send_costs
 from gimbal.core.placement.objective import CostTerms, Prices
 from gimbal.core.placement.problem import PlacementProblem
+
+if TYPE_CHECKING:
+    from gimbal.core.placement.kinds import StepKind
 
 VISITS_PER_SLOT = 8
 """Bound of the search: rank visits per slot and sharpness stage (far above what is needed)."""
@@ -318,6 +321,18 @@ class GimbalPlacer:
     def plan(self, problem: PlacementProblem) -> PlacementPlan:
         """Plans `problem` with this placer's own forecast, learning from its window first."""
         return plan(self.expecting([problem])[0])
+
+    def plan_kinds(
+        self, problems: Sequence[PlacementProblem], kinds: Sequence[StepKind]
+    ) -> PlacementPlan:
+        """Plans one window, given as one problem per kind (horizon in steps of that kind)."""
+        from gimbal.core.placement.kinds import mixed
+
+        expected = self.expecting(problems)
+        plans = [plan(problem) for problem in expected]
+        if len(plans) == 1 and kinds[0].share == 1.0:
+            return plans[0]
+        return mixed(expected, kinds, [each.physical_to_logical for each in plans])
 
     def expecting(self, problems: Sequence[PlacementProblem]) -> list[PlacementProblem]:
         """The same window's problems for the next one, after learning from it once."""

@@ -75,19 +75,6 @@ def at_kind(routing: RoutingCounts, kind: StepKind) -> RoutingCounts:
     return RoutingCounts(routing.counts, active, max(1, round(routing.steps / kind.size)))
 
 
-def plan_kinds(
-    placer: heuristic.GimbalPlacer,
-    problems: Sequence[PlacementProblem],
-    kinds: Sequence[StepKind],
-) -> heuristic.PlacementPlan:
-    """Plans one window, given as one problem per kind (horizon in steps of that kind)."""
-    expected = placer.expecting(problems)
-    plans = [heuristic.plan(problem) for problem in expected]
-    if len(plans) == 1 and kinds[0].share == 1.0:
-        return plans[0]
-    return mixed(expected, kinds, [plan.physical_to_logical for plan in plans])
-
-
 def mixed(
     problems: Sequence[PlacementProblem],
     kinds: Sequence[StepKind],

@@ -13,9 +13,10 @@ from gimbal.core.cost.profile import load_profile
 from gimbal.core.feedback.pressure import wire_us_per_pair
 from gimbal.core.placement import PLACERS, gate, heuristic
 from gimbal.core.placement.backends import GATHER_BACKEND, ROUTED_BACKEND
-from gimbal.core.placement.kinds import MEAN_STEP, StepKind, at_kind, mixed, plan_kinds
+from gimbal.core.placement.kinds import MEAN_STEP, StepKind, at_kind, mixed
 from gimbal.core.placement.problem import CostConstants, PlacementProblem, constants_of
 from gimbal.core.placement.replica_split import near_split
+from gimbal.core.placement.verify import answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +86,41 @@ def cost_constants(facts: ModelFacts, profile: str = "") -> CostConstants:
     )
 
 
+def planner_for(config: PlacementConfig, facts: ModelFacts) -> Planner:
+    """The planner of a model on a server; raises InputError for a bad cost profile."""
+    backend = config.backend
+    if backend == "auto":
+        gathers = facts.all2all_backend in (GATHER_BACKEND, "naive")
+        backend = GATHER_BACKEND if gathers else ROUTED_BACKEND
+    return Planner(config, cost_constants(facts, config.profile), backend, facts.step_interval)
+
+
 class Planner:
     """Asks the configured placer, prices its proposal and applies the gain gate.
 
-    Deterministic: ranks that call it with the same arguments get the same decision.
+    Serves every worker of a server and the simulator. Deterministic: ranks that call it with the
+    same arguments get the same decision.
+
+    Args:
+        config: section `placement`; its backend and profile have gone into the next two.
+        constants: of the cost model.
+        backend: one of `backends.BACKENDS`.
+        horizon_steps: steps between rearrangements.
     """
 
-    def __init__(self, config: PlacementConfig, facts: ModelFacts) -> None:
-        self.config, self._facts = config, facts
-        self.horizon_steps = facts.step_interval
-        self._placer: Placer = PLACERS.build(config.placer)
-        backend = config.backend
-        if backend == "auto":
-            gathers = facts.all2all_backend in (GATHER_BACKEND, "naive")
-            backend = GATHER_BACKEND if gathers else ROUTED_BACKEND
-        self._constants = cost_constants(facts, config.profile)
+    def __init__(
+        self,
+        config: PlacementConfig,
+        constants: CostConstants,
+        backend: str,
+        horizon_steps: int,
+    ) -> None:
+        self.config = config
+        self.horizon_steps = horizon_steps
+        self._placer: Placer = PLACERS.build(config.placer, config.options)
+        self._constants = constants
         self._template = {
-            "constants": self._constants,
+            "constants": constants,
             "alpha": config.alpha,
             "beta": config.beta,
             "gamma": config.gamma,
@@ -136,10 +155,13 @@ class Planner:
     ) -> PlacementDecision:
         """Plans from `current`.
 
-        `windows` is over how many intervals the gain may be counted, `kinds` for which steps is
-        planned.
-        `stall_scale` is what the last migration took over what the model had predicted for it:
-        the next prediction is corrected by it.
+        Args:
+            stall_scale: what the last migration took over what the model had predicted for it; the
+                next prediction is corrected by it.
+            windows: over how many intervals the gain may be counted.
+            kinds: of step, what is planned for.
+
+        Raises PolicyError, which names the placer, when it fails or answers no placement.
         """
         horizon_steps = round(self.horizon_steps * windows)
         problems = [
@@ -152,6 +174,8 @@ class Planner:
         options = horizon_steps, self.config.gamma, self.config.gate
         modelled_us = gate.decide(plan, *options).stall_us
         verdict = gate.decide(plan, *options, stall_us=modelled_us * stall_scale)
+        if not getattr(self._placer, "gated", True):
+            verdict = gate.ungated(verdict, plan.moved_slots)
         return PlacementDecision(
             placement=plan.physical_to_logical,
             commit=verdict.commit,
@@ -173,7 +197,8 @@ class Planner:
         Seconds where numba's cache is cold, so the caller runs it in a thread: the server need not
         wait, and the first rearrangement comes hundreds of steps later.
         """
-        toy = Planner(self.config, self._facts)
+        backend = str(self._template["backend"])
+        toy = Planner(self.config, self._constants, backend, self.horizon_steps)
         topology = Topology(2, 2)
         current = np.array([[0, 1, 2, 0]], dtype=np.int32)
         routing = RoutingCounts(np.arange(6, dtype=np.float64).reshape(2, 1, 3), steps=10)
@@ -183,16 +208,25 @@ class Planner:
     def forget(self) -> None:
         """Starts anew, as every rank does at the same time: what a placer has learned from past
         windows must be the same everywhere."""
-        self._placer = PLACERS.build(self.config.placer)
+        self._placer = PLACERS.build(self.config.placer, self.config.options)
 
     def _plan(
         self, problems: list[PlacementProblem], kinds: Sequence[StepKind]
     ) -> heuristic.PlacementPlan:
-        if isinstance(self._placer, heuristic.GimbalPlacer):
-            return plan_kinds(self._placer, problems, kinds)
+        plan_kinds = getattr(self._placer, "plan_kinds", None)
+        if plan_kinds is not None:
+            plan: heuristic.PlacementPlan = plan_kinds(problems, kinds)
+            return plan
         first = problems[0]
-        proposed = self._placer.place(first.routing, first.topology, first.current)
-        return mixed(problems, kinds, [proposed], keep=False)
+        placed = self.place(first.routing, first.topology, first.current)
+        return mixed(problems, kinds, [placed], keep=False)
+
+    def place(self, routing: RoutingCounts, topology: Topology, current: IntArray) -> IntArray:
+        """[layers, slots] what the placer proposes, neither priced nor gated.
+
+        Raises PolicyError, which names the placer, when it fails or answers no placement.
+        """
+        return answer(self.config.placer, self._placer, routing, topology, current)
 
     def gain_us_per_step(
         self,

@@ -6,8 +6,8 @@ import hashlib
 
 import numpy as np
 
-from gimbal.core.contracts import IntArray, Topology
-from gimbal.core.errors import InputError
+from gimbal.core.contracts import IntArray, Placer, RoutingCounts, Topology
+from gimbal.core.errors import InputError, PolicyError, one_line
 from gimbal.core.placement.problem import validate_placement
 
 
@@ -32,6 +32,36 @@ def problems(
         expert = int(per_rank[layer, rank, slot])
         return f"placement[{layer}]: rank {rank} holds expert {expert} twice"
     return None
+
+
+def answer(
+    name: str, placer: Placer, routing: RoutingCounts, topology: Topology, current: IntArray
+) -> IntArray:
+    """What the placer called `name` proposes: [layers, slots], checked by `check_answer`.
+
+    Raises PolicyError naming it when it fails or proposes no placement.
+    """
+    try:
+        placed = placer.place(routing, topology, current)
+    except Exception as error:
+        raise PolicyError(f"placer {name!r}: {type(error).__name__}: {one_line(error)}") from error
+    return check_answer(name, placed, current, routing.counts.shape[2])
+
+
+def check_answer(name: str, placed: object, current: IntArray, experts: int) -> IntArray:
+    """`placed` as int32 when it is a placement of the shape of `current` [layers, slots].
+
+    An expert may lie twice on a rank, as in vLLM's own placements; `problems` refuses that before
+    a weight moves. Raises PolicyError naming the placer when it is no array of integers of that
+    shape, names an expert that does not exist, or leaves one out.
+    """
+    layers, slots = current.shape
+    try:
+        array = np.asarray(placed)
+        validate_placement(array, Topology(1, slots), layers, experts, "placement")
+    except ValueError as error:  # rows of different lengths are no array; InputError is one too
+        raise PolicyError(f"placer {name!r}: {one_line(error)}") from None
+    return np.ascontiguousarray(array, dtype=np.int32)
 
 
 def check(physical_to_logical: IntArray, topology: Topology, layers: int, experts: int) -> str:

@@ -10,6 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from gimbal.core.queue.heap import Entry, WaitingHeap
+
+T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
+
+PASS_CANDIDATES = 16
+"""Requests looked at behind a head that gets no KV blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +76,37 @@ class BlockedHeadGate:
         self._blocked.pop(request_id, None)
         if self._reserved == request_id:
             self._reserved = None
+
+
+class KvRoom(Protocol[T_contra]):
+    """What an engine knows of its KV blocks."""
+
+    def free_blocks(self) -> int:
+        """KV blocks that can be allocated now."""
+        ...
+
+    def blocks_needed(self, item: T_contra, free: int) -> int:
+        """KV blocks `item` needs to be admitted; exact only where it decides about `free`."""
+        ...
+
+
+def next_entry(
+    heap: WaitingHeap[T], gate: BlockedHeadGate | None, room: KvRoom[T], step: int, now_s: float
+) -> Entry[T]:
+    """The entry to offer for admission: the heap's head, or one that may pass it.
+
+    Args:
+        gate: None where nobody passes a head.
+        step, now_s: see `BlockedHeadGate.choose`.
+
+    Raises IndexError when nothing waits.
+    """
+    head = heap.peek(now_s)
+    if gate is None:
+        return head
+    free = room.free_blocks()
+    if room.blocks_needed(head.item, free) <= free:
+        return head
+    entries = [head, *(e for e in heap.first(PASS_CANDIDATES) if e is not head)]
+    needs = [KvNeed(e.request.request_id, room.blocks_needed(e.item, free)) for e in entries]
+    return entries[gate.choose(needs, free, step, now_s)]

@@ -11,39 +11,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gimbal.core.queue.heap import FRONT, Entry, WaitingHeap
 
 NEWCOMERS = 16
 """Waiting requests that may claim a running prefill's budget in one step."""
 HOLD_STEPS = 8
-"""Steps without yielding after one that was not filled, because whom a prefill yielded to was not
-admitted: it is never paused for nobody for long."""
+"""Steps without yielding after one in which a prefill yielded to somebody who was not admitted."""
 _CLASS_TOKENS = 1e12
 """Key distance between priority classes, and between them and who must not wait any longer."""
 _FIRST = -_CLASS_TOKENS * _CLASS_TOKENS
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillCandidate:
-    """A prompt that could use budget now: its key in the ordering, and the most tokens of it that
-    one step may take."""
+class PrefillCandidate(NamedTuple):
+    """A prompt that could use budget now: its key in the ordering, and the tokens it could use."""
 
     key: float
     tokens: int
 
 
-def waiting_candidate(entry: Entry[Any], chunk_tokens: int, strict: bool) -> PrefillCandidate:
+def waiting_candidate(entry: Entry[Any], strict: bool) -> PrefillCandidate:
     """The claim of a request that could be admitted in this step.
 
     Args:
         entry: its place in the queue.
-        chunk_tokens: the longest chunk of one prompt in a step.
         strict: whether a priority class always goes before the next (see `WaitingHeap`).
     """
-    uncached = entry.request.uncached_tokens
-    return PrefillCandidate(_key(entry, strict), max(1, min(uncached, chunk_tokens)))
+    return PrefillCandidate(_key(entry, strict), max(1, entry.request.uncached_tokens))
 
 
 def running_candidate(
@@ -51,7 +46,6 @@ def running_candidate(
     heap: WaitingHeap[Any],
     now_s: float,
     left_tokens: int,
-    chunk_tokens: int,
     strict: bool,
 ) -> PrefillCandidate:
     """The claim of a running prefill: its key less what has been computed.
@@ -63,13 +57,12 @@ def running_candidate(
         entry: the place it had in the queue; None when it never had one.
         heap: the queue; now_s: its clock.
         left_tokens: prompt tokens it lacks.
-        chunk_tokens, strict: see `waiting_candidate`.
+        strict: see `waiting_candidate`.
     """
-    chunk = min(left_tokens, chunk_tokens)
     if entry is None or entry.epoch != heap.epoch or _waited_too_long(entry, heap, now_s):
-        return PrefillCandidate(_FIRST, chunk)
+        return PrefillCandidate(_FIRST, left_tokens)
     computed = max(0, entry.request.uncached_tokens - left_tokens)
-    return PrefillCandidate(_key(entry, strict) - computed, chunk)
+    return PrefillCandidate(_key(entry, strict) - computed, left_tokens)
 
 
 def _waited_too_long(entry: Entry[Any], heap: WaitingHeap[Any], now_s: float) -> bool:
@@ -116,37 +109,18 @@ def share_prefill_budget(
 
 
 class PrefillSharing:
-    """`share_prefill_budget` over the steps of one engine; after yielding in vain it pauses.
-
-    Attributes:
-        claimed: in this step a newcomer claims what a running prefill could use.
-    """
+    """After yielding in vain nobody yields for a while: a prefill is never paused for nobody."""
 
     def __init__(self) -> None:
-        self.claimed = False
         self._hold_until = 0
 
-    def begin(self, step: int) -> bool:
-        """Starts `step`; whether newcomers may claim anything in it."""
-        self.claimed = False
+    def may_yield(self, step: int) -> bool:
+        """Whether newcomers may claim anything in `step`."""
         return step >= self._hold_until
 
-    def shares(
-        self,
-        running: Sequence[PrefillCandidate],
-        newcomers: Sequence[PrefillCandidate],
-        budget_tokens: int,
-    ) -> list[int]:
-        """As `share_prefill_budget`."""
-        shares = share_prefill_budget(running, newcomers, budget_tokens)
-        if newcomers:
-            self.claimed = shares != share_prefill_budget(running, [], budget_tokens)
-        return shares
-
-    def end(self, step: int, left_over: bool) -> None:
-        """Ends `step`; `left_over`: it had room left while somebody waited."""
-        if self.claimed and left_over:
-            self._hold_until = step + HOLD_STEPS
+    def in_vain(self, step: int) -> None:
+        """In `step` a prefill yielded, and tokens were left over while somebody waited."""
+        self._hold_until = step + HOLD_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +135,7 @@ def protected_prefill_tokens(
     cost: StepCost,
     budget_tokens: int,
     decoding: int,
-    backlog_tokens: int,
+    backlog_tokens: float,
     *,
     tpot_factor: float,
     patience_steps: float,

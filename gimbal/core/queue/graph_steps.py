@@ -83,7 +83,7 @@ class GraphStepCosts:
     def small_steps_pay(self, backlog_tokens: float) -> bool:
         """Whether prefilling `backlog_tokens` in small steps delays those who decode less.
 
-        Compares what it adds to steps that decode anyway. Call once per decision, see `EXPLORE`.
+        Compares what it adds to steps that decode anyway. Changes nothing.
         """
         if self._small_steps < LEAST_STEPS:
             return False
@@ -102,10 +102,16 @@ class GraphStepCosts:
         if len(large_us) < LEAST_STEPS:
             return False
         small_us = us_per_token * backlog_tokens
-        if small_us >= (1.0 - LEAST_GAIN) * large_us[len(large_us) // 2]:
-            return False
+        return small_us < (1.0 - LEAST_GAIN) * large_us[len(large_us) // 2]
+
+    @property
+    def exploring(self) -> bool:
+        """The next step that could be small is to be a large one, see `EXPLORE`."""
+        return self._decisions >= EXPLORE
+
+    def decided(self) -> None:
+        """A step was found to be better small; call once per step."""
         self._decisions += 1
-        return self._decisions <= EXPLORE
 
 
 def fits_graph_steps(

@@ -12,6 +12,7 @@ from gimbal.board.slots import BoardReader, SlotWriter
 from gimbal.vllm_plugin.engine import remote
 from gimbal.vllm_plugin.engine.identity import close_at_exit, server_board_path
 from gimbal.vllm_plugin.engine.signals import SchedulerSignals
+from gimbal.vllm_plugin.engine.state import EngineState
 from gimbal.vllm_plugin.engine.step_log import StepLog
 
 logger = logging.getLogger("vllm.gimbal")
@@ -25,7 +26,10 @@ class BoardSlot(SlotWriter):
 
 
 def open_signals(scheduler: Any) -> SchedulerSignals:
-    """Signals of the engine that `scheduler` belongs to, with the step log if one is asked for."""
+    """Signals of the engine that `scheduler` belongs to, with the step log if one is asked for.
+
+    Their `EngineState` is what the engine's queue reads.
+    """
     signals = _publisher(scheduler)
     directory = scheduler.gimbal_config.step_records
     if directory:
@@ -50,4 +54,4 @@ def _publisher(scheduler: Any) -> SchedulerSignals:
     # Engines of a dense model run on their own: vLLM has set their data-parallel size to 1.
     lock_step = parallel.data_parallel_size > 1
     group = BoardReader(board, parallel.data_parallel_size) if lock_step else None
-    return SchedulerSignals(scheduler, BoardSlot(board, rank), group)
+    return SchedulerSignals(scheduler, BoardSlot(board, rank), EngineState(scheduler, board, group))

@@ -3,12 +3,13 @@
 `with_gimbal` derives a class from the one vLLM picks (``AsyncScheduler`` unless the user named
 another), so asynchronous scheduling stays as it was. The overrides only report events to
 `SchedulerSignals`; every report is guarded, so a fault in the accounting costs the signals and
-never a request. The queue level's own overrides are in `queue_level.GimbalQueueMixin`.
+never a request. The queue level's own overrides are in `queue.level.GimbalQueueMixin`.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
@@ -17,8 +18,10 @@ from gimbal.core.errors import InputError
 from gimbal.core.guard import LevelGuard
 from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin import bridge
+from gimbal.vllm_plugin.engine import news
 from gimbal.vllm_plugin.engine.publishing import open_signals
 from gimbal.vllm_plugin.engine.signals import SchedulerSignals
+from gimbal.vllm_plugin.engine.state import EngineState
 
 logger = logging.getLogger("vllm.gimbal")
 
@@ -32,10 +35,12 @@ class GimbalSchedulerMixin:
     Attributes:
         gimbal_config: the server's Gimbal configuration.
         gimbal_signals: the engine's counters and its board slot; None once they failed for good.
+        gimbal_state: what the signals write and the queue reads; empty without signals.
     """
 
     gimbal_config: GimbalConfig
     gimbal_signals: SchedulerSignals | None = None
+    gimbal_state: EngineState
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,23 +49,26 @@ class GimbalSchedulerMixin:
             self.gimbal_signals = open_signals(self)
         except Exception as error:
             self._gimbal_guard.fell_back("no_board", error)
+        signals = self.gimbal_signals
+        self.gimbal_state = EngineState(self) if signals is None else signals.state
         self._gimbal_install_queue()
 
     def _gimbal_install_queue(self) -> None:
         """Where the queue level replaces ``self.waiting``; without it vLLM's own queue stays."""
 
-    def _gimbal_report(self, event: str, *args: Any) -> None:
-        """Calls `event` of the signals; an engine without trustworthy signals publishes none."""
+    def _gimbal_report(self, event: Callable[..., None], *args: Any) -> None:
+        """Tells the signals of `event`, one of their methods; without signals it says nothing."""
         signals = self.gimbal_signals
         if signals is None:
             return
         try:
-            getattr(signals, event)(*args)
+            event(signals, *args)
         except Exception as error:
-            self._gimbal_guard.fell_back(event, error)
+            self._gimbal_guard.fell_back(event.__name__, error)
             # Counters that missed an event are wrong for good: rebuild them from the scheduler.
             if self._gimbal_guard.disabled:
                 self.gimbal_signals = None
+                self.gimbal_state.forget()
                 signals.close()
             else:
                 signals.needs_recount = True
@@ -68,47 +76,47 @@ class GimbalSchedulerMixin:
             self._gimbal_guard.succeeded()
 
     def add_request(self, request: Any) -> None:
-        self._gimbal_report("accepted", request)
+        self._gimbal_report(SchedulerSignals.accepted, request)
         super().add_request(request)  # type: ignore[misc]
-        self._gimbal_report("updated", request.request_id)
+        self._gimbal_report(SchedulerSignals.updated, request.request_id)
 
     def _enqueue_waiting_request(self, request: Any) -> None:
         # Before the queue sees it: an ordering needs the uncached tokens found here.
-        self._gimbal_report("enqueued", request)
+        self._gimbal_report(SchedulerSignals.enqueued, request)
         super()._enqueue_waiting_request(request)  # type: ignore[misc]
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        self._gimbal_report("preempting", request)
+        self._gimbal_report(SchedulerSignals.preempting, request)
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
-        self._gimbal_report("preempted", request)
+        self._gimbal_report(SchedulerSignals.preempted, request)
 
     def _handle_stopped_request(self, request: Any) -> bool:
-        self._gimbal_report("stopped", request)
+        self._gimbal_report(SchedulerSignals.stopped, request)
         return bool(super()._handle_stopped_request(request))  # type: ignore[misc]
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        self._gimbal_report("freed", request)
+        self._gimbal_report(SchedulerSignals.freed, request)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        self._gimbal_report("scheduled", output)
+        self._gimbal_report(SchedulerSignals.scheduled, output)
         return output
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        self._gimbal_report("completing")
+        self._gimbal_report(SchedulerSignals.completing)
         outputs = super().update_from_output(  # type: ignore[misc]
             scheduler_output, *args, **kwargs
         )
-        self._gimbal_report("completed", scheduler_output)
+        self._gimbal_report(SchedulerSignals.completed, scheduler_output)
         # Set by the placement level's worker when there is news, absent otherwise.
         answer = args[0] if args else None
-        fallbacks = getattr(answer, "gimbal_placement_fallbacks", None)
+        fallbacks = getattr(answer, news.FALLBACKS, None)
         if fallbacks is not None:
-            self._gimbal_report("worker_said", Field.PLACEMENT_FALLBACKS, fallbacks)
-        pressure_us = getattr(answer, "gimbal_expert_pressure_us", None)
+            self._gimbal_report(SchedulerSignals.worker_said, Field.PLACEMENT_FALLBACKS, fallbacks)
+        pressure_us = getattr(answer, news.PRESSURE_US, None)
         if pressure_us is not None and "feedback" in self.gimbal_config.levels:
-            self._gimbal_report("worker_said", Field.EXPERT_PRESSURE_US, pressure_us)
+            self._gimbal_report(SchedulerSignals.worker_said, Field.EXPERT_PRESSURE_US, pressure_us)
         return outputs
 
     def has_requests(self) -> bool:
@@ -116,7 +124,7 @@ class GimbalSchedulerMixin:
         # work still says so, and keeps saying so while it runs dummy batches.
         busy = bool(super().has_requests())  # type: ignore[misc]
         if not busy:
-            self._gimbal_report("idle")
+            self._gimbal_report(SchedulerSignals.idle)
         return busy
 
     def shutdown(self) -> None:

@@ -13,25 +13,18 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
 from gimbal.board.clock import now_us
-from gimbal.board.slots import BoardReader
 from gimbal.core.contracts import FloatArray
-from gimbal.core.cost.online import OnlineStepCost
-from gimbal.core.queue.graph_steps import GraphStepCosts
+from gimbal.core.cost.online import smoothed
 from gimbal.core.snapshot import (
     ACCEPTED_REQUESTS,
     ACCEPTED_TOKENS,
     MAX_FRONT_ENDS,
-    ROW_WIDTH,
     Field,
 )
+from gimbal.vllm_plugin.engine.state import EngineState
 from gimbal.vllm_plugin.engine.step_log import StepLog
-from gimbal.vllm_plugin.queue.facts import graph_tokens
 
-SMOOTHING = 0.2
-"""Share of the newest step in the smoothed step time and prefill throughput."""
 IDLE_INTERVAL_US = 50_000.0
 """An engine without work repeats its snapshot at most this often."""
 RECOUNT_STEPS, RECOUNT_STEPS_SPECULATIVE = 256, 8
@@ -62,38 +55,31 @@ class SchedulerSignals:
     Args:
         scheduler: vLLM's scheduler; only read, never changed.
         sink: where snapshots go.
-        group: the board's rows of the engines in lock step with this one, or None.
+        state: what the signals write, and others read; one of their own where None is given.
         epoch: tells this engine process from an earlier one in the same slot.
 
     Attributes:
         needs_recount: set when an event was missed; the next snapshot starts from a full count.
-        row: [ROW_WIDTH] the snapshot under construction.
         log: takes one record per step, or None.
-        graph_costs: what steps with and without CUDA graphs take; None where vLLM uses none.
     """
 
     def __init__(
         self,
         scheduler: Any,
         sink: RowSink,
-        group: BoardReader | None = None,
+        state: EngineState | None = None,
         epoch: float | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.sink = sink
-        self.group = group
-        self.cost = OnlineStepCost(scheduler.scheduler_config.max_num_batched_tokens)
+        self.state = EngineState(scheduler) if state is None else state
+        self.row, self.cost = self.state.row, self.state.cost
         # Of the step that ends: the most that any engine of the group has.
         self._group_prefill = self._group_decodes = self._group_tokens = 0.0
         self._group_complete = False
-        graph = graph_tokens(scheduler.vllm_config)
-        alone = scheduler.vllm_config.parallel_config.data_parallel_size == 1
-        sees_all = alone or group is not None
-        self.graph_costs = GraphStepCosts(graph) if graph and sees_all else None
         self.needs_recount = False
         self.log: StepLog | None = None
-        self.row: FloatArray = np.zeros(ROW_WIDTH)
-        self._waiting: dict[str, tuple[int, int]] = {}  # uncached, cached tokens
+        self._waiting = self.state.waiting
         self._waiting_tokens = 0
         self._waiting_cached = 0
         self._running: set[str] = set()
@@ -150,10 +136,6 @@ class SchedulerSignals:
             return
         self.enqueued(request)
 
-    def uncached_tokens(self, request_id: str) -> int:
-        """Prompt tokens of a waiting request that the prefix cache did not hold when it came."""
-        return self._waiting[request_id][0]
-
     def preempting(self, request: Any) -> None:
         self._leave_running(request)
         self._preemptions += 1
@@ -198,12 +180,12 @@ class SchedulerSignals:
 
         What the group ran in it is read now: a moment later those with less to do publish the next.
         """
-        group = self.group
+        group = self.state.group
         if group is None:
             return
         prefill = group.peek(Field.STEP_PREFILL_TOKENS)
         self._group_prefill = float(prefill.max())
-        if self.graph_costs is not None:
+        if self.state.graph_costs is not None:
             tokens = group.peek(Field.STEP_TOKENS)
             self._group_tokens = float(tokens.max())
             self._group_decodes = float((tokens - prefill).max())
@@ -345,25 +327,24 @@ class SchedulerSignals:
     def _learn(self, step: _Step, now: float) -> None:
         step_us = now - max(self._last_done_us, step.scheduled_us)
         self._last_done_us = now
-        self._step_us += (step_us - self._step_us) * (SMOOTHING if self._step_us else 1.0)
+        self._step_us = smoothed(self._step_us, step_us)
         self.row[Field.STEP_TIME_US] = self._step_us
         if step.prefill_tokens:
             rate = step.prefill_tokens / max(step_us, 1.0) * 1e6
-            self._prefill_rate += (rate - self._prefill_rate) * (
-                SMOOTHING if self._prefill_rate else 1.0
-            )
+            self._prefill_rate = smoothed(self._prefill_rate, rate)
             self.row[Field.PREFILL_TOKENS_PER_S] = self._prefill_rate
-        fullest = None if self.group is None else self._group_prefill
+        group, graph_costs = self.state.group, self.state.graph_costs
+        fullest = None if group is None else self._group_prefill
         self.cost.observe(step.prefill_tokens, step.decodes, step_us, fullest)
         self.row[Field.PREFILL_US_PER_TOKEN] = self.cost.prefill_us_per_token
         self.row[Field.DECODE_US_PER_REQUEST] = self.cost.decode_us_per_request
-        if self.graph_costs is not None:
-            if self.group is None:
+        if graph_costs is not None:
+            if group is None:
                 tokens = float(step.output.total_num_scheduled_tokens)
                 decodes = tokens - step.prefill_tokens
-                self.graph_costs.observe(decodes, step_us, step.prefill_tokens, tokens)
+                graph_costs.observe(decodes, step_us, step.prefill_tokens, tokens)
             elif self._group_complete:
-                self.graph_costs.observe(
+                graph_costs.observe(
                     self._group_decodes, step_us, self._group_prefill, self._group_tokens
                 )
         if self.log is not None:

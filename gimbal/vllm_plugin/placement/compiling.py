@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gimbal.core.config import PlacementConfig
-from gimbal.core.placement.planner import ModelFacts, Planner
+from gimbal.core.placement.planner import ModelFacts, Planner, planner_for
 
 logger = logging.getLogger("vllm.gimbal")
 
@@ -59,7 +59,7 @@ def in_background() -> subprocess.Popen[bytes]:
 def main() -> None:
     """Fills numba's cache."""
     os.nice(_NICE)
-    warm_up(Planner(PlacementConfig(), _ANY_MODEL))
+    warm_up(planner_for(PlacementConfig(), _ANY_MODEL))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import time
 from typing import Any
 
 from gimbal.core.guard import LevelGuard
-from gimbal.core.placement.planner import ModelFacts, Planner
+from gimbal.core.placement.planner import ModelFacts, Planner, planner_for
 from gimbal.vllm_plugin.bridge import level_config
+from gimbal.vllm_plugin.engine import news
 from gimbal.vllm_plugin.placement.agreement import gather_over
 from gimbal.vllm_plugin.placement.compiling import warm_up
 from gimbal.vllm_plugin.placement.controller import Controller
@@ -25,10 +26,6 @@ from gimbal.vllm_plugin.placement.view import ModelView, Place
 logger = logging.getLogger("vllm.gimbal")
 
 LEVEL = "placement"
-PRESSURE = "gimbal_expert_pressure_us"
-FALLBACKS = "gimbal_placement_fallbacks"
-"""Attributes of a step's output that carry the engine's expert pressure and the level's fallbacks
-to its scheduler."""
 
 
 def install() -> None:
@@ -84,7 +81,7 @@ def attach(state: Any, model_config: Any) -> None:
         patch_model_runners()
     model_state = state.model_states[model_config.compute_hash()]
     model_state._gimbal_controller = controller
-    planner = Planner(config.placement, _facts(state, model_state, model_config))
+    planner = planner_for(config.placement, _facts(state, model_state, model_config))
     meter = _meter(planner, controller.place) if controller.feedback else None
     controller.models.append(ModelView(model_state, planner, meter))
     controller.naive |= any(map(routes_all_tokens, model_state.model.moe_layers))
@@ -324,10 +321,10 @@ def attach_news(controller: Controller, output: Any) -> None:
     if not getattr(inner, "req_ids", None):
         return
     if controller.pressure_news:
-        setattr(inner, PRESSURE, controller.pressure_us)
+        setattr(inner, news.PRESSURE_US, controller.pressure_us)
         controller.pressure_news = False
     if fallbacks != controller.fallbacks_sent:
-        setattr(inner, FALLBACKS, fallbacks)
+        setattr(inner, news.FALLBACKS, fallbacks)
         controller.fallbacks_sent = fallbacks
 
 

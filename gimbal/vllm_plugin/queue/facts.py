@@ -1,34 +1,24 @@
-"""What the queue level asks about its engine, answered from vLLM's scheduler and the signals."""
+"""What the queue level asks about its engine, answered from vLLM's scheduler and engine state."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from gimbal.core.snapshot import Field
-
-
-def graph_tokens(vllm_config: Any) -> int:
-    """Tokens of the largest step with prefill that vLLM replays a CUDA graph for; 0 without any.
-
-    As configured: where a worker captures fewer, measured steps show no difference.
-    """
-    compilation = vllm_config.compilation_config
-    mode = compilation.cudagraph_mode
-    if mode is None or not mode.mixed_mode().value:
-        return 0
-    return int(compilation.max_cudagraph_capture_size or 0)
+from gimbal.vllm_plugin.engine.state import EngineState
 
 
 class EngineFacts:
     """Implements `waiting_queue.QueueFacts`; only reads.
 
     Args:
-        scheduler: vLLM's scheduler with ``gimbal_signals`` (None where signals failed).
+        scheduler: vLLM's scheduler.
+        state: the engine's, see `EngineState`.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, state: EngineState) -> None:
         self.scheduler = scheduler
+        self.state = state
         self.pool = scheduler.kv_cache_manager.block_pool
         self.watermark = int(getattr(scheduler.kv_cache_manager, "watermark_blocks", 0))
         # Most tokens that must fit at once, read once: this is asked at every admission.
@@ -41,16 +31,14 @@ class EngineFacts:
 
     def field(self, field: Field) -> float:
         """One column of this engine's own snapshot; 0 without signals."""
-        signals = self.scheduler.gimbal_signals
-        return float(signals.row[field]) if signals is not None else 0.0
+        return self.state.field(field)
 
     def uncached_tokens(self, request: Any) -> int:
         """As the signals counted when they looked the prompt up in the prefix cache."""
-        signals = self.scheduler.gimbal_signals
-        if signals is not None:
-            # A path into the queue that the signals do not see leaves the whole prompt.
-            with suppress(KeyError):
-                return int(signals.uncached_tokens(request.request_id))
+        entry = self.state.waiting.get(request.request_id)
+        if entry is not None:
+            return entry[0]
+        # A path into the queue that the signals do not see leaves the whole prompt.
         return max(0, int(request.num_tokens - request.num_computed_tokens))
 
     def prefill_tokens_per_s(self) -> float:
@@ -62,17 +50,17 @@ class EngineFacts:
     def free_blocks(self) -> int:
         return int(self.pool.get_num_free_blocks())
 
-    def blocks_needed(self, request: Any, free: int) -> int:
-        """Blocks vLLM wants free before it admits `request` (``full_sequence_must_fit``).
+    def blocks_needed(self, item: Any, free: int) -> int:
+        """Blocks vLLM wants free before it admits the request `item` (``full_sequence_must_fit``).
 
         Shared-prefix blocks that are in use need no free one; they are looked up only when the
         request would not fit otherwise.
         """
-        tokens = min(request.num_tokens, self._most_tokens)
+        tokens = min(item.num_tokens, self._most_tokens)
         needed: int = -(-tokens // self._block_tokens)
         if self.watermark and self.scheduler.running:
             needed += self.watermark
-        if needed > free and request.num_computed_tokens == 0:
-            groups = self.scheduler.kv_cache_manager.get_computed_blocks(request)[0].blocks
+        if needed > free and item.num_computed_tokens == 0:
+            groups = self.scheduler.kv_cache_manager.get_computed_blocks(item)[0].blocks
             needed -= sum(block.ref_cnt > 0 for group in groups[:1] for block in group)
         return needed

@@ -15,17 +15,18 @@ from dataclasses import replace
 from math import isinf
 from typing import Any
 
-from gimbal.board.slots import BoardReader
-from gimbal.core.config import GimbalConfig
-from gimbal.core.contracts import QueueOrdering
+from gimbal.core.config import GimbalConfig, QueueConfig
+from gimbal.core.contracts import QueueOrdering, traits_of
 from gimbal.core.errors import InputError
 from gimbal.core.guard import LevelGuard
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.queue.admission import BlockedHeadGate
-from gimbal.core.queue.gimbal import GimbalOrdering
+from gimbal.core.queue.step import StepDecision, StepMemory, decide
+from gimbal.core.queue.traits import lacking, usable
 from gimbal.core.snapshot import Field
+from gimbal.vllm_plugin.engine.state import EngineState
 from gimbal.vllm_plugin.queue.facts import EngineFacts
-from gimbal.vllm_plugin.queue.step_plan import StepPlanner
+from gimbal.vllm_plugin.queue.step_view import SchedulerView
 from gimbal.vllm_plugin.queue.waiting_queue import GimbalRequestQueue
 
 logger = logging.getLogger("vllm.gimbal")
@@ -42,68 +43,78 @@ class QueueLevel:
     Args:
         scheduler: vLLM's scheduler, its ``waiting`` still vLLM's own and empty.
         config: the server's configuration.
+        state: the engine's, see `EngineState`.
 
     Attributes:
         queue: what replaces ``scheduler.waiting``.
         ordering: name of the ordering in force.
         config: section `queue` in force; `configured` is what the server was started with.
+        usable: `config` less what the ordering in force cannot do.
+        memory: counts steps that yielded or were cut.
         guard: counts failures; when it is disabled the level leaves every step to vLLM.
     """
 
-    def __init__(self, scheduler: Any, config: GimbalConfig) -> None:
+    def __init__(self, scheduler: Any, config: GimbalConfig, state: EngineState) -> None:
         self.scheduler = scheduler
+        self.state = state
         self.config = self.configured = config.queue
         self.levels = config.levels
         self.guard = LevelGuard("queue")
-        self.board = _board(scheduler)
-        self.facts = EngineFacts(scheduler)
+        self.facts = EngineFacts(scheduler, state)
         self.ordering = self.config.ordering
         self.active = True
         self._control: tuple[int, int] | None = None
-        self._steps = 0
+        self._decision: StepDecision | None = None
         self.queue = GimbalRequestQueue(
-            self._build(self.ordering),
+            self._build(self.ordering, self.config),
             scheduler.policy,
             self.facts,
             self.guard,
             priority_tokens=self.config.priority_tokens,
         )
-        parallel = scheduler.vllm_config.parallel_config
-        engines = parallel.data_parallel_size
-        reader = None
-        if self.board is not None and engines > 1:
-            reader = BoardReader(self.board, engines)
-        self.planner = StepPlanner(scheduler, self.config, self.queue, self.facts, reader)
-        self._use(self.ordering)
-        if self.planner.graph_tokens and self.own_ordering and self.config.graph_steps > 0.0:
+        self.memory = StepMemory()
+        self.view = SchedulerView(scheduler, self.queue, self.facts, state, self.memory)
+        self._use(self.ordering, self.config)
+        self._say_what_it_does()
+
+    def _say_what_it_does(self) -> None:
+        missing = lacking(self.config, traits_of(self.queue.heap.ordering))
+        if missing and self.ordering != OFF:
+            logger.info(
+                "Gimbal: queue ordering %s goes without %s: it does not declare the capability",
+                self.ordering,
+                ", ".join(missing),
+            )
+        graphs = self.view.graphs
+        if graphs is not None and self.usable.graph_steps > 0.0:
             logger.info(
                 "Gimbal: prefill keeps to steps of %d tokens, which replay CUDA graphs, where "
                 "measured steps say that it pays",
-                self.planner.graph_tokens,
+                graphs.graph_tokens,
             )
 
-    def _build(self, name: str) -> QueueOrdering:
-        # The server's own options are those of its own ordering, a control message's of any.
-        own, configured = self.config.options, self.configured
+    def _build(self, name: str, config: QueueConfig) -> QueueOrdering:
+        """The server's own options are those of its own ordering, a control message's of any."""
+        own, configured = config.options, self.configured
         applies = name == configured.ordering or own is not configured.options
         return ORDERINGS.build(name, own if applies else {})
 
-    def _use(self, name: str) -> None:
-        """Puts the ordering `name` in force, with what belongs to it; InputError if unknown."""
-        ordering, config, queue = self._build(name), self.config, self.queue
-        self.planner.config = config
-        self.own_ordering = ours = isinstance(ordering, GimbalOrdering)
-        queue.bound_s = ordering.bound_s if isinstance(ordering, GimbalOrdering) else None
-        queue.use_ordering(ordering, (config.max_wait_s or None) if ours else None)
+    def _use(self, name: str, config: QueueConfig) -> None:
+        """Puts ordering `name` and `config` in force; raises InputError and changes nothing."""
+        ordering, queue = self._build(name, config), self.queue
+        traits = traits_of(ordering)
+        self.usable = usable(config, traits)
+        queue.bound_s = getattr(ordering, "bound_s", None)
+        queue.use_ordering(ordering, self.usable.max_wait_s or None)
         # Blocks are counted for one kind of layer only: hybrid models keep vLLM's rule.
         plain = len(self.scheduler.kv_cache_config.kv_cache_groups) == 1
-        passing = ours and plain and config.pass_steps > 0 and queue.fallback is None
+        passing = self.usable.pass_steps > 0 and plain and queue.fallback is None
         queue.gate = BlockedHeadGate(config.pass_steps, config.pass_s) if passing else None
-        self.ordering = name
+        self.ordering, self.config = name, config
 
     def _follow(self) -> None:
         """Takes up a new control message of the board: ``levels``, ``ordering``, ``queue``."""
-        board = self.board
+        board = self.state.board
         if board is None:
             return
         version = (board.control_version(), board.generation)
@@ -117,11 +128,9 @@ class QueueLevel:
         name = control.get("ordering", config.ordering) if self.active else OFF
         if name == self.ordering and config == self.config:
             return
-        before, self.config = self.config, config
         try:
-            self._use(name)
+            self._use(name, config)
         except (InputError, ValueError) as error:
-            self.config = before
             logger.warning("Gimbal: the queue's ordering stays %s: %s", self.ordering, error)
         else:
             logger.info("Gimbal: queue ordering %s %s", name, changes or "")
@@ -134,50 +143,54 @@ class QueueLevel:
         """
         self._follow()
         self.queue.begin_step()
-        if self._steps % PUBLISH_STEPS == 0:
+        view, config = self.view, self.usable
+        if view.step % PUBLISH_STEPS == 0:
             self.publish()
-        self._steps += 1
-        budget = int(self.scheduler.max_num_scheduled_tokens)
-        if self.queue.fallback is not None or not self.own_ordering:
+        view.begin(throttled)
+        self._decision = None
+        idle = view.nothing_to_prefill and config.interval_backlog_steps <= 0.0
+        if idle or self.queue.fallback is not None:
+            return view.budget_tokens, {}
+        decision = self._decision = decide(view, config)
+        if decision.lifted is not None:
+            self.scheduler.prefill_capacity_bound = decision.lifted
+        if decision.asked_graphs and view.graphs is not None:
+            view.graphs.decided()
+        budget = decision.budget_tokens
+        if decision.caps is None:
             return budget, {}
-        if (throttled or self.planner.held_back()) and self.planner.deferred():
-            return budget, {}
-        if self.config.graph_steps > 0.0:
-            budget = self.planner.graph_budget(budget)
-        if self.config.protect_decodes:
-            budget = self.planner.protected_budget(budget)
-        return budget, self.planner.caps(budget) if self.config.in_batch else {}
+        caps = zip(view.prefills, decision.caps, strict=True)
+        # Caps of a whole chunk do no harm, and hold where vLLM's longest chunk is longer.
+        return budget, {r.request_id: tokens for r, tokens in caps if tokens < budget}
+
+    def end_step(self, tokens: int) -> None:
+        """After vLLM has scheduled a step with `tokens`."""
+        if self._decision is not None:
+            waits = len(self.queue) > 0
+            self.memory.ended(self.view.step, self._decision, tokens, waits)
 
     def publish(self) -> None:
         """Puts the level's counters into the engine's next snapshot."""
-        signals = self.scheduler.gimbal_signals
-        if signals is None:
-            return
-        queue, row = self.queue, signals.row
+        queue, row = self.queue, self.state.row
         oldest = queue.heap.oldest() if queue.fallback is None else None
         row[Field.QUEUE_OVERTAKES : Field.QUEUE_FALLBACKS + 1] = (
             queue.heap.overtakes,
             queue.heap.promotions,
             queue.passes,
-            self.planner.yields,
+            self.memory.yields,
             0.0 if oldest is None else (queue.clock() - oldest.queued_s) * 1e6,
             # 0 for no promise: an infinity would be no JSON in the status.
             0.0 if oldest is None or isinf(oldest.bound_s) else oldest.bound_s * 1e6,
             sum(self.guard.counts.values()),
         )
-        row[Field.QUEUE_GRAPH_STEPS] = self.planner.graph_steps
-
-
-def _board(scheduler: Any) -> Any:
-    """The board the engine's signals publish on; None without signals or on another host."""
-    signals = scheduler.gimbal_signals
-    return getattr(signals.sink, "board", None) if signals is not None else None
+        row[Field.QUEUE_GRAPH_STEPS] = self.memory.graph_steps
 
 
 class GimbalQueueMixin:
     """Overrides of vLLM's ``Scheduler`` for the queue level, in front of `GimbalSchedulerMixin`."""
 
     gimbal_config: GimbalConfig
+    gimbal_state: EngineState
     gimbal_queue: QueueLevel | None = None
     max_num_scheduled_tokens: int
     waiting: Any
@@ -187,7 +200,7 @@ class GimbalQueueMixin:
         if "queue" not in self.gimbal_config.levels:
             return
         try:
-            self.gimbal_queue = QueueLevel(self, self.gimbal_config)
+            self.gimbal_queue = QueueLevel(self, self.gimbal_config, self.gimbal_state)
         except InputError:
             raise  # a configuration that names no ordering must be seen at start
         except Exception as error:
@@ -207,8 +220,6 @@ class GimbalQueueMixin:
         except Exception as error:
             level.guard.fell_back("plan", error)
             budget, caps = whole, {}
-        if budget == whole and not caps:
-            return super().schedule(*args, **kwargs)  # type: ignore[misc]
         self.max_num_scheduled_tokens = budget
         if caps:
             self._reserve_prefill_lookahead = _capped(self._reserve_prefill_lookahead, caps)
@@ -218,7 +229,7 @@ class GimbalQueueMixin:
             self.max_num_scheduled_tokens = whole
             if caps:
                 del self._reserve_prefill_lookahead
-        level.planner.scheduled(output.total_num_scheduled_tokens, budget, bool(caps))
+        level.end_step(output.total_num_scheduled_tokens)
         return output
 
 

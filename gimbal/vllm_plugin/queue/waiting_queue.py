@@ -21,18 +21,15 @@ from vllm.v1.request import Request, RequestStatus
 
 from gimbal.core.contracts import QueuedRequest, QueueOrdering, QueueState
 from gimbal.core.guard import LevelGuard
-from gimbal.core.queue.admission import BlockedHeadGate, KvNeed
+from gimbal.core.queue.admission import BlockedHeadGate, KvRoom, next_entry
 from gimbal.core.queue.heap import Entry, WaitingHeap
-
-PASS_CANDIDATES = 16
-"""Requests looked at behind a head that gets no KV blocks."""
 
 PLACE = "_gimbal_place"
 """Attribute of a vLLM request that remembers its `Entry`, so that it can return to its place."""
 
 
-class QueueFacts(Protocol):
-    """What the queue asks about its engine; `queue_level.EngineFacts` answers in a server."""
+class QueueFacts(KvRoom[Request], Protocol):
+    """What the queue asks about its engine; `facts.EngineFacts` answers in a server."""
 
     def uncached_tokens(self, request: Request) -> int:
         """Prompt tokens that have to be computed for a request that is being queued."""
@@ -44,14 +41,6 @@ class QueueFacts(Protocol):
 
     def running_prefill_tokens(self) -> int:
         """Prompt tokens that admitted requests still lack."""
-        ...
-
-    def free_blocks(self) -> int:
-        """KV blocks that can be allocated now."""
-        ...
-
-    def blocks_needed(self, request: Request, free: int) -> int:
-        """KV blocks the request needs to be admitted; exact only where it decides about `free`."""
         ...
 
 
@@ -218,19 +207,13 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         setattr(request, PLACE, entry)
 
     def _choose(self) -> Entry[Request]:
-        head = self.heap.peek(self.clock())
-        if self.gate is None:
-            return head
-        free = self.facts.free_blocks()
-        if self.facts.blocks_needed(head.item, free) <= free:
-            return head
-        entries = [head, *(e for e in self.heap.first(PASS_CANDIDATES) if e is not head)]
-        needs = [
-            KvNeed(e.request.request_id, self.facts.blocks_needed(e.item, free)) for e in entries
-        ]
-        index = self.gate.choose(needs, free, self._step, self.clock())
-        self.passes += index > 0
-        return entries[index]
+        gate = self.gate
+        if gate is None:
+            return self.heap.peek(self.clock())
+        before = gate.passes
+        entry = next_entry(self.heap, gate, self.facts, self._step, self.clock())
+        self.passes += gate.passes - before
+        return entry
 
     def _pop(self) -> Request:
         entry = self._offered if self._offered is not None else self.heap.peek(self.clock())

@@ -9,7 +9,6 @@ from gimbal.core.placement.kinds import (
     StepKind,
     at_kind,
     mixed,
-    plan_kinds,
     step_kinds,
     typical_share,
 )
@@ -82,7 +81,7 @@ def problems(kinds, steps, skew):
 
 def test_one_kind_is_the_plain_plan():
     (only,) = problems(MEAN_STEP, 1000, 1.0)
-    ours, plain = plan_kinds(GimbalPlacer(), [only], MEAN_STEP), GimbalPlacer().plan(only)
+    ours, plain = GimbalPlacer().plan_kinds([only], MEAN_STEP), GimbalPlacer().plan(only)
     np.testing.assert_array_equal(ours.physical_to_logical, plain.physical_to_logical)
     assert ours.after == plain.after
 
@@ -91,7 +90,7 @@ def test_a_kind_that_is_not_every_step_counts_for_its_share():
     """Prefill alone, in uneven steps: a plan's gain is per step of the window, not of those."""
     kinds = step_kinds(0.25, 0.0)
     (large,) = problems(kinds, 20_000, 1.0)
-    whole, shared = plan(large), plan_kinds(GimbalPlacer(), [large], kinds)
+    whole, shared = plan(large), GimbalPlacer().plan_kinds([large], kinds)
     np.testing.assert_array_equal(shared.physical_to_logical, whole.physical_to_logical)
     gain = whole.before.total - whole.after.total
     assert shared.before.total - shared.after.total == pytest.approx(0.25 * gain, rel=1e-6)
@@ -101,7 +100,7 @@ def test_what_only_one_kind_of_step_gains_is_found_and_spread_over_all():
     """In steps of hundreds of tokens every expert is read anyway; few-token steps differ."""
     kinds = (StepKind(0.05, 19.0), StepKind(0.95, 0.05))
     both = problems(kinds, 20_000, 1.0)
-    ours = plan_kinds(GimbalPlacer(), both, kinds)
+    ours = GimbalPlacer().plan_kinds(both, kinds)
     small = plan(both[1])
     gain = ours.before.total - ours.after.total
     assert gain > 0

@@ -7,7 +7,7 @@ from gimbal.core.config import PlacementConfig
 from gimbal.core.contracts import RoutingCounts, Topology
 from gimbal.core.cost.profile import load_profile
 from gimbal.core.placement.kinds import StepKind
-from gimbal.core.placement.planner import ModelFacts, Planner, cost_constants
+from gimbal.core.placement.planner import ModelFacts, cost_constants, planner_for
 from gimbal.core.placement.problem import constants_of
 
 QWEN3 = ModelFacts(9_437_184.0, 8, 4096.0, False, "allgather_reducescatter", 3000)
@@ -38,7 +38,7 @@ def test_constants_come_from_the_profile_that_is_named():
     rtx = load_profile("rtxpro6000-qwen3-30b-a3b")
     assert named.moe_fixed_us == rtx.moe.base_us
     assert cost_constants(cpu) == cost_constants(cpu, "cpu-demo") != named
-    planner = Planner(PlacementConfig(profile="rtxpro6000-qwen3-30b-a3b"), cpu)
+    planner = planner_for(PlacementConfig(profile="rtxpro6000-qwen3-30b-a3b"), cpu)
     assert planner.problem(routing(), TOPOLOGY, CURRENT).constants == named
 
 
@@ -54,14 +54,14 @@ def test_constants_come_from_the_profile_that_is_named():
 )
 def test_locality_counts_only_where_bytes_depend_on_it(backend, vllm_backend, moves_for_locality):
     config = PlacementConfig(backend=backend, gate=0.0, gamma=0.0, beta=100.0)
-    planner = Planner(config, ModelFacts(9_437_184.0, 8, 4096.0, False, vllm_backend, 3000))
+    planner = planner_for(config, ModelFacts(9_437_184.0, 8, 4096.0, False, vllm_backend, 3000))
     decision = planner.decide(routing(), TOPOLOGY, CURRENT)
     assert (decision.local_share_after > 0.9) == moves_for_locality
 
 
 def test_a_stall_that_was_longer_than_modelled_raises_the_bar():
     config = PlacementConfig(backend="all2all", gamma=0.01)
-    planner = Planner(config, QWEN3)
+    planner = planner_for(config, QWEN3)
     first = planner.decide(routing(), TOPOLOGY, CURRENT)
     assert first.commit
     assert first.stall_us == first.modelled_stall_us > 0
@@ -74,7 +74,7 @@ def test_a_stall_that_was_longer_than_modelled_raises_the_bar():
 
 @pytest.mark.parametrize("placer", ["eplb", "static"])
 def test_baselines_are_priced_like_ours(placer):
-    planner = Planner(PlacementConfig(placer=placer, gate=0.0), QWEN3)
+    planner = planner_for(PlacementConfig(placer=placer, gate=0.0), QWEN3)
     decision = planner.decide(routing(), TOPOLOGY, CURRENT)
     assert decision.placement.shape == CURRENT.shape
     if placer == "static":
@@ -83,7 +83,7 @@ def test_baselines_are_priced_like_ours(placer):
 
 
 def test_gain_on_later_counts_is_zero_for_equal_maps():
-    planner = Planner(PlacementConfig(backend="all2all"), QWEN3)
+    planner = planner_for(PlacementConfig(backend="all2all"), QWEN3)
     swapped = CURRENT[:, ::-1].copy()
     assert planner.gain_us_per_step(routing(), TOPOLOGY, CURRENT, CURRENT) == 0
     assert planner.gain_us_per_step(routing(), TOPOLOGY, CURRENT, swapped) > 0
@@ -97,7 +97,7 @@ def test_the_gain_lies_in_the_large_steps_and_is_spread_over_all():
     topology = Topology(2, 4)
     before = np.arange(8, dtype=np.int32)[None]
     after = np.array([[0, 1, 4, 5, 2, 3, 6, 7]], dtype=np.int32)
-    planner = Planner(PlacementConfig(backend="allgather_reducescatter"), QWEN3)
+    planner = planner_for(PlacementConfig(backend="allgather_reducescatter"), QWEN3)
     mean = planner.gain_us_per_step(routing, topology, before, after)
     large = planner.gain_us_per_step(routing, topology, before, after, (StepKind(0.01, 100.0),))
     assert large > 2 * mean > 0

@@ -95,6 +95,14 @@ def test_stalls_among_the_first_large_steps_are_no_floor():
     assert not learned.small_steps_pay(700)
 
 
+def cut(learned, backlog):
+    """Whether a step is cut, as `step.decide` and its caller go about it."""
+    exploring, pays = learned.exploring, learned.small_steps_pay(backlog)
+    if pays:
+        learned.decided()
+    return pays and not exploring
+
+
 def test_a_wrong_beginning_is_unlearned():
     """All first large steps were stalled: one decision in so many lets another one through."""
     learned = GraphStepCosts(512)
@@ -103,7 +111,7 @@ def test_a_wrong_beginning_is_unlearned():
         learned.observe(20, 516_000, 600, 620)
     said = []
     for _ in range(EXPLORE * REMEMBERED):
-        said.append(learned.small_steps_pay(600))
+        said.append(cut(learned, 600))
         if not said[-1]:
             learned.observe(20, 16_000, 600, 620)
     assert all(said[:EXPLORE])
@@ -114,7 +122,7 @@ def test_a_large_step_is_let_through_when_none_was_seen_for_long():
     learned = costs(25_000)
 
     def said(count):
-        return [learned.small_steps_pay(700) for _ in range(count)]
+        return [cut(learned, 700) for _ in range(count)]
 
     assert all(said(EXPLORE))
     assert not any(said(3))  # until somebody's large step has been seen

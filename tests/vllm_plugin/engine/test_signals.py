@@ -21,7 +21,7 @@ import real_scheduler
 from gimbal.records.schema import StepRecord
 from gimbal.records.store import read_records
 from gimbal.vllm_plugin.engine.signals import SchedulerSignals
-from gimbal.vllm_plugin.queue.facts import graph_tokens
+from gimbal.vllm_plugin.engine.state import graph_tokens
 
 
 class Rows:
@@ -79,7 +79,7 @@ def test_the_life_of_one_request(engine: Any) -> None:
     scheduler, rows = engine(budget=512)
     request = real_scheduler.request("a", 700, output=2)
     scheduler.add_request(request)
-    assert scheduler.gimbal_signals.uncached_tokens("a") == 700
+    assert scheduler.gimbal_signals.state.waiting["a"][0] == 700
     first = scheduler.schedule()
     assert rows[Field.WAITING_REQUESTS] == 0
     assert rows[Field.RUNNING_PREFILL_TOKENS] == 188
@@ -128,7 +128,7 @@ def test_cached_prompt_tokens_are_no_work(engine: Any) -> None:
     again = real_scheduler.request("a", 320)
     again.request_id = "again"
     scheduler.add_request(again)
-    assert scheduler.gimbal_signals.uncached_tokens("again") == 16, "one block is always computed"
+    assert scheduler.gimbal_signals.state.waiting["again"][0] == 16, "one block is always computed"
     scheduler.gimbal_signals.publish(0.0)
     assert rows[Field.WAITING_PREFILL_TOKENS] == 16
     assert rows[Field.PENDING_PREFIX_HIT_TOKENS] == 304
@@ -212,7 +212,7 @@ def test_counters_equal_a_recount_under_random_events(engine: Any, seed: int, bl
         preempted = sum(r.num_preemptions for k, r in seen.items() if k not in scheduler.requests)
         check(scheduler, rows, preempted)
         waiting = {r.request_id for r in [*scheduler.waiting, *scheduler.kv_holding_waiting]}
-        tokens = sum(scheduler.gimbal_signals.uncached_tokens(name) for name in waiting)
+        tokens = sum(scheduler.gimbal_signals.state.waiting[name][0] for name in waiting)
         assert rows[Field.WAITING_PREFILL_TOKENS] == tokens
         assert set(scheduler.gimbal_signals._waiting) == waiting
     assert rows.row[ACCEPTED_REQUESTS] == added
@@ -247,11 +247,11 @@ def test_a_missed_event_is_made_good_by_a_recount(engine: Any, monkeypatch: Any)
     scheduler.add_request(real_scheduler.request("a", 100))
     real_scheduler.finish_step(scheduler, scheduler.schedule())
 
-    def broken(*_: Any) -> None:
+    def enqueued(*_: Any) -> None:
         raise RuntimeError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler.gimbal_signals, "enqueued", broken)
+        patch.setattr(type(scheduler.gimbal_signals), "enqueued", enqueued)
         scheduler.add_request(real_scheduler.request("b", 50))
     assert scheduler._gimbal_guard.counts == {"enqueued": 1}
     scheduler.schedule()
@@ -299,10 +299,10 @@ def test_the_largest_step_with_prefill_that_has_a_graph(
 
 def test_a_step_is_as_large_as_the_fullest_of_its_group(engine: Any) -> None:
     scheduler, _ = engine()
-    assert scheduler.gimbal_signals.graph_costs is None  # the CPU backend captures no graphs
+    assert scheduler.gimbal_state.graph_costs is None  # the CPU backend captures no graphs
     seen: list[tuple[float, ...]] = []
     signals = scheduler.gimbal_signals
-    signals.graph_costs = SimpleNamespace(observe=lambda *figures: seen.append(figures))
+    signals.state.graph_costs = SimpleNamespace(observe=lambda *figures: seen.append(figures))
     scheduler.add_request(real_scheduler.request("a", 40))
     real_scheduler.finish_step(scheduler, scheduler.schedule())
     columns = {
@@ -310,7 +310,7 @@ def test_a_step_is_as_large_as_the_fullest_of_its_group(engine: Any) -> None:
         Field.STEP_TOKENS: [37.0, 95.0],
         Field.SEQUENCE: [7.0, 0.0],
     }
-    signals.group = SimpleNamespace(peek=lambda field: np.array(columns[field]))
+    signals.state.group = SimpleNamespace(peek=lambda field: np.array(columns[field]))
     real_scheduler.finish_step(scheduler, scheduler.schedule())
     columns[Field.SEQUENCE] = [7.0, 1.0]  # only now has everybody been heard
     real_scheduler.finish_step(scheduler, scheduler.schedule())

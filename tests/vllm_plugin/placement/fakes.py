@@ -11,7 +11,7 @@ import torch
 
 from gimbal.core.config import PlacementConfig
 from gimbal.core.guard import LevelGuard
-from gimbal.core.placement.planner import ModelFacts, Planner
+from gimbal.core.placement.planner import ModelFacts, planner_for
 from gimbal.vllm_plugin.placement.controller import Controller
 from gimbal.vllm_plugin.placement.hook import _meter
 from gimbal.vllm_plugin.placement.view import ModelView, Place
@@ -69,7 +69,7 @@ class Group:
             for rank in range(ranks)
         ]
         for worker in self.workers:
-            planner = Planner(settings, facts)
+            planner = planner_for(settings, facts)
             meter = _meter(planner, worker.place) if feedback else None
             worker.models.append(ModelView(model_state(placement), planner, meter))
 

@@ -8,10 +8,9 @@ import pytest
 
 pytest.importorskip("torch")
 
+from gimbal.vllm_plugin.engine import news
 from gimbal.vllm_plugin.placement.hook import (
-    FALLBACKS,
     MODEL_RUNNERS,
-    PRESSURE,
     attach_news,
     batch_tokens,
     patch_model_runner,
@@ -54,13 +53,13 @@ def test_pressure_travels_with_a_real_output_once():
     empty = SimpleNamespace(req_ids=[])
     sender = controller(2.0)
     attach_news(sender, empty)
-    assert not hasattr(empty, PRESSURE)
+    assert not hasattr(empty, news.PRESSURE_US)
     assert sender.pressure_news
     output = SimpleNamespace(req_ids=["a"])
     attach_news(sender, SimpleNamespace(_model_runner_output=output))
-    assert getattr(output, PRESSURE) == 2.0
+    assert getattr(output, news.PRESSURE_US) == 2.0
     assert not sender.pressure_news
-    assert not hasattr(output, FALLBACKS)
+    assert not hasattr(output, news.FALLBACKS)
 
 
 @pytest.mark.parametrize("late", ["_model_runner_output", "model_runner_output"])
@@ -87,7 +86,7 @@ def test_both_model_runners_are_followed(monkeypatch, late):
     runner.execute_model(step, dummy_run=False)
     assert runner.eplb_state._gimbal_controller.batch == (7, 1)
     runner.sample_tokens(None)
-    assert getattr(runner.output, PRESSURE) == 2.0
+    assert getattr(runner.output, news.PRESSURE_US) == 2.0
 
 
 @pytest.mark.slow
@@ -116,10 +115,10 @@ def test_fallbacks_travel_when_there_are_more():
     sender.guard.counts |= {"no plan": 2, "replica tables": 1}
     first, second = SimpleNamespace(req_ids=["a"]), SimpleNamespace(req_ids=["a"])
     attach_news(sender, first)
-    assert getattr(first, FALLBACKS) == 3
+    assert getattr(first, news.FALLBACKS) == 3
     attach_news(sender, second)
-    assert not hasattr(second, FALLBACKS)
+    assert not hasattr(second, news.FALLBACKS)
     sender.guard.counts["no plan"] += 1
     attach_news(sender, second)
-    assert getattr(second, FALLBACKS) == 4
-    assert not hasattr(second, PRESSURE)
+    assert getattr(second, news.FALLBACKS) == 4
+    assert not hasattr(second, news.PRESSURE_US)

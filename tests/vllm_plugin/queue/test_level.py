@@ -71,7 +71,7 @@ def test_a_short_newcomer_takes_budget_from_a_running_long_prefill(build):
     counts = run(scheduler, requests)
     assert counts[0] == {"long": 512}
     assert counts[2] == {"long": 312, "short": 200}
-    assert scheduler.gimbal_queue.planner.yields == 1
+    assert scheduler.gimbal_queue.memory.yields == 1
     plain = run(build({"queue": {"in_batch": False}}), requests_again(requests))
     assert plain[2] == {"long": 512}
 
@@ -87,28 +87,33 @@ def test_who_was_admitted_past_a_long_prefill_goes_on_decoding(build, protect):
     assert done - first > 4
     assert [step["short"] for step in counts[first + 1 : done]] == [1] * (done - first - 1)
     assert max(sum(step.values()) for step in counts) == 512
-    assert scheduler.gimbal_queue.planner.yields == 1  # leaving a decode its token is no yielding
+    assert scheduler.gimbal_queue.memory.yields == 1  # leaving a decode its token is no yielding
 
 
-def test_a_long_prefill_moves_on_however_many_decode(build):
+def decodes_take(monkeypatch, tokens):
+    from gimbal.vllm_plugin.queue.step_view import SchedulerView
+
+    monkeypatch.setattr(SchedulerView, "decode_tokens", tokens)
+
+
+def test_a_long_prefill_moves_on_however_many_decode(build, monkeypatch):
     scheduler = build({}, budget=64)
     scheduler.add_request(real.request("decoding", 8, 50))
     real.finish_step(scheduler, scheduler.schedule())
     scheduler.add_request(real.request("long", 400, 4))
     real.finish_step(scheduler, scheduler.schedule())
-    scheduler.gimbal_queue.planner._decode_tokens = lambda: 64
+    decodes_take(monkeypatch, 64)
     assert scheduler.schedule().num_scheduled_tokens == {"decoding": 1, "long": 16}
 
 
-def test_a_prefill_that_keeps_its_chunks_leaves_nothing_to_share(build):
+def test_a_prefill_that_keeps_its_chunks_leaves_nothing_to_share(build, monkeypatch):
     """Multimodal prompts are in flight without being candidates."""
     scheduler = build({}, budget=64)
     scheduler.add_request(real.request("decoding", 8, 50))
     real.finish_step(scheduler, scheduler.schedule())
-    planner = scheduler.gimbal_queue.planner
     scheduler._inflight_prefills.add(scheduler.requests["decoding"])
-    planner._decode_tokens = lambda: 64
-    assert planner.caps(64) == {}
+    decodes_take(monkeypatch, 64)
+    assert scheduler.gimbal_queue.begin_step(False) == (64, {})
 
 
 def test_only_tokens_that_vllm_will_schedule_are_kept_for_decodes(build):
@@ -116,23 +121,23 @@ def test_only_tokens_that_vllm_will_schedule_are_kept_for_decodes(build):
     for name in ("a", "b", "c"):
         scheduler.add_request(real.request(name, 8, 50))
     real.finish_step(scheduler, scheduler.schedule())
-    planner = scheduler.gimbal_queue.planner
-    assert planner._decode_tokens() == 3
+    view = scheduler.gimbal_queue.view
+    assert view.decode_tokens == 3
     scheduler.requests["a"].spec_token_ids = [1, 2]
     scheduler.requests["b"].next_decode_eligible_step = scheduler.current_step + 5
-    assert planner._decode_tokens() == 3 + 1
+    assert view.decode_tokens == 3 + 1
 
 
 def test_an_interval_of_the_scheduler_itself_holds_back_too(build):
     """vLLM 0.33 applies the interval to an engine that is not in lock step with others."""
     scheduler = build({})
-    planner = scheduler.gimbal_queue.planner
-    assert not planner.held_back()
+    view = scheduler.gimbal_queue.view
+    assert not view.held_back
     scheduler.local_prefill_interval, scheduler.num_executed_steps = 4, 10
     scheduler.last_prefill_step = 8
-    assert planner.held_back()
+    assert view.held_back
     scheduler.last_prefill_step = 7
-    assert not planner.held_back()
+    assert not view.held_back
 
 
 def requests_again(requests):
@@ -186,7 +191,7 @@ def test_nothing_is_lost_under_preemption_aborts_and_switching(build, policy, or
             ended.add(name)
         if rng.random() < 0.1:
             name = rng.choice(["fcfs", "sjf", "hrrn", "gimbal"])
-            scheduler.gimbal_queue._use(name)
+            scheduler.gimbal_queue._use(name, scheduler.gimbal_queue.config)
         before = set(scheduler.requests)
         output = scheduler.schedule()
         preempted += len(output.preempted_req_ids or ())
@@ -326,7 +331,7 @@ def test_decode_protection_goes_by_the_fullest_engine_of_the_group(build):
     scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
     rows = np.zeros((2, ROW_WIDTH))
     rows[1, Field.WAITING_PREFILL_TOKENS] = rows[1, Field.RUNNING_PREFILL_TOKENS] = 800.0
-    scheduler.gimbal_queue.planner.group = SimpleNamespace(read=rows.copy)
+    scheduler.gimbal_state.group = SimpleNamespace(read=rows.copy)
     requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 600))]
     # The other engine has 1,600 tokens: an eighth of them, where its own 600 would give 100.
     assert run(scheduler, requests)[2] == {"decodes": 1, "long": 200}
@@ -334,8 +339,12 @@ def test_decode_protection_goes_by_the_fullest_engine_of_the_group(build):
 
 def with_graphs(scheduler, pays=True, tokens=128):
     """As if vLLM had graphs for steps of `tokens`, and small steps had been seen to pay or not."""
-    scheduler.gimbal_signals.graph_costs = SimpleNamespace(
-        graph_tokens=tokens, small_steps_pay=lambda backlog: pays, observe=lambda *a: None
+    scheduler.gimbal_state.graph_costs = SimpleNamespace(
+        graph_tokens=tokens,
+        exploring=False,
+        small_steps_pay=lambda backlog: pays,
+        decided=lambda: None,
+        observe=lambda *a: None,
     )
     return scheduler
 
@@ -355,7 +364,7 @@ def test_a_backlog_of_two_graphs_is_prefilled_in_graphs(build, pays, most_steps,
     scheduler = with_graphs(build({"queue": {"graph_steps": most_steps}}), pays)
     counts = run(scheduler, [(0, real.request("decodes", 50, 30)), (2, real.request("p", prompt))])
     assert [sum(step.values()) for step in counts[2 : 2 + len(expected)]] == expected
-    assert scheduler.gimbal_queue.planner.graph_steps == len(expected) - 1 or prompt == 120
+    assert scheduler.gimbal_queue.memory.graph_steps == len(expected) - 1 or prompt == 120
     assert scheduler.max_num_scheduled_tokens == 512
 
 
@@ -366,7 +375,7 @@ def test_graphs_go_by_the_fullest_engine_of_the_group(build):
         scheduler = with_graphs(build({}))
         rows = np.zeros((2, ROW_WIDTH))
         rows[1, Field.WAITING_PREFILL_TOKENS], rows[1, Field.DECODING_REQUESTS] = backlog, decodes
-        scheduler.gimbal_queue.planner.group = SimpleNamespace(read=rows.copy)
+        scheduler.gimbal_state.group = SimpleNamespace(read=rows.copy)
         requests = [(0, real.request("decodes", 50, 30)), (2, real.request("p", 200))]
         return sum(run(scheduler, requests)[2].values())
 
@@ -382,7 +391,7 @@ def test_an_engine_that_decodes_nothing_spares_its_neighbours_a_large_step(build
     scheduler = with_graphs(build({}))
     rows = np.zeros((2, ROW_WIDTH))
     rows[1, Field.STEP_TOKENS], rows[1, Field.STEP_PREFILL_TOKENS] = 40.0, 10.0
-    scheduler.gimbal_queue.planner.group = SimpleNamespace(read=rows.copy)
+    scheduler.gimbal_state.group = SimpleNamespace(read=rows.copy)
     assert run(scheduler, [(0, real.request("p", 190))])[0] == {"p": 128}
 
 
@@ -398,7 +407,7 @@ def test_an_engine_that_decodes_nothing_spares_its_neighbours_a_large_step(build
     ],
 )
 def test_steps_are_cut_only_where_nothing_waits_for_a_whole_one(build, section, field, value):
-    from gimbal.vllm_plugin.queue.step_plan import _may_cut_steps
+    from gimbal.vllm_plugin.queue.step_view import _may_cut_steps
 
     real_config = build({}).vllm_config
     names = ("scheduler_config", "parallel_config", "model_config")
@@ -470,7 +479,7 @@ def test_an_ordering_without_a_bound_publishes_none_as_zero(build):
 
 def test_control_message_switches_ordering_and_level(build):
     scheduler = build({})
-    level, board = scheduler.gimbal_queue, scheduler.gimbal_queue.board
+    level, board = scheduler.gimbal_queue, scheduler.gimbal_state.board
     for control, expected in (
         ({"ordering": "sjf"}, "sjf"),
         ({"ordering": "nonsense"}, "sjf"),
@@ -480,17 +489,17 @@ def test_control_message_switches_ordering_and_level(build):
         board.write_control(control)
         scheduler.schedule()
         assert level.ordering == expected
-    assert level.own_ordering
+    assert level.usable.in_batch
 
 
 def test_control_message_changes_the_queue_section_and_takes_it_back(build):
     scheduler = build({})
-    level, board = scheduler.gimbal_queue, scheduler.gimbal_queue.board
+    level, board = scheduler.gimbal_queue, scheduler.gimbal_state.board
     board.write_control({"queue": {"options": {"overtake_factor": 3.0}, "protect_decodes": True}})
     scheduler.schedule()
     assert level.queue.heap.ordering.overtake_factor == 3.0
     assert level.config.protect_decodes
-    assert level.planner.config.protect_decodes
+    assert level.usable.protect_decodes
     board.write_control(
         {"queue": {"options": {"overtake_factor": 0.5}}}
     )  # refused: the last one stays
@@ -511,13 +520,13 @@ def test_an_unknown_ordering_is_refused_at_start(build):
 
 def test_yielding_pauses_when_vllm_admits_nobody_for_it(build):
     scheduler = build({})
-    planner = scheduler.gimbal_queue.planner
+    level = scheduler.gimbal_queue
     scheduler.add_request(real.request("long", 4000))
     real.finish_step(scheduler, scheduler.schedule())
     scheduler.add_request(real.request("short", 100))
-    assert planner.caps(512) == {"long": 412}
-    planner.scheduled(412, budget_tokens=512, capped=True)
-    held = [planner.caps(512) for _ in range(8)]
+    assert level.begin_step(False) == (512, {"long": 412})
+    level.end_step(412)
+    held = [level.begin_step(False)[1] for _ in range(8)]
     assert held[:7] == [{}] * 7
     assert held[7] == {"long": 412}
 
@@ -526,7 +535,7 @@ def test_a_prefill_from_before_a_switch_does_not_yield(build):
     scheduler = build({"queue": {"ordering": "fcfs"}})
     scheduler.add_request(real.request("long", 4000))
     real.finish_step(scheduler, scheduler.schedule())
-    scheduler.gimbal_queue._use("gimbal")
+    scheduler.gimbal_queue._use("gimbal", scheduler.gimbal_queue.config)
     scheduler.add_request(real.request("short", 100))
     assert scheduler.schedule().num_scheduled_tokens == {"long": 512}
 

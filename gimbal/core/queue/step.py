@@ -1,0 +1,284 @@
+"""One step's prefill, decided: how many tokens the step may have, and who may prefill how many.
+
+vLLM serves its running list in order and then admits from the waiting queue while tokens last. Four
+decisions are made around that, all here, for an engine on a server and for a simulated one alike:
+
+interval    whether prefill may run beside decodes in a step that vLLM's
+            ``--prefill-schedule-interval`` holds back (``interval_backlog_steps``);
+graphs      whether the step is cut to what a CUDA graph covers (``graph_steps``, `graph_steps`);
+protection  how much prefill may ride along with decodes (``protect_decodes``, `budget`);
+sharing     how many tokens each running prefill may have, so that shorter newcomers and decodes get
+            theirs (``in_batch``, `budget`).
+
+An engine is shown as a `StepView`. Its attributes are read once each and only where the answer
+depends on them, so whoever builds a view may look a thing up when it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from gimbal.core.queue.budget import (
+    PrefillCandidate,
+    PrefillSharing,
+    StepCost,
+    protected_prefill_tokens,
+    share_prefill_budget,
+)
+from gimbal.core.queue.graph_steps import fits_graph_steps
+
+if TYPE_CHECKING:
+    from gimbal.core.config import QueueConfig
+
+UNKNOWN_COST = StepCost(0.0, 0.0)
+LEAST_TOKENS = 16
+"""What the first running prefill gets of a step that decodes fill."""
+
+
+class GraphPrices(Protocol):
+    """What a view knows of steps with and without CUDA graphs; see `graph_steps.GraphStepCosts`."""
+
+    @property
+    def graph_tokens(self) -> int: ...
+    @property
+    def exploring(self) -> bool: ...
+    def small_steps_pay(self, backlog_tokens: float) -> bool:
+        """Whether prefilling `backlog_tokens` in small steps delays those who decode less."""
+        ...
+
+
+class StepView(Protocol):
+    """One engine just before a step is put together.
+
+    Attributes:
+        budget_tokens: the most that the step may have (``max_num_batched_tokens``).
+        chunked: prompts may be prefilled in chunks.
+        held_back: ``--prefill-schedule-interval`` holds prefill beside decodes back in this step.
+        capacity_bound: vLLM's own rule lifts that: the last step with prefill left somebody
+            waiting.
+        decoding: running requests past their prompt.
+        decode_tokens: what they take of this step.
+        running: running prefills in the order in which they are served; their ``tokens`` are what
+            they lack.
+        may_yield: newcomers may claim what a running prefill could use (`StepMemory.may_yield`).
+        newcomers: waiting requests, in order, for whom there is a seat and KV space in this step.
+        longest_chunk_tokens: the most of one prompt in one step; 0 is no limit.
+        backlog_tokens: prefill that waits or runs on this engine, as of now.
+        group_backlog_tokens: the same as published, on the engine of the lock-step group that has
+            most, so that all engines decide by the same figure.
+        group_decode_tokens: as published, on the engine that has most.
+        cost: learned cost of this engine's steps.
+        block_tokens: tokens of a KV block, the least that protection leaves.
+        graphs: what steps with and without CUDA graphs take; None where a step is never cut.
+    """
+
+    @property
+    def budget_tokens(self) -> int: ...
+    @property
+    def chunked(self) -> bool: ...
+    @property
+    def held_back(self) -> bool: ...
+    @property
+    def capacity_bound(self) -> bool: ...
+    @property
+    def decoding(self) -> int: ...
+    @property
+    def decode_tokens(self) -> int: ...
+    @property
+    def running(self) -> Sequence[PrefillCandidate]: ...
+    @property
+    def may_yield(self) -> bool: ...
+    @property
+    def newcomers(self) -> Sequence[PrefillCandidate]: ...
+    @property
+    def longest_chunk_tokens(self) -> int: ...
+    @property
+    def backlog_tokens(self) -> int: ...
+    @property
+    def group_backlog_tokens(self) -> float: ...
+    @property
+    def group_decode_tokens(self) -> float: ...
+    @property
+    def cost(self) -> StepCost: ...
+    @property
+    def block_tokens(self) -> int: ...
+    @property
+    def graphs(self) -> GraphPrices | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedView:
+    """A `StepView` as data: for records, tables and tests."""
+
+    budget_tokens: int
+    chunked: bool = True
+    held_back: bool = False
+    capacity_bound: bool = False
+    decoding: int = 0
+    decode_tokens: int = 0
+    running: tuple[PrefillCandidate, ...] = ()
+    may_yield: bool = True
+    newcomers: tuple[PrefillCandidate, ...] = ()
+    longest_chunk_tokens: int = 0
+    backlog_tokens: int = 0
+    group_backlog_tokens: float = 0.0
+    group_decode_tokens: float = 0.0
+    cost: StepCost = UNKNOWN_COST
+    block_tokens: int = 16
+    graphs: GraphPrices | None = None
+
+
+def record(view: StepView) -> RecordedView:
+    """`view` with every attribute looked up."""
+    values = {name: getattr(view, name) for name in RecordedView.__dataclass_fields__}
+    values["running"] = tuple(values["running"])
+    values["newcomers"] = tuple(values["newcomers"])
+    return RecordedView(**values)
+
+
+class StepDecision(NamedTuple):
+    """What one step may do; immutable.
+
+    Attributes:
+        budget_tokens: all tokens of the step, at most the view's.
+        admit: False: no prefill in this step.
+        lifted: the prefill interval is lifted; None where it does not hold the step back.
+        caps: most prefill tokens of each of the view's running prefills; None: no limits.
+        claimed: a newcomer claims what a running prefill could use.
+        asked_graphs: measured steps were asked, and said that small ones pay.
+        cut: the budget is what a CUDA graph covers.
+    """
+
+    budget_tokens: int
+    admit: bool = True
+    lifted: bool | None = None
+    caps: tuple[int, ...] | None = None
+    claimed: bool = False
+    asked_graphs: bool = False
+    cut: bool = False
+
+
+def decide(view: StepView, config: QueueConfig) -> StepDecision:
+    """The decisions of one step.
+
+    Args:
+        config: section `queue`, less what the ordering cannot do (`traits.usable`).
+    """
+    budget = view.budget_tokens
+    lifted: bool | None = None
+    if view.held_back:
+        lifted = view.capacity_bound
+        if config.interval_backlog_steps > 0.0:
+            lifted = view.group_backlog_tokens > config.interval_backlog_steps * budget
+        if not lifted and view.decoding > 0:
+            return StepDecision(budget, False, lifted)
+    asked = cut = False
+    if config.graph_steps > 0.0:
+        graph_tokens, asked = _graph_tokens(view, budget, config.graph_steps)
+        cut = graph_tokens < budget
+        budget = graph_tokens
+    if config.protect_decodes:
+        protected = _protected(view, budget, config)
+        cut = cut and protected == budget
+        budget = protected
+    if not config.in_batch:
+        return StepDecision(budget, True, lifted, None, False, asked, cut)
+    caps, claimed = _caps(view, budget)
+    return StepDecision(budget, True, lifted, caps, claimed, asked, cut)
+
+
+def _graph_tokens(view: StepView, budget_tokens: int, most_steps: float) -> tuple[int, bool]:
+    """Tokens of a step where a CUDA graph had better cover it, and whether small steps pay."""
+    graphs = view.graphs
+    if graphs is None or not 0 < graphs.graph_tokens < budget_tokens:
+        return budget_tokens, False
+    graph, backlog, decodes = graphs.graph_tokens, view.backlog_tokens, view.decode_tokens
+    if backlog + decodes <= graph:
+        return budget_tokens, False
+    most_backlog = max(backlog, view.group_backlog_tokens)
+    most_decodes = max(decodes, view.group_decode_tokens)
+    fits = fits_graph_steps(most_backlog, most_decodes, graph, most_steps)
+    if not (most_decodes > 0 and fits and graphs.small_steps_pay(most_backlog)):
+        return budget_tokens, False
+    return (budget_tokens if graphs.exploring else graph), True
+
+
+def _protected(view: StepView, budget_tokens: int, config: QueueConfig) -> int:
+    """Tokens of a step under decode protection; at most `budget_tokens`."""
+    decode_tokens, decoding = view.decode_tokens, view.decoding
+    # Without chunked prefill a prompt above the budget would stop everybody behind it.
+    if not view.chunked or decoding <= 0 or decode_tokens >= budget_tokens:
+        return budget_tokens
+    return decode_tokens + protected_prefill_tokens(
+        view.cost,
+        budget_tokens - decode_tokens,
+        decoding,
+        view.group_backlog_tokens,
+        tpot_factor=config.tpot_factor,
+        patience_steps=config.patience_steps,
+        min_tokens=view.block_tokens,
+    )
+
+
+def _caps(view: StepView, budget_tokens: int) -> tuple[tuple[int, ...] | None, bool]:
+    """Caps of the running prefills, and whether a newcomer claims what one could use.
+
+    They leave what newcomers with smaller keys claim, and what every decode takes: vLLM serves its
+    running list in order, and whoever was admitted past a long prefill stands behind it there, so
+    that its decode would wait until that prefill is done.
+    """
+    running = view.running
+    if not running:
+        return None, False
+    newcomers = view.newcomers if view.may_yield else ()
+    decode_tokens = view.decode_tokens
+    if not newcomers and not decode_tokens:
+        return None, False
+    longest = min(view.longest_chunk_tokens or budget_tokens, budget_tokens)
+    own = [PrefillCandidate(c.key, min(c.tokens, longest)) for c in running]
+    left = max(0, budget_tokens - decode_tokens)
+    shares = share_prefill_budget(own, (), left)
+    claimed = False
+    if newcomers:
+        theirs = [PrefillCandidate(c.key, min(c.tokens, longest)) for c in newcomers]
+        alone, shares = shares, share_prefill_budget(own, theirs, left)
+        claimed = shares != alone
+    if left < LEAST_TOKENS and not any(shares):
+        # Where decodes fill the step, the first prefill still moves on.
+        first = min(range(len(own)), key=lambda index: own[index].key)
+        shares[first] = min(LEAST_TOKENS, own[first].tokens)
+    return tuple(shares), claimed
+
+
+class StepMemory:
+    """What the steps of one engine tell the next ones.
+
+    Attributes:
+        yields: steps in which a running prefill left budget to newcomers.
+        graph_steps: steps whose prefill was cut to what a CUDA graph covers.
+    """
+
+    def __init__(self) -> None:
+        self.yields = 0
+        self.graph_steps = 0
+        self._sharing = PrefillSharing()
+
+    def may_yield(self, step: int) -> bool:
+        """Whether newcomers may claim anything in scheduling pass number `step`."""
+        return self._sharing.may_yield(step)
+
+    def ended(self, step: int, decision: StepDecision, tokens: int, somebody_waits: bool) -> None:
+        """Scheduling pass number `step` is over.
+
+        Args:
+            tokens: what was scheduled, decodes included.
+            somebody_waits: the waiting queue is not empty.
+        """
+        self.graph_steps += decision.cut and 0 < tokens == decision.budget_tokens
+        if decision.claimed:
+            self.yields += 1
+            # When tokens are left unused, nothing is yielded for a while.
+            if somebody_waits and tokens < decision.budget_tokens:
+                self._sharing.in_vain(step)

@@ -1,0 +1,128 @@
+"""A simulated engine before a step, as core's `StepView`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gimbal.core.cost.online import OnlineStepCost
+from gimbal.core.queue.budget import (
+    NEWCOMERS,
+    PrefillCandidate,
+    StepCost,
+    running_candidate,
+    waiting_candidate,
+)
+from gimbal.core.queue.graph_steps import GraphStepCosts
+from gimbal.core.queue.step import StepMemory
+
+if TYPE_CHECKING:
+    from gimbal.sim.engine import Engine
+
+
+@dataclass(slots=True)
+class Group:
+    """What the engines of a lock-step group tell each other before a step.
+
+    Attributes:
+        backlog_tokens, decode_tokens: of the engine that has most.
+        graphs: learned by all alike; None where steps are never cut.
+    """
+
+    backlog_tokens: int = 0
+    decode_tokens: int = 0
+    graphs: GraphStepCosts | None = None
+
+
+class EngineView:
+    """Implements `StepView`; only reads.
+
+    Attributes:
+        now_s, held_back: of the coming step, set by the engine.
+        learned: what its steps take; None while nothing is learned.
+    """
+
+    chunked = True
+
+    def __init__(self, engine: Engine, group: Group) -> None:
+        self._engine = engine
+        self.group = group
+        self.memory = StepMemory()
+        self.now_s = 0.0
+        self.held_back = False
+        self.learned: OnlineStepCost | None = None
+
+    @property
+    def budget_tokens(self) -> int:
+        return self._engine.budget
+
+    @property
+    def block_tokens(self) -> int:
+        return self._engine.block_tokens
+
+    @property
+    def capacity_bound(self) -> bool:
+        return self._engine.capacity_bound
+
+    @property
+    def decoding(self) -> int:
+        return self._engine.decodes
+
+    @property
+    def decode_tokens(self) -> int:
+        return self._engine.decodes
+
+    @property
+    def running(self) -> Sequence[PrefillCandidate]:
+        engine, now_s = self._engine, self.now_s
+        return [
+            running_candidate(r.entry, engine.waiting, now_s, r.target - r.computed, strict=False)
+            for r in engine.prefilling
+        ]
+
+    @property
+    def may_yield(self) -> bool:
+        return self.memory.may_yield(self._engine.step)
+
+    @property
+    def newcomers(self) -> Sequence[PrefillCandidate]:
+        engine = self._engine
+        seats = engine.seats - len(engine.running)
+        if seats <= 0 or not len(engine.waiting):
+            return ()
+        free, found = engine.free_blocks(), []
+        for entry in engine.waiting.first(min(seats, NEWCOMERS)):
+            free -= engine.blocks_for(entry.item.target)
+            if free < 0:
+                break
+            found.append(waiting_candidate(entry, strict=False))
+        return found
+
+    @property
+    def longest_chunk_tokens(self) -> int:
+        return self._engine.chunk_limit
+
+    @property
+    def backlog_tokens(self) -> int:
+        return self._engine.backlog_tokens
+
+    @property
+    def group_backlog_tokens(self) -> float:
+        return self.group.backlog_tokens
+
+    @property
+    def group_decode_tokens(self) -> float:
+        return self.group.decode_tokens
+
+    @property
+    def cost(self) -> StepCost:
+        learned = self.learned
+        if learned is None:
+            return StepCost(0.0, 0.0)
+        base_us = learned.step_base_us(self._engine.decodes)
+        return StepCost(base_us, learned.prefill_us_per_token)
+
+    @property
+    def graphs(self) -> GraphStepCosts | None:
+        return self.group.graphs

@@ -1,0 +1,66 @@
+"""What one engine knows of itself: written by its signals, read by its queue and its front ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gimbal.board.file import Board
+from gimbal.board.slots import BoardReader
+from gimbal.core.contracts import FloatArray
+from gimbal.core.cost.online import OnlineStepCost
+from gimbal.core.queue.graph_steps import GraphStepCosts
+from gimbal.core.snapshot import ROW_WIDTH, Field
+
+
+def graph_tokens(vllm_config: Any) -> int:
+    """Tokens of the largest step with prefill that vLLM replays a CUDA graph for; 0 without any.
+
+    As configured: where a worker captures fewer, measured steps show no difference.
+    """
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode
+    if mode is None or not mode.mixed_mode().value:
+        return 0
+    return int(compilation.max_cudagraph_capture_size or 0)
+
+
+class EngineState:
+    """One engine's row, learned costs and view of its group.
+
+    Args:
+        scheduler: vLLM's scheduler; only its configuration is read.
+        board: the server's board; None on another host than the front end's.
+        group: rows of the engines in lock step with this one, itself included; None without them.
+
+    Attributes:
+        row: [ROW_WIDTH] the snapshot under construction.
+        cost: what a step of this engine takes.
+        graph_costs: what steps with and without CUDA graphs take; None where vLLM uses none.
+        waiting: request id -> (uncached, cached) prompt tokens of every waiting request.
+    """
+
+    def __init__(
+        self, scheduler: Any, board: Board | None = None, group: BoardReader | None = None
+    ) -> None:
+        self.board = board
+        self.group = group
+        self.row: FloatArray = np.zeros(ROW_WIDTH)
+        self.cost = OnlineStepCost(scheduler.scheduler_config.max_num_batched_tokens)
+        graph = graph_tokens(scheduler.vllm_config)
+        alone = scheduler.vllm_config.parallel_config.data_parallel_size == 1
+        sees_all = alone or group is not None
+        self.graph_costs = GraphStepCosts(graph) if graph and sees_all else None
+        self.waiting: dict[str, tuple[int, int]] = {}
+
+    def field(self, field: Field) -> float:
+        """One column of the engine's own row."""
+        return float(self.row[field])
+
+    def forget(self) -> None:
+        """Nothing here can be trusted any more: readers see an engine that knows nothing."""
+        self.row[:] = 0.0
+        self.waiting.clear()
+        self.graph_costs = None
+        self.group = None

@@ -1,0 +1,233 @@
+"""vLLM's scheduler before a step, as core's `StepView`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.request import RequestStatus
+
+from gimbal.core.contracts import FloatArray
+from gimbal.core.queue.budget import (
+    NEWCOMERS,
+    PrefillCandidate,
+    StepCost,
+    running_candidate,
+    waiting_candidate,
+)
+from gimbal.core.queue.graph_steps import GraphStepCosts
+from gimbal.core.queue.step import StepMemory
+from gimbal.core.snapshot import Field
+from gimbal.vllm_plugin.engine.state import EngineState
+from gimbal.vllm_plugin.queue.facts import EngineFacts
+from gimbal.vllm_plugin.queue.waiting_queue import PLACE, GimbalRequestQueue
+
+_PLAIN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+class SchedulerView:
+    """Implements `StepView`; only reads, and looks each thing up when it is asked for.
+
+    Args:
+        scheduler: vLLM's scheduler.
+        queue: its waiting queue.
+        facts: see `EngineFacts`.
+        state: the engine's row, learned costs and group.
+        memory: of the steps before.
+
+    Attributes:
+        step: scheduling passes so far.
+        prefills: requests behind the last `running`, in its order.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        queue: GimbalRequestQueue,
+        facts: EngineFacts,
+        state: EngineState,
+        memory: StepMemory,
+    ) -> None:
+        self.scheduler = scheduler
+        self.queue = queue
+        self.facts = facts
+        self.state = state
+        self.memory = memory
+        self.step = 0
+        self.prefills: list[Any] = []
+        self.block_tokens = int(scheduler.block_size)
+        self.chunked = bool(scheduler.scheduler_config.enable_chunked_prefill)
+        self._throttled = False
+        self._rows: FloatArray | None = None
+        # Where a chunk's end matters to the model, or whether a request can start is not
+        # vLLM's alone to say, chunks stay vLLM's.
+        self.can_share = not (
+            scheduler.need_mamba_block_aligned_split
+            or scheduler.connector is not None
+            or scheduler.lora_config
+            or scheduler.is_encoder_decoder
+        )
+        self._may_cut = self.can_share and _may_cut_steps(scheduler.vllm_config)
+
+    def begin(self, throttled: bool) -> None:
+        """Starts a scheduling pass; `throttled` is vLLM's own argument."""
+        self.step += 1
+        self._throttled = throttled
+        self._rows = None
+
+    @property
+    def nothing_to_prefill(self) -> bool:
+        """Neither a running prompt nor a waiting one: there is nothing to decide."""
+        scheduler = self.scheduler
+        return not (scheduler._inflight_prefills or self.queue or scheduler.kv_holding_waiting)
+
+    @property
+    def budget_tokens(self) -> int:
+        return int(self.scheduler.max_num_scheduled_tokens)
+
+    @property
+    def held_back(self) -> bool:
+        """By the group's interval, or in vLLM 0.33 by that of an engine which is alone."""
+        scheduler = self.scheduler
+        interval = getattr(scheduler, "local_prefill_interval", 1)
+        if self._throttled or interval <= 1:
+            return self._throttled
+        return bool(scheduler.num_executed_steps + 1 - scheduler.last_prefill_step < interval)
+
+    @property
+    def capacity_bound(self) -> bool:
+        return bool(self.scheduler.prefill_capacity_bound)
+
+    @property
+    def decoding(self) -> int:
+        return len(self.scheduler.running) - len(self.scheduler._inflight_prefills)
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens that vLLM will schedule in this step for running requests past their prompt.
+
+        By vLLM's own expression, so that drafts that were not made and requests that it skips
+        (their last token is in flight, or pipeline stages take turns) reserve nothing.
+        """
+        step, tokens = self.scheduler.current_step + 1, 0
+        for r in self.scheduler.running:
+            if r.is_prefill_chunk or step < r.next_decode_eligible_step:
+                continue
+            in_flight = r.num_output_placeholders
+            last = r.num_prompt_tokens + r.max_tokens
+            if in_flight and r.num_computed_tokens + 2 - in_flight >= last:
+                continue
+            tokens += max(0, r.num_tokens_with_spec + in_flight - r.num_computed_tokens)
+        return tokens
+
+    @property
+    def running(self) -> Sequence[PrefillCandidate]:
+        scheduler = self.scheduler
+        if not self.can_share or not scheduler._inflight_prefills:
+            return ()
+        self.prefills = [
+            r for r in scheduler.running if r.is_prefill_chunk and not r.has_encoder_inputs
+        ]
+        now_s, heap, strict = self.queue.clock(), self.queue.heap, self._strict()
+        return [
+            running_candidate(
+                getattr(r, PLACE, None), heap, now_s, r.num_tokens - r.num_computed_tokens, strict
+            )
+            for r in self.prefills
+        ]
+
+    @property
+    def may_yield(self) -> bool:
+        return self.memory.may_yield(self.step)
+
+    @property
+    def newcomers(self) -> Sequence[PrefillCandidate]:
+        scheduler = self.scheduler
+        if len(self.queue) == 0 or scheduler._pause_state != PauseState.UNPAUSED:
+            return ()
+        seats = scheduler.max_num_active_reqs - scheduler.num_waiting_for_streaming_input
+        seats -= len(scheduler.running)
+        if seats <= 0:
+            return ()
+        free, strict = self.facts.free_blocks(), self._strict()
+        found = []
+        for entry in self.queue.heap.first(min(seats, NEWCOMERS)):
+            request = entry.item
+            if request.status not in _PLAIN:
+                continue
+            free -= self.facts.blocks_needed(request, free)
+            if free < 0:
+                break
+            found.append(waiting_candidate(entry, strict))
+        return found
+
+    @property
+    def longest_chunk_tokens(self) -> int:
+        """The most tokens of one prompt that vLLM schedules in a step in which others wait."""
+        scheduler = self.scheduler
+        threshold = int(scheduler.scheduler_config.long_prefill_token_threshold)
+        if threshold > 0 and getattr(scheduler, "adaptive_long_prefill_threshold", False):
+            whole = int(scheduler.scheduler_config.max_num_batched_tokens)
+            threshold = max(threshold, whole // max(1, sum(scheduler.get_request_counts())))
+        return max(0, threshold)
+
+    @property
+    def backlog_tokens(self) -> int:
+        return self.queue.heap.waiting_tokens + self.facts.running_prefill_tokens()
+
+    @property
+    def group_backlog_tokens(self) -> float:
+        rows = self._group_rows()
+        if rows is None:
+            facts, published = self.facts, self.facts.field(Field.WAITING_PREFILL_TOKENS)
+            waiting = max(published, self.queue.heap.waiting_tokens)
+            return int(waiting) + facts.running_prefill_tokens()
+        waiting, running = Field.WAITING_PREFILL_TOKENS, Field.RUNNING_PREFILL_TOKENS
+        return float((rows[:, waiting] + rows[:, running]).max())
+
+    @property
+    def group_decode_tokens(self) -> float:
+        rows = self._group_rows()
+        if rows is None:
+            return 0.0
+        now = rows[:, Field.STEP_TOKENS] - rows[:, Field.STEP_PREFILL_TOKENS]
+        return float(max(rows[:, Field.DECODING_REQUESTS].max(), now.max()))
+
+    @property
+    def cost(self) -> StepCost:
+        facts = self.facts
+        return StepCost(facts.field(Field.STEP_BASE_US), facts.field(Field.PREFILL_US_PER_TOKEN))
+
+    @property
+    def graphs(self) -> GraphStepCosts | None:
+        return self.state.graph_costs if self._may_cut else None
+
+    def _group_rows(self) -> FloatArray | None:
+        """[engines, ROW_WIDTH] of the lock-step group, read once per pass; None without one."""
+        if self._rows is None and self.state.group is not None:
+            self._rows = self.state.group.read()
+        return self._rows
+
+    def _strict(self) -> bool:
+        """Whether a priority class always goes before the next."""
+        by_priority = self.scheduler.policy == SchedulingPolicy.PRIORITY
+        return by_priority and not self.queue.heap.priority_tokens
+
+
+def _may_cut_steps(vllm_config: Any) -> bool:
+    """Whether a step may be cut to what a CUDA graph covers, as far as the configuration says."""
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    return bool(
+        # A step cut short could for ever be too short for a whole prompt or image,
+        scheduler.enable_chunked_prefill
+        and not vllm_config.model_config.supports_multimodal_inputs
+        # what is left would wait for the interval's next step,
+        and scheduler.prefill_schedule_interval == 1
+        # several steps run at once, a rank has but a part of the tokens, or a step of half the
+        # size is split in two and runs without graphs.
+        and parallel.pipeline_parallel_size == 1
+        and parallel.prefill_context_parallel_size == 1
+        and not parallel.use_ubatching
+    )
