@@ -1,0 +1,221 @@
+"""The decisions of one step, from views as data."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gimbal.core.config import QueueConfig
+from gimbal.core.contracts import NO_TRAITS, OrderingTraits
+from gimbal.core.queue.budget import HOLD_STEPS, PrefillCandidate, StepCost
+from gimbal.core.queue.step import (
+    LEAST_TOKENS,
+    RecordedView,
+    StepDecision,
+    StepMemory,
+    decide,
+    record,
+)
+from gimbal.core.queue.traits import lacking, usable
+
+LONG, SHORT = PrefillCandidate(900.0, 3000), PrefillCandidate(100.0, 200)
+
+
+def graphs(tokens=128, pays=True, exploring=False):
+    return SimpleNamespace(
+        graph_tokens=tokens, exploring=exploring, small_steps_pay=lambda backlog: pays
+    )
+
+
+TABLE = {
+    "nothing to do": ({}, {}, StepDecision(512)),
+    "a lone prefill has no cap": ({"running": (LONG,)}, {}, StepDecision(512)),
+    "a long prefill leaves a newcomer its tokens": (
+        {"running": (LONG,), "newcomers": (SHORT,)},
+        {},
+        StepDecision(512, caps=(312,), claimed=True),
+    ),
+    "not after it has yielded in vain": (
+        {"running": (LONG,), "newcomers": (SHORT,), "may_yield": False},
+        {},
+        StepDecision(512),
+    ),
+    "not where steps are not shared": (
+        {"running": (LONG,), "newcomers": (SHORT,)},
+        {"in_batch": False},
+        StepDecision(512),
+    ),
+    "every decode has its token, and nobody claims anything": (
+        {"running": (LONG,), "decoding": 4, "decode_tokens": 4},
+        {},
+        StepDecision(512, caps=(508,)),
+    ),
+    "where decodes fill the step the first prefill moves on": (
+        {"running": (LONG, SHORT), "decoding": 512, "decode_tokens": 512},
+        {},
+        StepDecision(512, caps=(0, LEAST_TOKENS)),
+    ),
+    "nobody claims more than its longest chunk": (
+        {"running": (LONG,), "newcomers": (SHORT,), "longest_chunk_tokens": 128},
+        {},
+        StepDecision(512, caps=(128,)),
+    ),
+    "an interval holds prefill back beside decodes": (
+        {"running": (LONG,), "decoding": 1, "decode_tokens": 1, "held_back": True},
+        {},
+        StepDecision(512, False, False),
+    ),
+    "until somebody was left waiting": (
+        {"held_back": True, "capacity_bound": True, "decoding": 1, "decode_tokens": 1},
+        {},
+        StepDecision(512, True, True),
+    ),
+    "or the fullest engine has so many full steps": (
+        {"held_back": True, "decoding": 1, "group_backlog_tokens": 4097.0},
+        {"interval_backlog_steps": 8.0},
+        StepDecision(512, True, True),
+    ),
+    "and not before": (
+        {
+            "held_back": True,
+            "capacity_bound": True,
+            "decoding": 1,
+            "group_backlog_tokens": 4096.0,
+        },
+        {"interval_backlog_steps": 8.0},
+        StepDecision(512, False, False),
+    ),
+    "a backlog of two graphs is prefilled in graphs": (
+        {"backlog_tokens": 240, "decoding": 1, "decode_tokens": 1, "graphs": graphs()},
+        {},
+        StepDecision(128, asked_graphs=True, cut=True),
+    ),
+    "one larger is not": (
+        {"backlog_tokens": 255, "decoding": 1, "decode_tokens": 1, "graphs": graphs()},
+        {},
+        StepDecision(512),
+    ),
+    "nor where another engine of the group has more": (
+        {
+            "backlog_tokens": 240,
+            "decode_tokens": 1,
+            "graphs": graphs(),
+            "group_backlog_tokens": 255.0,
+        },
+        {},
+        StepDecision(512),
+    ),
+    "nor where small steps do not pay": (
+        {"backlog_tokens": 240, "decode_tokens": 1, "graphs": graphs(pays=False)},
+        {},
+        StepDecision(512),
+    ),
+    "one in a while is let through to see what it takes": (
+        {"backlog_tokens": 240, "decode_tokens": 1, "graphs": graphs(exploring=True)},
+        {},
+        StepDecision(512, asked_graphs=True),
+    ),
+    "protected decodes bound prefill": (
+        {"decoding": 4, "decode_tokens": 4, "cost": StepCost(25_000.0, 500.0)},
+        {"protect_decodes": True, "tpot_factor": 3.0},
+        StepDecision(104),
+    ),
+    "but not whole prompts": (
+        {
+            "decoding": 4,
+            "decode_tokens": 4,
+            "cost": StepCost(25_000.0, 500.0),
+            "chunked": False,
+        },
+        {"protect_decodes": True},
+        StepDecision(512),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_decisions(name):
+    view, options, expected = TABLE[name]
+    assert decide(RecordedView(512, **view), QueueConfig(**options)) == expected
+
+
+def test_a_recorded_view_is_its_own_record():
+    view = RecordedView(512, running=(LONG,), newcomers=(SHORT,), decode_tokens=3)
+    assert record(view) == view
+
+
+candidates = st.lists(
+    st.builds(PrefillCandidate, st.floats(-1e6, 1e6), st.integers(1, 9000)), max_size=6
+).map(tuple)
+views = st.builds(
+    RecordedView,
+    st.integers(1, 9000),
+    chunked=st.booleans(),
+    held_back=st.booleans(),
+    capacity_bound=st.booleans(),
+    decoding=st.integers(0, 50),
+    decode_tokens=st.integers(0, 600),
+    running=candidates,
+    may_yield=st.booleans(),
+    newcomers=candidates,
+    longest_chunk_tokens=st.integers(0, 3000),
+    backlog_tokens=st.integers(0, 10**6),
+    group_backlog_tokens=st.floats(0.0, 1e6),
+    group_decode_tokens=st.floats(0.0, 1e3),
+    cost=st.builds(StepCost, st.floats(0.0, 1e6), st.floats(0.0, 1e4)),
+    graphs=st.builds(graphs, st.integers(0, 1000), st.booleans(), st.booleans()) | st.none(),
+)
+configs = st.builds(
+    QueueConfig,
+    in_batch=st.booleans(),
+    graph_steps=st.floats(0.0, 8.0),
+    interval_backlog_steps=st.sampled_from([0.0, 2.0]),
+    protect_decodes=st.booleans(),
+)
+
+
+@given(views, configs)
+def test_what_holds_for_every_step(view, config):
+    decision = decide(view, config)
+    assert 1 <= decision.budget_tokens <= view.budget_tokens
+    assert decision.admit or view.held_back
+    if decision.caps is not None:
+        left = max(0, decision.budget_tokens - view.decode_tokens)
+        assert len(decision.caps) == len(view.running)
+        assert sum(decision.caps) <= max(left, LEAST_TOKENS)
+        for cap, candidate in zip(decision.caps, view.running, strict=True):
+            assert 0 <= cap <= candidate.tokens
+        assert any(decision.caps) or decision.claimed, "somebody moves on"
+    assert decide(view, config) == decision, "nothing is learned by asking"
+
+
+def test_memory_counts_and_pauses_after_yielding_in_vain():
+    memory = StepMemory()
+    yielded = StepDecision(512, caps=(312,), claimed=True)
+    memory.ended(3, yielded, 512, somebody_waits=True)
+    assert memory.may_yield(4)
+    memory.ended(4, yielded, 312, somebody_waits=True)
+    assert [memory.may_yield(step) for step in (5, 4 + HOLD_STEPS - 1, 4 + HOLD_STEPS)] == [
+        False,
+        False,
+        True,
+    ]
+    memory.ended(20, StepDecision(128, cut=True), 128, somebody_waits=False)
+    memory.ended(21, StepDecision(128, cut=True), 100, somebody_waits=False)
+    assert (memory.yields, memory.graph_steps) == (2, 1)
+
+
+def test_an_ordering_goes_without_what_it_does_not_declare():
+    config = QueueConfig()
+    bare = usable(config, NO_TRAITS)
+    assert (bare.max_wait_s, bare.in_batch, bare.pass_steps, bare.graph_steps) == (0, False, 0, 0)
+    assert lacking(config, NO_TRAITS) == [
+        "max_wait_s (age_limit)",
+        "in_batch (shares_steps)",
+        "pass_steps (passes_blocked)",
+        "graph_steps (sizes_steps)",
+    ]
+    able = OrderingTraits(False, True, True, True, True)
+    assert usable(config, able) == config
+    assert lacking(config, able) == []
