@@ -19,7 +19,7 @@ from gimbal.core.config import QueueConfig
 from gimbal.core.contracts import NO_TRAITS, QueuedRequest, QueueOrdering, QueueState
 from gimbal.core.queue.admission import BlockedHeadGate, next_entry
 from gimbal.core.queue.heap import Entry, WaitingHeap
-from gimbal.core.queue.step import StepDecision, decide
+from gimbal.core.queue.step import StepDecision, decide, leaves_to_vllm
 from gimbal.core.queue.traits import usable
 from gimbal.sim.step_view import EngineView, Group
 
@@ -112,9 +112,7 @@ class Engine:
         self.capacity_bound = False  # the last step that could prefill left somebody waiting
         self.decision = StepDecision(budget)  # of the latest step
         self.prefix_caching = prefix_caching
-        # Without any of these `decide` leaves the step to vLLM's rule; most arms have none.
-        self._decides = queue.in_batch or queue.protect_decodes or queue.graph_steps > 0.0
-        self._decides = self._decides or queue.interval_backlog_steps > 0.0
+        self._decides = not leaves_to_vllm(queue)
         self.waiting: WaitingHeap[SimRequest] = WaitingHeap(ordering, queue.max_wait_s or None)
         passing = queue.pass_steps > 0
         self._gate = BlockedHeadGate(queue.pass_steps, queue.pass_s) if passing else None
@@ -207,12 +205,14 @@ class Engine:
         return batch
 
     def _continue_prefills(self, caps: Sequence[int] | None, batch: StepBatch) -> None:
-        """Running prefills go on in order of admission, each within its cap."""
+        """Running prefills go on in order of admission, each within its cap.
+
+        Caps may give the first one `step.LEAST_TOKENS` where decodes fill the step. vLLM then lets
+        the last decodes wait; here the step has so many tokens more.
+        """
         for number, request in enumerate(list(self.prefilling)):
-            most = self._left if caps is None else min(self._left, caps[number])
-            if self._left <= 0:
-                break
-            if request.index in self.running and most:  # not preempted by an earlier one
+            most = self._left if caps is None else caps[number]
+            if request.index in self.running and most > 0:  # not preempted by an earlier one
                 self._left -= self._prefill(request, most, batch)
 
     def _admit_waiting(self, now_s: float, batch: StepBatch) -> None:

@@ -1,12 +1,17 @@
 """The counter-based engine against a brute-force recount of its own state."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gimbal.core.config import QueueConfig
 from gimbal.core.queue import ORDERINGS
+from gimbal.core.queue.step import LEAST_TOKENS
 from gimbal.sim.engine import NEVER, Engine, SimRequest
+from gimbal.sim.step_view import Group
 
 BLOCK = 4
 
@@ -39,7 +44,7 @@ requests = st.lists(
 @given(requests, st.integers(24, 60), st.integers(4, 32), st.integers(1, 8), st.booleans())
 @settings(max_examples=80, deadline=None)
 def test_counters_match_a_recount_and_every_request_ends(specs, blocks, budget, seats, in_batch):
-    ours = {"ordering": "gimbal", "in_batch": True, "max_wait_s": 20.0} if in_batch else {}
+    ours = {"ordering": "gimbal", "queue": QueueConfig(max_wait_s=20.0)} if in_batch else {}
     engine = make_engine(blocks, max(budget, seats + 1), seats, **ours)
     pending = sorted(
         (SimRequest(i, f"r{i}", 0.0, p, o) for i, (p, o, _) in enumerate(specs)),
@@ -50,7 +55,7 @@ def test_counters_match_a_recount_and_every_request_ends(specs, blocks, budget, 
         while pending and specs[pending[0].index][2] <= step:
             engine.add(pending.pop(0), float(step), 0)
         batch = engine.schedule(float(step))
-        assert batch.tokens <= engine.budget
+        assert batch.tokens <= max(engine.budget, batch.decodes + LEAST_TOKENS)
         assert engine.used_blocks <= engine.blocks_total
         assert len(engine.running) <= seats
         assert batch.decodes == engine.decodes
@@ -88,7 +93,8 @@ def test_a_long_prompt_is_chunked_by_the_budget():
     ],
 )
 def test_a_running_prefill_leaves_budget_to_a_shorter_newcomer(in_batch, chunk_limit, expected):
-    engine = make_engine(100, ordering="gimbal", in_batch=in_batch, chunk_limit=chunk_limit)
+    queue = QueueConfig(in_batch=in_batch)
+    engine = make_engine(100, ordering="gimbal", queue=queue, chunk_limit=chunk_limit)
     prompts = {
         "long": SimRequest(0, "long", 0.0, 60, 2),
         "short": SimRequest(1, "short", 0.0, 5, 2),
@@ -126,7 +132,7 @@ def test_held_back_prefills_wait_while_decodes_go_on():
     engine.add(SimRequest(0, "a", 0.0, 4, 5), 0.0, 0)
     engine.finish_step(engine.schedule(0.0), 0.0)
     engine.add(SimRequest(1, "b", 0.0, 4, 5), 0.0, 0)
-    batch = engine.schedule(1.0, admit=False)
+    batch = engine.schedule(1.0, due=False)
     assert (batch.decodes, batch.prefill_tokens) == (1, 0)
     assert not engine.capacity_bound  # nobody could have been admitted
 
@@ -135,7 +141,7 @@ def test_prefills_are_not_held_back_where_nothing_decodes():
     engine = make_engine()
     engine.add(SimRequest(0, "a", 0.0, 40, 5), 0.0, 0)
     engine.add(SimRequest(1, "b", 0.0, 40, 5), 0.0, 0)
-    assert engine.schedule(0.0, admit=False).prefill_tokens == engine.budget
+    assert engine.schedule(0.0, due=False).prefill_tokens == engine.budget
     assert engine.capacity_bound
 
 
@@ -149,8 +155,45 @@ def test_tokens_are_counted_by_domain(domain):
     np.testing.assert_array_equal(engine.domain_tokens, np.eye(2)[domain])
 
 
-def test_a_step_may_be_given_less_than_the_whole_budget():
-    engine = make_engine()
-    engine.add(SimRequest(0, "r0", 0.0, 30, 4), 0.0, 0)
-    assert engine.schedule(0.0, budget_tokens=5).prefill_tokens == 5
-    assert engine.schedule(1.0).prefill_tokens == 16
+def test_a_step_is_cut_to_what_a_graph_covers():
+    graphs = SimpleNamespace(graph_tokens=8, exploring=False, small_steps_pay=lambda backlog: True)
+    group = Group(graphs=graphs)
+    engine = make_engine(ordering="gimbal", queue=QueueConfig(), group=group)
+    engine.add(SimRequest(0, "r0", 0.0, 2, 4), 0.0, 0)
+    engine.finish_step(engine.schedule(0.0), 0.0)
+    engine.add(SimRequest(1, "r1", 0.0, 12, 4), 1.0, 0)
+    assert engine.schedule(1.0).tokens == 8
+    assert engine.decision.asked_graphs
+    assert engine.view.memory.graph_steps == 1
+
+
+def test_small_requests_pass_a_head_without_blocks_for_a_while():
+    def first_steps(pass_steps):
+        queue = QueueConfig(pass_steps=pass_steps, pass_s=1e9, in_batch=False)
+        engine = make_engine(blocks=10, budget=64, ordering="fcfs", queue=queue)
+        prompts = [SimRequest(0, "run", 0.0, 20, 18), SimRequest(1, "big", 0.0, 30, 2)]
+        prompts += [SimRequest(2 + i, f"s{i}", 0.0, 4, 2) for i in range(6)]
+        for number, request in enumerate(prompts):
+            engine.add(request, number / 100, 0)
+        done = []
+        for step in range(200):
+            done += engine.finish_step(engine.schedule(float(step)), float(step))
+        assert len(done) == len(prompts)
+        return [r.request_id for r in sorted(prompts, key=lambda r: r.first_token_us)]
+
+    assert first_steps(0)[:2] == ["run", "big"]
+    passed = first_steps(8)
+    assert passed.index("big") > 2
+
+
+def test_the_first_prefill_moves_on_where_decodes_fill_the_step():
+    engine = make_engine(blocks=200, budget=4, seats=8, ordering="gimbal", queue=QueueConfig())
+    for index in range(4):
+        engine.add(SimRequest(index, f"d{index}", 0.0, 1, 90), 0.0, 0)
+    engine.finish_step(engine.schedule(0.0), 0.0)
+    assert engine.decodes == 4
+    engine.budget = 5
+    engine.add(SimRequest(4, "long", 0.0, 40, 2), 1.0, 0)
+    engine.finish_step(engine.schedule(1.0), 1.0)
+    engine.budget = 4
+    assert engine.schedule(2.0).prefill_tokens == 4 < LEAST_TOKENS  # no chunk exceeds the budget

@@ -160,6 +160,12 @@ class StepDecision(NamedTuple):
     cut: bool = False
 
 
+def leaves_to_vllm(config: QueueConfig) -> bool:
+    """Whether `decide` never differs from vLLM's own rule: nothing is switched on."""
+    sizes = config.graph_steps > 0.0 or config.interval_backlog_steps > 0.0
+    return not (config.in_batch or config.protect_decodes or sizes)
+
+
 def decide(view: StepView, config: QueueConfig) -> StepDecision:
     """The decisions of one step.
 

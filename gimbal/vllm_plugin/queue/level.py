@@ -21,7 +21,7 @@ from gimbal.core.errors import InputError
 from gimbal.core.guard import LevelGuard
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.queue.admission import BlockedHeadGate
-from gimbal.core.queue.step import StepDecision, StepMemory, decide
+from gimbal.core.queue.step import StepDecision, StepMemory, decide, leaves_to_vllm
 from gimbal.core.queue.traits import lacking, usable
 from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin.engine.state import EngineState
@@ -104,6 +104,7 @@ class QueueLevel:
         ordering, queue = self._build(name, config), self.queue
         traits = traits_of(ordering)
         self.usable = usable(config, traits)
+        self._leaves_to_vllm = leaves_to_vllm(self.usable)
         queue.bound_s = getattr(ordering, "bound_s", None)
         queue.use_ordering(ordering, self.usable.max_wait_s or None)
         # Blocks are counted for one kind of layer only: hybrid models keep vLLM's rule.
@@ -149,7 +150,7 @@ class QueueLevel:
         view.begin(throttled)
         self._decision = None
         idle = view.nothing_to_prefill and config.interval_backlog_steps <= 0.0
-        if idle or self.queue.fallback is not None:
+        if idle or self._leaves_to_vllm or self.queue.fallback is not None:
             return view.budget_tokens, {}
         decision = self._decision = decide(view, config)
         if decision.lifted is not None:

@@ -62,7 +62,7 @@ def workload(seed, count=40):
         (2, {"options": {"overtake_factor": 2.0}}, 256),
         (3, {"in_batch": False}, 256),
         (4, {"protect_decodes": True, "tpot_factor": 3.0}, 256),
-        (5, {"ordering": "sjf"}, 256),
+        (5, {"graph_steps": 0.0, "pass_steps": 0}, 256),
         (6, {}, 64),
     ],
 )
