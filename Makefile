@@ -8,10 +8,11 @@ STAMP := $(VENV)/.gimbal-installed
 # One thread per process: tests run side by side and torch would take every core in each.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: bench-sim validate help install serve test check lint bench-core bench-placement bench-start correctness soak lock clean
+.PHONY: bench-sim validate help install serve test check lint pages bench-core bench-placement \
+	bench-start correctness soak lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## build .venv from requirements/lock-cpu.txt
 
@@ -28,11 +29,15 @@ test: $(STAMP) ## every test, live servers included
 check: $(STAMP) ## the fast tests: no server, nothing slow
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not live and not slow" $(ARGS)
 
-lint: $(STAMP) ## ruff, mypy (strict on core), import contracts
+lint: $(STAMP) ## ruff, mypy (strict on core), import contracts, the wheel's lines and size budget
 	$(BIN)/ruff check gimbal reproduction tests benchmarks examples scripts
 	$(BIN)/ruff format --check gimbal reproduction tests benchmarks examples scripts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/size_budget.py
+
+pages: $(STAMP) ## write docs/configuration.md from the schema
+	$(BIN)/python scripts/configuration_page.py
 
 bench-core: $(STAMP) ## benchmarks that need no server
 	$(TEST_ENV) $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m "not live" $(ARGS)

@@ -1,6 +1,6 @@
 """TTFT against TPOT of many arms, with the Pareto front of those that are not ours.
 
-    python benchmarks/pareto.py RESULT.json... [--ours gimbal] [--out docs/pareto.svg]
+    python benchmarks/pareto.py RESULT.json... [--ours gimbal] [--out runs/pareto.svg]
 
 Reads what `gimbal bench --json` printed. With several files every arm is divided by the arm `vllm`
 of its own file first, and an arm found in more than one file is the mean of its ratios. Two panels,

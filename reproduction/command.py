@@ -30,14 +30,14 @@ command.add_command(live)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("reproduction"),
+    default=Path("runs/reproduction"),
     show_default=True,
     help="directory of finished cells and the report; a stopped run continues from it",
 )
 @click.option("--jobs", type=click.IntRange(1), help="processes (default: all CPUs)")
 @click.option("--seeds", type=click.IntRange(1), help="seeds per cell (default: 8; quick: 4)")
 @click.option("--requests", type=click.IntRange(10), help="requests per cell")
-@click.option("--scenarios", help="comma-separated; default: all (see docs/reproduction.md)")
+@click.option("--scenarios", help="comma-separated; default: all (see reproduction/README.md)")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
 def paper(**values: Any) -> None:
     """The Gimbal paper's comparison: DP=2, TP=2, EP=4, Qwen3-30B-A3B on four H100.

@@ -36,7 +36,7 @@ from gimbal.commands.workload_options import MAX_OUTPUT, MAX_PROMPT
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("reproduction-live"),
+    default=Path("runs/reproduction-live"),
     show_default=True,
     help="one run directory per load; a stopped run continues from it",
 )

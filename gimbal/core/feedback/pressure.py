@@ -83,7 +83,7 @@ def owner_pressure_us(straggling_us: FloatArray, ranks_per_engine: int) -> Float
 
     This is pressure as the Gimbal paper (arXiv 2606.15177) describes it: a rank's load counts
     against the engine that owns it. Under a layer barrier it says where to move *experts*; moving
-    *requests* away from the owner does not relieve the rank (docs/feedback.md).
+    *requests* away from the owner does not relieve the rank (docs/feedback-loop.md).
     """
     return np.asarray(straggling_us.reshape(-1, ranks_per_engine).max(axis=1))
 

@@ -179,7 +179,7 @@ def _with_change(model: ExactInstance, holds: IntArray, now: IntArray, change_us
 
 
 def solve(model: ExactInstance, time_limit_s: float = 60.0) -> ExactResult:
-    """Minimizes slowest rank + sends + receipts; see the linearization in docs/placement.md.
+    """Minimizes slowest rank + sends + receipts; see "Exact form" in docs/placement-planner.md.
 
     The result is the solver's placement or the hint, whichever `cost` says is better.
     """

@@ -23,7 +23,7 @@ class SendMeter:
     """Damped microseconds per step that one model's sends take.
 
     Dispatch compares engines by it. The loop gain is below 1, as a pair on the wire is part of the
-    price of a token, which is what dispatch answers it with (docs/feedback.md): the filter is
+    price of a token, which is what dispatch answers it with (docs/feedback-loop.md): the filter is
     derived for 1.
 
     Args:

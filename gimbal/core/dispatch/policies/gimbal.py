@@ -20,7 +20,8 @@ It is split for the metrics into
 
 The same steps also carry the chunks of the other engines, and last as long as the fullest. That is
 left out: counted, it makes all engines behind the longest queue look alike, and what is then
-decided by smaller terms costs later requests more than the estimate gains (docs/performance.md).
+decided by smaller terms costs later requests more than the estimate gains
+(reproduction/results/dispatch.md).
 
 What it costs others, each microsecond of delay of each request counting the same:
 
