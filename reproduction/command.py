@@ -93,11 +93,11 @@ def _matrix(values: dict[str, Any]) -> Any:
 
 def _write_runs(out: Path, results: list[Any]) -> None:
     """One run directory per scenario from the cells whose requests were kept."""
-    from gimbal.commands.simulate import report_of
     from gimbal.records.schema import RunInfo
     from gimbal.records.store import RunWriter
     from gimbal.report.arms import get_arm
     from gimbal.report.metrics import Slo
+    from gimbal.report.simulated import report_of
     from reproduction.matrix import FIRST_SEED, KEPT_LOAD, kept_run
 
     kept = [(task, cell) for task, cell in results if task.arm and task.kept]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
 
+from gimbal.core.errors import InputError
 from gimbal.workloads import BUILTIN_TRACES, WorkloadOptions
 from gimbal.workloads.arrivals import PROCESSES
 from gimbal.workloads.distributions import DISTRIBUTIONS
@@ -77,3 +78,15 @@ def read_workload_options(values: dict[str, Any]) -> WorkloadOptions:
         max_prompt=values.pop("max_prompt"),
         max_output=values.pop("max_output"),
     )
+
+
+def check_run_options(values: Mapping[str, Any], workload: WorkloadOptions) -> None:
+    """Raises InputError for a ``--load``, ``--repeat`` or ``--seed`` that says nothing."""
+    load = values["load"]
+    if load is not None and not 0 < load < float("inf"):
+        raise InputError(f"--load {load:g}: expected a number > 0")
+    if load is not None and workload.rate_rps is not None:
+        raise InputError("--load and --rate both set the arrival rate: give one")
+    for name, least in (("repeat", 1), ("seed", 0)):
+        if values[name] < least:
+            raise InputError(f"--{name} {values[name]}: expected a whole number >= {least}")

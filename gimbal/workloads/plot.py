@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from gimbal.core.errors import InputError
+from gimbal.workloads.distributions import DISTRIBUTIONS
+from gimbal.workloads.load import WorkloadOptions, build_workload
 from gimbal.workloads.trace import Trace
+
+
+def plot_workload(trace: Trace, options: WorkloadOptions, seed: int, path: Path) -> None:
+    """`plot_traces` of the workload; of a trace without arrivals in every distribution.
+
+    Raises InputError as `build_workload` and `plot_traces` do.
+    """
+    if options.distribution is None and not trace.has_arrivals:
+        shapes = {name: replace(options, distribution=name) for name in DISTRIBUTIONS}
+    else:
+        shapes = {options.distribution or trace.name: options}
+    plot_traces({name: build_workload(trace, own, seed) for name, own in shapes.items()}, path)
 
 
 def plot_traces(traces: Mapping[str, Trace], path: Path) -> None:
