@@ -85,6 +85,18 @@ def test_a_foreign_policy_decides(server_of: Any) -> None:
     assert server.front_end.guard.counts == {}
 
 
+def test_a_control_message_may_name_one(server_of: Any) -> None:
+    server = server_of("Second")
+    server.board.write_control({"policy": "llm-d", "policy_options": {"kv": 3.0}})
+    server.send("a")
+    server.board.write_control({"policy": "foreign_dispatch:Absent"})
+    server.send("b"), server.send("c")
+    assert server.front_end.guard.counts == {"account": 1}, "vLLM placed one request"
+    assert server.front_end.status()["policy"] == "llm-d"
+    server.board.write_control({"policy": "foreign_dispatch:Second"})
+    assert [server.send(name) for name in "def"] == [1] * 3
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
