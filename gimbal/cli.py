@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from importlib import import_module
 
@@ -50,7 +52,12 @@ def gimbal() -> None:
 
 
 def main() -> None:
-    """Runs the command line; bad input is one line on standard error and exit code 2."""
+    """Runs the command line; bad input is one line on standard error and exit code 2.
+
+    Policies named ``module:Class`` are also looked for in the current directory, after all else.
+    """
+    with contextlib.suppress(OSError):  # the directory may be gone
+        sys.path.append(os.getcwd())
     try:
         gimbal.main(prog_name="gimbal", standalone_mode=True)
     except InputError as error:

@@ -221,10 +221,8 @@ class Board:
         return _read_control(self.mapping)
 
     def write_control(self, values: dict[str, Any]) -> int:
-        """Publishes `values`; returns their version. Raises ValueError when they are too long."""
-        text = json.dumps(values, sort_keys=True).encode()
-        if len(text) > _CONTROL_BYTES:
-            raise ValueError(f"control message of {len(text)} bytes, at most {_CONTROL_BYTES}")
+        """Publishes `values`; returns their version. Raises ValueError as `encoded_control`."""
+        text = encoded_control(values)
         with _locked(self.mapping.fd):
             version = self.control_version() + 1
             words = _control_words(self.mapping, version)
@@ -232,6 +230,17 @@ class Board:
             words[0], words[1] = len(text), zlib.crc32(text, version & 0xFFFFFFFF)
             self.mapping.header[_H_CONTROL] = version
         return version
+
+
+def encoded_control(values: dict[str, Any]) -> bytes:
+    """A control message as it lies on the board.
+
+    Raises ValueError when it is too long, or holds what JSON does not know.
+    """
+    text = json.dumps(values, sort_keys=True, allow_nan=False).encode()
+    if len(text) > _CONTROL_BYTES:
+        raise ValueError(f"control message of {len(text)} bytes, at most {_CONTROL_BYTES}")
+    return text
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -12,12 +13,13 @@ import click
 import numpy as np
 
 if TYPE_CHECKING:
-    from gimbal.core.contracts import FloatArray, IntArray
+    from gimbal.core.contracts import FloatArray, IntArray, Placer
     from gimbal.core.placement.heuristic import PlacementPlan
     from gimbal.core.placement.problem import PlacementProblem
 
 ROUTING_HELP = "counts [source, layer, expert], .npz; or one recording per source, in order"
 STEP_TOKENS_HELP = "tokens per source and step, where the file does not count its steps"
+PLACER_HELP = "a baseline, an installed placer, or module:Class"
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -45,7 +47,8 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--step-tokens", type=int, default=2048, show_default=True, help=STEP_TOKENS_HELP)
 @click.option("--max-received", type=int, help="budget of experts that change rank")
 @click.option("--expert-groups", type=int, default=1, show_default=True, help="groups share a node")
-@click.option("--placer", default="gimbal", show_default=True, help="or a baseline by name")
+@click.option("--placer", default="gimbal", show_default=True, help=PLACER_HELP)
+@click.option("--placer-option", multiple=True, metavar="KEY=VALUE", help="one of its options")
 @click.option("--exact", is_flag=True, help="also solve to optimality (small instances)")
 @click.option("--time-limit", type=float, default=60.0, show_default=True, help="s per exact layer")
 @click.option("--exact-layers", type=int, help="solve only the first so many layers exactly")
@@ -172,27 +175,64 @@ def _read_placement(path: Path) -> IntArray:
 def _plan(problem: PlacementProblem, values: dict[str, Any]) -> tuple[PlacementPlan, float]:
     """The plan and its CPU milliseconds, compilation of the search left out."""
     from gimbal.core.placement import PLACERS, heuristic
-    from gimbal.core.placement.forecast import observe, predict
+    from gimbal.core.placement.kinds import MEAN_STEP
+    from gimbal.core.placement.verify import answer
+
+    name, options = values["placer"], _options(values["placer_option"])
+    placer = PLACERS.build(name, options)
+    _warm_up(PLACERS.build(name, options))
+    _show_history(placer, problem, values)
+    start = time.process_time()
+    if hasattr(placer, "plan_kinds"):
+        plan: PlacementPlan = placer.plan_kinds([problem], MEAN_STEP)
+        return plan, (time.process_time() - start) * 1e3
+    placed = answer(name, placer, problem.routing, problem.topology, problem.current)
+    cpu_ms = (time.process_time() - start) * 1e3
+    return heuristic.price(problem, placed), cpu_ms
+
+
+def _options(words: tuple[str, ...]) -> dict[str, Any]:
+    """``key=value`` words as options, values read as YAML."""
+    import yaml
+
+    from gimbal.core.errors import InputError
+
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise InputError(f"--placer-option {word!r}: expected key=value")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            options[key] = value
+    return options
+
+
+def _warm_up(placer: Placer) -> None:
+    """Has `placer`, which is thrown away, compile what planning runs."""
+    from gimbal.core.contracts import RoutingCounts, Topology
+
+    counts = np.arange(1, 33).reshape(2, 2, 8).astype(np.float64)
+    current = np.tile(np.arange(10, dtype=np.int32) % 8, (2, 1))
+    with contextlib.suppress(Exception):  # what is wrong with it shows on the real problem
+        placer.place(RoutingCounts(counts), Topology(2, 5), current)
+
+
+def _show_history(placer: Placer, problem: PlacementProblem, values: dict[str, Any]) -> None:
+    """Earlier windows for a placer that learns from them."""
+    from gimbal.core.errors import InputError
     from gimbal.workloads.routing import read_routing
 
-    if values["placer"] != "gimbal":
-        placer = PLACERS.build(values["placer"])
-        start = time.process_time()
-        placed = placer.place(problem.routing, problem.topology, problem.current)
-        cpu_ms = (time.process_time() - start) * 1e3
-        return heuristic.price(problem, placed), cpu_ms
-    if values["history"]:
-        state = None
-        for path in values["history"]:
-            counts = read_routing(path, problem.experts).counts
-            _same_shape(counts, problem.routing.counts, f"{path}: counts")
-            state = observe(state, counts.sum(axis=0))
-        state = observe(state, problem.measured)
-        problem = problem.with_forecast(predict(state, problem.measured))
-    heuristic.warm_up()
-    start = time.process_time()
-    plan = heuristic.plan(problem)
-    return plan, (time.process_time() - start) * 1e3
+    if not values["history"]:
+        return
+    learn = getattr(placer, "learn", None)
+    if learn is None:
+        raise InputError(f"--history: placer {values['placer']!r} learns nothing from it")
+    for path in values["history"]:
+        counts = read_routing(path, problem.experts).counts
+        _same_shape(counts, problem.routing.counts, f"{path}: counts")
+        learn(counts.sum(axis=0))
 
 
 def _report(

@@ -227,6 +227,8 @@ class Placer(Protocol):
     server as in the simulator, unless it declares ``gated = False``: one that has a gate of its
     own, or is a baseline that always rearranges. One that can plan for several kinds of step at
     once has a method ``plan_kinds(problems, kinds) -> PlacementPlan`` (`core.placement.kinds`).
+    ``gimbal place --history`` shows earlier windows to one with a method ``learn(total)``,
+    [layers, experts] pairs each.
     """
 
     def place(self, routing: RoutingCounts, topology: Topology, current: IntArray) -> IntArray:

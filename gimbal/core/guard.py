@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from gimbal.core.errors import one_line
+
 logger = logging.getLogger("vllm.gimbal")
 
 
@@ -36,6 +38,7 @@ class LevelGuard:
     def fell_back(self, reason: str, error: BaseException | None = None) -> None:
         """Records one fallback. Only errors count towards switching the level off."""
         first = reason not in self.counts
+        said = reason if error is None else f"{reason}: {one_line(error)}"
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if self.on_fallback is not None:
             self.on_fallback(self.level, reason)
@@ -43,7 +46,7 @@ class LevelGuard:
             logger.warning(
                 "Gimbal %s fell back to vLLM (%s); counted from now on, not logged again",
                 self.level,
-                reason,
+                said,
                 exc_info=error,
             )
         if error is None:
@@ -55,5 +58,5 @@ class LevelGuard:
                 "Gimbal switches its level %s off after %d consecutive failures (last: %s)",
                 self.level,
                 self._consecutive,
-                reason,
+                said,
             )

@@ -7,7 +7,8 @@ package of somebody else's names its policies as entry points of the registry's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -29,12 +30,20 @@ class Registry(Generic[T]):
         kind: what errors call an entry, such as "dispatch policy".
         group: entry-point group in which other packages name theirs.
         methods: names that every entry must have as methods.
+        declared: of a class the further methods that what it declares to be able to do needs.
     """
 
-    def __init__(self, kind: str, group: str, methods: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        group: str,
+        methods: tuple[str, ...],
+        declared: Callable[[Any], tuple[str, ...]] = lambda _: (),
+    ) -> None:
         self.kind = kind
         self.group = group
         self.methods = methods
+        self._declared = declared
         self._targets: dict[str, str] = {}
 
     def register(self, name: str, target: str) -> None:
@@ -56,10 +65,11 @@ class Registry(Generic[T]):
             raise InputError(f"unknown {self.kind} {name!r}{nearest(name, self.names())}")
         try:
             loaded = point.load() if point is not None else _attribute(name)
-        except Exception as error:
+            methods = (*self.methods, *self._declared(loaded))
+        except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise InputError(f"{self.kind} {name!r} cannot be imported: {reason}") from error
-        for method in self.methods:
+        for method in methods:
             if not callable(getattr(loaded, method, None)):
                 raise InputError(f"{self.kind} {name!r} ({loaded!r}) has no method {method}")
         return loaded  # type: ignore[no-any-return]
@@ -75,7 +85,15 @@ class Registry(Generic[T]):
             for key in values or {}:
                 raise InputError(f"{where}: unknown option {key!r} ({name!r} has no options)")
             return None
-        return parse_options(declared, values or {}, where)
+        if not (isinstance(declared, type) and dataclasses.is_dataclass(declared)):
+            raise InputError(f"{self.kind} {name!r}: Options is no dataclass: {declared!r}")
+        try:
+            return parse_options(declared, values or {}, where)
+        except InputError:
+            raise
+        except Exception as error:  # a type that cannot be checked, say
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise InputError(f"{self.kind} {name!r}: Options cannot be read: {reason}") from error
 
     def build(self, name: str, values: Mapping[str, Any] | None = None) -> T:
         """The policy `name` with options `values`; raises InputError, also for what it raises."""
@@ -85,18 +103,27 @@ class Registry(Generic[T]):
             built: T = policy() if options is None else policy(options)
         except InputError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise PolicyError(f"{self.kind} {name!r} cannot be made: {reason}") from error
         return built
 
-    def check(self, name: object, values: Mapping[str, Any], where: str, key: str) -> None:
+    def check(
+        self,
+        name: object,
+        values: Mapping[str, Any],
+        where: str,
+        key: str,
+        options_key: str | None = None,
+    ) -> None:
         """Raises InputError unless `name` can be built with `values`.
 
         A built-in without options is known to be good and is not imported for it.
 
         Args:
-            where: the source of the configuration; key: the one that holds the name.
+            where: the source of the configuration.
+            key: what holds the name there.
+            options_key: what holds `values`; None is ``options`` beside `key`.
         """
         if not isinstance(name, str):
             raise InputError(f"{where}: {key}: expected a name, got {name!r}")
@@ -105,11 +132,11 @@ class Registry(Generic[T]):
         known = name in self._targets or name in _installed(self.group) or ":" in name
         if not known:
             raise InputError(f"{where}: {key}: unknown {name!r}{nearest(name, self.names())}")
-        section = key.rpartition(".")[0]
         if values or name not in self._targets:
-            place = f"{where}: {section}.options" if section else f"{where}: options"
+            if options_key is None:
+                options_key = ".".join([*key.split(".")[:-1], "options"])
             try:
-                self.options(name, values, place)
+                self.options(name, values, f"{where}: {options_key}")
                 self.build(name, values)
             except InputError as error:
                 text = str(error)

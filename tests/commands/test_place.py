@@ -95,3 +95,78 @@ def test_negative_counts_name_array_and_index(tmp_path: Path) -> None:
     np.savez(path, counts=counts)
     with pytest.raises(InputError, match=r"bad.npz: counts\[2, 1, 3\]: negative"):
         run("--routing", path, "--ranks", 4)
+
+
+def test_a_placers_options(routing: Path) -> None:
+    args = ("--routing", routing, "--ranks", 4, "--slots-per-rank", 5, "--placer", "swift")
+    still = json.loads(run(*args, "--placer-option", "max_swaps=0", "--json"))
+    assert still["moved_slots"] == 0 < json.loads(run(*args, "--json"))["moved_slots"]
+
+
+FOREIGN = """
+import numpy as np
+
+
+class Reversed:
+    def place(self, routing, topology, current):
+        return current[:, ::-1]
+
+
+class Shorter:
+    def place(self, routing, topology, current):
+        return current[:, 1:]
+
+
+class Raises:
+    def place(self, routing, topology, current):
+        raise RuntimeError("no idea")
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "foreign_placers.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("foreign")
+def test_a_foreign_placer(routing: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.npz"
+    named = ("--placer", "foreign_placers:Reversed", "--out", out, "--json")
+    report = json.loads(run("--routing", routing, "--ranks", 4, *named))
+    assert np.load(out)["physical_to_logical"][0].tolist() == list(reversed(range(16)))
+    assert report["moved_slots"] == 48
+
+
+@pytest.mark.usefixtures("foreign")
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["foreign_placers:Absent"], "cannot be imported: AttributeError"),
+        (["json:JSONDecoder"], "has no method place"),
+        (["foreign_placers:Shorter"], "placement: shape (3, 15), expected (3, 16)"),
+        (["foreign_placers:Raises"], "placer 'foreign_placers:Raises': RuntimeError: no idea"),
+        (["swift", "--placer-option", "max_swap=3"], "(did you mean 'max_swaps'?)"),
+        (["swift", "--placer-option", "max_swaps=x"], "max_swaps: input should be a valid int"),
+        (["swift", "--placer-option", "max_swaps"], "'max_swaps': expected key=value"),
+        (["static", "--placer-option", "x=1"], "unknown option 'x' ('static' has no options)"),
+        (["static", "--history", "counts.npz"], "placer 'static' learns nothing from it"),
+    ],
+)
+def test_bad_placers(routing: Path, args: list[str], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        run("--routing", routing, "--ranks", 4, "--placer", *args)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_earlier_windows_change_the_plan(routing: Path, tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier.npz"
+    counts = np.load(routing)["counts"]
+    np.savez(earlier, counts=np.roll(counts, 5, axis=2))
+    outs = tmp_path / "without.npz", tmp_path / "with.npz"
+    args = ("--routing", routing, "--ranks", 4, "--json", "--out")
+    run(*args, outs[0])
+    run(*args, outs[1], "--history", earlier)
+    without, learned = (np.load(out)["physical_to_logical"] for out in outs)
+    assert (without != learned).any()

@@ -6,10 +6,19 @@ here, and nothing but its name is loaded before somebody asks for it.
 
 from __future__ import annotations
 
+from typing import Any
+
 from gimbal.core.contracts import DispatchPolicy
 from gimbal.core.registry import Registry
 
-POLICIES: Registry[DispatchPolicy] = Registry("dispatch policy", "gimbal.dispatch", ("costs",))
+
+def _declared(policy: Any) -> tuple[str, ...]:
+    return ("priced", "session_bound_us") if getattr(policy, "term_names", ()) else ()
+
+
+POLICIES: Registry[DispatchPolicy] = Registry(
+    "dispatch policy", "gimbal.dispatch", ("costs",), _declared
+)
 _HERE = "gimbal.core.dispatch.policies"
 POLICIES.register("gimbal", f"{_HERE}.gimbal:GimbalPolicy")
 POLICIES.register("vllm", f"{_HERE}.vllm:VllmPolicy")

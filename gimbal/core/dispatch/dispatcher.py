@@ -233,7 +233,9 @@ class Dispatcher:
             else:
                 priced = self._timed.priced(request, loads)
                 terms, costs, names = priced[:-1], priced[-1], self._timed.term_names
-            wrong = costs.shape != (len(loads.board),) or not sum(costs.tolist()) < math.inf
+            wrong = costs.shape != (len(loads.board),) or not (
+                -math.inf < sum(costs.tolist()) < math.inf
+            )
         except Exception as error:
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise PolicyError(f"dispatch policy {self.policy_name!r}: {reason}") from error

@@ -293,13 +293,6 @@ def _facts(problem: PlacementProblem, priced: Prices, placement: IntArray) -> Fl
     return np.stack(columns, axis=1).astype(np.float64)
 
 
-def warm_up() -> None:
-    """Compiles the search, or loads it from numba's cache, on a problem of two layers."""
-    counts = np.arange(1, 33).reshape(2, 2, 8).astype(np.float64)
-    current = np.tile(np.arange(10, dtype=np.int32) % 8, (2, 1))
-    plan(PlacementProblem(RoutingCounts(counts), Topology(2, 5), current))
-
-
 class GimbalPlacer:
     """`contracts.Placer` around `plan` that plans for the next window, not for the last.
 
@@ -340,3 +333,7 @@ class GimbalPlacer:
         self._state = forecast.observe(self._state, measured)
         expected = forecast.predict(self._state, measured)
         return [problem.with_forecast(expected) for problem in problems]
+
+    def learn(self, total: FloatArray) -> None:
+        """Takes in one more window: [layers, experts] pairs over all sources."""
+        self._state = forecast.observe(self._state, total)

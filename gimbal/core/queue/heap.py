@@ -23,6 +23,7 @@ from gimbal.core.contracts import (
     QueueState,
     traits_of,
 )
+from gimbal.core.errors import PolicyError, one_line
 
 T = TypeVar("T")
 
@@ -55,6 +56,15 @@ class Entry(Generic[T]):
 
 def _dynamic(ordering: QueueOrdering) -> DynamicOrdering | None:
     return cast(DynamicOrdering, ordering) if traits_of(ordering).dynamic else None
+
+
+def _named(ordering: QueueOrdering) -> str:
+    kind = type(ordering)
+    return f"queue ordering {kind.__module__}:{kind.__qualname__}"
+
+
+def _failed(ordering: QueueOrdering, error: Exception) -> PolicyError:
+    return PolicyError(f"{_named(ordering)}: {type(error).__name__}: {one_line(error)}")
 
 
 class WaitingHeap(Generic[T]):
@@ -105,10 +115,14 @@ class WaitingHeap(Generic[T]):
             yield rank[-1]
 
     def add(self, request: QueuedRequest, item: T, state: QueueState) -> Entry[T]:
-        """Queues a request; raises KeyError when its id is waiting already."""
+        """Queues a request.
+
+        Raises KeyError when its id is waiting already, PolicyError when it gets no key; the queue
+        is then as it was.
+        """
         if request.request_id in self._entries:
             raise KeyError(f"request {request.request_id!r} is already waiting")
-        key = self._key(request, state)
+        key = self._key(self.ordering, request, state)
         self._sequence += 1
         entry = Entry(request, item, key, state.now_s, self._sequence, epoch=self.epoch)
         self._insert(entry)
@@ -193,11 +207,14 @@ class WaitingHeap(Generic[T]):
         return self._dynamic is not None
 
     def refresh(self, state: QueueState) -> None:
-        """Recomputes a dynamic ordering's keys; call before a scheduling pass."""
+        """Recomputes a dynamic ordering's keys; call before a scheduling pass.
+
+        Raises PolicyError when it gives none; the queue is then as it was.
+        """
         if self._dynamic is None or not self._entries:
             return
         entries = list(self._entries.values())
-        keys = self._dynamic.keys([e.request for e in entries], state)
+        keys = self._dynamic_keys(entries, state)
         if keys is not None:
             self._rekey(entries, keys)
 
@@ -207,13 +224,9 @@ class WaitingHeap(Generic[T]):
         """Changes the ordering; every waiting request keeps its age and its lane.
 
         Keys are computed in the order of queueing, each with the state at its own arrival time,
-        so that an ordering with a clock sees the arrivals as if it had been there.
+        so that an ordering with a clock sees the arrivals as if it had been there. Raises
+        PolicyError when it gives no keys; the queue then keeps the ordering it had.
         """
-        self.ordering = ordering
-        self.max_wait_s = max_wait_s
-        self._none_late_until_s = float("-inf")
-        self.epoch += 1
-        self._dynamic = _dynamic(ordering)
         entries = sorted(self._entries.values(), key=lambda e: (e.queued_s, e.sequence))
         keys = []
         for entry in entries:
@@ -224,15 +237,49 @@ class WaitingHeap(Generic[T]):
                 waiting_tokens=state.waiting_tokens,
                 served_tokens=state.served_tokens,
             )
-            keys.append(ordering.key(entry.request, then))
+            keys.append(self._key(ordering, entry.request, then))
+        self.ordering = ordering
+        self.max_wait_s = max_wait_s
+        self._none_late_until_s = float("-inf")
+        self.epoch += 1
+        self._dynamic = _dynamic(ordering)
         self._rekey(entries, keys)
 
-    def _key(self, request: QueuedRequest, state: QueueState) -> float:
-        return self.ordering.key(request, state) + request.priority * self.priority_tokens
+    def _key(self, ordering: QueueOrdering, request: QueuedRequest, state: QueueState) -> float:
+        """The place that `ordering` gives a request; PolicyError naming it when it is no number."""
+        try:
+            key = ordering.key(request, state) + request.priority * self.priority_tokens
+            if key <= key:  # false for NaN; what cannot be compared raises here, not in the heap
+                return key
+        except Exception as error:
+            raise _failed(ordering, error) from error
+        raise PolicyError(f"{_named(ordering)}: key of a request is {key}, expected a number")
+
+    def _dynamic_keys(self, entries: list[Entry[T]], state: QueueState) -> list[float] | None:
+        """The places that a dynamic ordering gives all; PolicyError as `_key`."""
+        assert self._dynamic is not None
+        try:
+            keys = self._dynamic.keys([e.request for e in entries], state)
+            if keys is None:
+                return None
+            named = _named(self.ordering)
+            if len(keys) != len(entries):
+                raise PolicyError(f"{named}: {len(keys)} keys for {len(entries)} requests")
+            worth = self.priority_tokens
+            if worth > 0.0:
+                keys = [k + e.request.priority * worth for e, k in zip(entries, keys, strict=True)]
+            total = sum(keys)  # NaN when one is, or when both infinities are there
+            if not total <= total and any(key != key for key in keys):
+                raise PolicyError(f"{named}: a key is NaN, expected numbers")
+        except PolicyError:
+            raise
+        except Exception as error:
+            raise _failed(self.ordering, error) from error
+        return keys
 
     def _rekey(self, entries: list[Entry[T]], keys: list[float]) -> None:
         for entry, key in zip(entries, keys, strict=True):
-            entry.key, entry.epoch = key + entry.request.priority * self.priority_tokens, self.epoch
+            entry.key, entry.epoch = key, self.epoch
             entry.rank = self._rank(entry)
         self._heap = [entry.rank for entry in entries if entry.rank is not None]
         heapq.heapify(self._heap)

@@ -20,9 +20,9 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
 import gimbal
-from gimbal.board.file import Board
+from gimbal.board.file import Board, encoded_control
 from gimbal.board.slots import BoardReader
-from gimbal.core.config import LEVELS, GimbalConfig, parse_config
+from gimbal.core.config import LEVELS, GimbalConfig, modernized, parse_config
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.queue import ORDERINGS
@@ -35,7 +35,7 @@ from gimbal.vllm_plugin.placement.route import routing_route
 
 SWITCHABLE = ("dispatch", "queue", "feedback")
 """Levels that can be switched while the server runs, if it was started with them."""
-_KEYS = ("levels", "policy", "queue_ordering", "queue", "reset")
+_KEYS = ("levels", "policy", "policy_options", "queue_ordering", "queue", "reset")
 _QUEUE_FIXED = ("ordering", "priority_tokens")
 """Keys of section `queue` that a message's ``queue`` may not hold: `queue_ordering` says the one,
 and the classes of requests that wait already depend on the other."""
@@ -92,7 +92,7 @@ class Operator:
 
     def status(self) -> dict[str, Any]:
         """Everything as JSON; engines in rank order, their row by lower-case field name."""
-        front_end = self.front_end
+        front_end, control = self.front_end, self.board.read_control()
         now_us = time.monotonic_ns() / 1e3
         engines: list[dict[str, Any]] = []
         for index, row in enumerate(self.reader.read().tolist()):
@@ -109,7 +109,8 @@ class Operator:
         return {
             "version": gimbal.__version__,
             "config": dataclasses.asdict(self.config),
-            "control": self.board.read_control(),
+            "control": control,
+            "policies": self._policies(control),
             "engines": engines,
             "dispatch": None if front_end is None else front_end.status(),
             "board": {
@@ -119,51 +120,115 @@ class Operator:
             },
         }
 
+    def _policies(self, control: Mapping[str, Any]) -> dict[str, str | None]:
+        """Names in force by level; None where vLLM decides because the level does not act."""
+        config, levels = self.config, control.get("levels", self.config.levels)
+        dispatch = None if self.front_end is None else self.front_end.status()
+        return {
+            "dispatch": dispatch["policy"] if dispatch and dispatch["enabled"] else None,
+            "ordering": _ordering(control, config) if "queue" in levels else None,
+            "placer": config.placement.placer if "placement" in levels else None,
+        }
+
     async def control(self, values: Any) -> dict[str, Any]:
-        """Checks and publishes `values`; raises InputError naming the key that is wrong."""
-        control = self.board.read_control() | check_control(values, self.config)
+        """Checks and publishes `values`; returns what is in force now.
+
+        Raises InputError naming the key that is wrong, ValueError when the board cannot hold it.
+        """
+        control = check_control(values, self.config, self.board.read_control())
+        if values.get("reset"):
+            control["resets"] = control.get("resets", 0) + 1
+        encoded_control(control)  # nothing is reset for a message that cannot be published
         if values.get("reset"):
             await self.engine_client.reset_prefix_cache()
-            control["resets"] = control.get("resets", 0) + 1
         self.board.write_control(control)
         if self.front_end is not None:
             self.front_end.follow_control()
         return control
 
 
-def check_control(values: Any, config: GimbalConfig) -> dict[str, Any]:
-    """The part of a control message that is kept on the board; raises InputError."""
+def check_control(
+    values: Any, config: GimbalConfig, control: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the board holds after the message `values`; `control` is what it holds now.
+
+    Options belong to the policy or ordering that they were given with, and go with it. Raises
+    InputError naming the key that is wrong.
+    """
     if not isinstance(values, Mapping):
         raise InputError(f"control: a JSON object is expected, got {type(values).__name__}")
     for key in values:
         if key not in _KEYS:
             raise InputError(f"control: unknown key {key!r}{nearest(key, _KEYS)}")
-    kept: dict[str, Any] = {}
+    kept = dict(control or {})
     if "levels" in values:
         kept["levels"] = _check_levels(values["levels"], config)
-    for key, board_key, known in (
-        ("policy", "policy", POLICIES),
-        ("queue_ordering", "ordering", ORDERINGS),
-    ):
-        if key in values:
-            name = values[key]
-            if not isinstance(name, str) or name not in known:
-                raise InputError(f"control: {key}: unknown {name!r}{nearest(str(name), known)}")
-            kept[board_key] = name
-    if "queue" in values:
-        kept["queue"] = _check_queue(values["queue"])
+    if "policy" in values or "policy_options" in values:
+        _take_policy(kept, values, config)
+    if "queue_ordering" in values or "queue" in values:
+        _take_queue(kept, values, config)
     return kept
 
 
-def _check_queue(changes: Any) -> dict[str, Any]:
-    """Keys of section `queue` that differ from the server's configuration from now on."""
+def _take_policy(kept: dict[str, Any], values: Mapping[str, Any], config: GimbalConfig) -> None:
+    """The dispatch policy of a message, with its options, into `kept`."""
+    own = config.dispatch
+    name = values.get("policy", kept.get("policy", own.policy))
+    options = values.get("policy_options")
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"control: policy_options: a mapping is expected, got {options!r}")
+    chosen = options if options is not None else own.options if name == own.policy else {}
+    POLICIES.check(name, chosen, "control", "policy", "policy_options")
+    kept.pop("policy_options", None)
+    if "policy" in values:
+        kept["policy"] = name
+    if options is not None:
+        kept["policy_options"] = dict(options)
+
+
+def _ordering(control: Mapping[str, Any], config: GimbalConfig) -> str:
+    return str(control.get("ordering", config.queue.ordering))
+
+
+def _take_queue(kept: dict[str, Any], values: Mapping[str, Any], config: GimbalConfig) -> None:
+    """The ordering of a message and its changes of section `queue` into `kept`."""
+    own = config.queue
+    name = values.get("queue_ordering", _ordering(kept, config))
+    if "queue" in values:
+        changes = _check_queue(values["queue"], name)
+    else:
+        changes = dict(kept.get("queue", {}))
+        if name != _ordering(kept, config):
+            changes.pop("options", None)
+    options = changes.get("options", own.options if name == own.ordering else {})
+    ORDERINGS.check(name, options, "control", "queue_ordering", "queue.options")
+    if "queue_ordering" in values:
+        kept["ordering"] = name
+    if changes or "queue" in values:
+        kept["queue"] = changes
+
+
+def _check_queue(changes: Any, ordering: object) -> dict[str, Any]:
+    """Keys of section `queue` that differ from the server's configuration from now on.
+
+    Their ``options``, which are those of `ordering`, are the caller's to check.
+    """
     if not isinstance(changes, Mapping):
         raise InputError(f"control: queue: a mapping is expected, got {changes!r}")
     for key in _QUEUE_FIXED:
         if key in changes:
             raise InputError(f"control: queue: {key} cannot be changed here")
-    checked = dataclasses.asdict(parse_config({"queue": dict(changes)}, "control").queue)
-    return {key: checked[key] for key in changes}
+    named = {"queue": {**changes, "ordering": ordering}}
+    section = modernized(named, "control")["queue"]
+    del section["ordering"]
+    options = section.pop("options", None)
+    checked = dataclasses.asdict(parse_config({"queue": section}, "control").queue)
+    kept = {key: checked[key] for key in section}
+    if options is None:
+        return kept
+    if not isinstance(options, Mapping):
+        raise InputError(f"control: queue.options: a mapping is expected, got {options!r}")
+    return kept | {"options": dict(options)}
 
 
 def _check_levels(levels: Any, config: GimbalConfig) -> list[str]:

@@ -36,8 +36,26 @@ CONFIG = parse_config({"levels": ["dispatch", "queue", "placement"]})
         ([], "a JSON object is expected"),
         ({"polcy": "x"}, "unknown key 'polcy' (did you mean 'policy'?)"),
         ({"policy": "gimball"}, "policy: unknown 'gimball' (did you mean 'gimbal'?)"),
-        ({"policy": 3}, "policy: unknown 3"),
+        ({"policy": 3}, "policy: expected a name, got 3"),
+        ({"policy": "nowhere.x:Y"}, "policy: dispatch policy 'nowhere.x:Y' cannot be imported"),
+        ({"policy": "json:JSONDecoder"}, "has no method costs"),
+        ({"policy": "llm-d", "policy_options": {"prefx": 1}}, "(did you mean 'prefix'?)"),
+        ({"policy": "llm-d", "policy_options": {"kv": "x"}}, "control: policy_options.kv: "),
+        ({"policy": "lmetric", "policy_options": {"kv": 1}}, "('lmetric' has no options)"),
+        ({"policy_options": {"session_patienc": 1}}, "(did you mean 'session_patience'?)"),
+        ({"policy_options": 3}, "policy_options: a mapping is expected, got 3"),
         ({"queue_ordering": "fcf"}, "did you mean 'fcfs'?"),
+        ({"queue_ordering": []}, "queue_ordering: expected a name, got []"),
+        ({"queue_ordering": "nowhere.x:Y"}, "queue_ordering: queue ordering 'nowhere.x:Y' cannot"),
+        (
+            {"queue": {"options": {"overtak": 3}}},
+            "queue.options: unknown option 'overtak' (did you",
+        ),
+        (
+            {"queue_ordering": "sjf", "queue": {"options": {"overtake_factor": 3}}},
+            "control: queue.options: unknown option 'overtake_factor' ('sjf' has no options)",
+        ),
+        ({"queue": {"options": 3}}, "queue.options: a mapping is expected"),
         ({"queue": 3}, "queue: a mapping is expected"),
         ({"queue": {"max_wait": 3}}, "did you mean 'max_wait_s'?"),
         ({"queue": {"tpot_factor": "x"}}, "queue.tpot_factor"),
@@ -52,6 +70,7 @@ def test_bad_control_messages_are_refused(values: Any, message: str) -> None:
     with pytest.raises(InputError) as error:
         check_control(values, CONFIG)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_what_reaches_the_board() -> None:
@@ -60,6 +79,33 @@ def test_what_reaches_the_board() -> None:
     assert check_control(values, CONFIG) == expected
     assert check_control({"reset": True}, CONFIG) == {}
     assert check_control({"queue": {"max_wait_s": 5}}, CONFIG) == {"queue": {"max_wait_s": 5.0}}
+
+
+def test_options_go_with_the_policy_they_were_given_with() -> None:
+    def after(*messages: dict[str, Any]) -> dict[str, Any]:
+        control: dict[str, Any] = {}
+        for values in messages:
+            control = check_control(values, CONFIG, control)
+        return control
+
+    weighed = {"policy": "llm-d", "policy_options": {"kv": 3}}
+    assert after(weighed) == weighed
+    assert after(weighed, {"reset": True}) == weighed
+    assert after(weighed, {"policy_options": {"kv": 1}})["policy_options"] == {"kv": 1}
+    assert after(weighed, {"policy": "lmetric"}) == {"policy": "lmetric"}
+    assert after(weighed, {"policy": "llm-d"}) == {"policy": "llm-d"}
+    own = {"policy_options": {"session_patience": 2}}
+    assert after(own) == own
+
+    factor = {"queue": {"max_wait_s": 5.0, "options": {"overtake_factor": 3}}}
+    assert after(factor) == factor
+    assert after(factor, {"queue_ordering": "gimbal"})["queue"] == factor["queue"]
+    switched = {"ordering": "sjf", "queue": {"max_wait_s": 5.0}}
+    assert after(factor, {"queue_ordering": "sjf"}) == switched
+    assert after(factor, {"queue": {}}) == {"queue": {}}
+    # The flat key of before 0.2 is the ordering's own option now.
+    flat = after({"queue": {"overtake_factor": 3}})
+    assert flat == {"queue": {"options": {"overtake_factor": 3}}}
 
 
 class Engine:
@@ -108,6 +154,88 @@ def test_status_names_every_field_of_every_engine(site: Any) -> None:
     assert found["engines"][1]["age_us"] > 0
     assert found["config"]["levels"] == ["queue"]
     assert found["dispatch"] is None
+    assert found["policies"] == {"dispatch": None, "ordering": "gimbal", "placer": None}
+
+
+FOREIGN = """
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Options:
+    weight: float = 1.0
+    note: str = ""
+
+
+class Policy:
+    Options = Options
+
+    def __init__(self, options):
+        pass
+
+    def costs(self, request, loads):
+        return np.zeros(len(loads.board))
+
+
+class Ordering:
+    Options = Options
+
+    def __init__(self, options):
+        pass
+
+    def key(self, request, state):
+        return 0.0
+
+
+class Exits:
+    def __init__(self):
+        raise SystemExit(1)
+
+    costs = key = None.__init__
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "foreign_control.py").write_text(FOREIGN)
+    (tmp_path / "foreign_exit.py").write_text("raise SystemExit(1)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("foreign")
+def test_status_names_what_an_operator_put_in_force(site: Any) -> None:
+    levels = ["queue", "placement"]
+    client, _, _ = site({"levels": levels, "admin": True, "placement": {"placer": "swift"}})
+    message = {"queue_ordering": "foreign_control:Ordering", "queue": {"options": {"weight": 2}}}
+    assert client.post("/gimbal/control", json=message).status_code == 200
+    named = {"dispatch": None, "ordering": "foreign_control:Ordering", "placer": "swift"}
+    assert client.get("/gimbal/status").json()["policies"] == named
+    client.post("/gimbal/control", json={"levels": ["placement"]})
+    assert client.get("/gimbal/status").json()["policies"]["ordering"] is None
+
+
+@pytest.mark.usefixtures("foreign")
+def test_a_foreign_policy_that_is_no_good_is_a_bad_request(site: Any) -> None:
+    client, engine, path = site({"levels": ["dispatch", "queue"], "admin": True})
+    for name in ("foreign_exit:X", "foreign_control:Absent", "foreign_control:Exits"):
+        for key in ("policy", "queue_ordering"):
+            answer = client.post("/gimbal/control", json={key: name, "reset": True})
+            assert answer.status_code == 400
+            assert answer.json()["error"].startswith(f"control: {key}: ")
+    good = {"policy": "foreign_control:Policy"}
+    for options, word in (({"wait": 1}, "did you mean 'weight'"), ({"note": "x" * 4096}, "bytes")):
+        message = good | {"policy_options": options, "reset": True}
+        answer = client.post("/gimbal/control", json=message)
+        assert answer.status_code == 400
+        assert word in answer.json()["error"]
+    assert client.post("/gimbal/control", content='{"policy_options": NaN}').status_code == 400
+    bad = '{"policy": "foreign_control:Policy", "policy_options": {"weight": NaN}}'
+    assert client.post("/gimbal/control", content=bad).status_code == 400
+    assert engine.resets == 0
+    assert Board(path).control_version() == 0
+    assert client.post("/gimbal/control", json=good).json() == good
 
 
 def test_the_page_loads_nothing_and_reads_only_what_status_says(site: Any) -> None:

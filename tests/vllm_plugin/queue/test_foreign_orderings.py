@@ -1,0 +1,111 @@
+"""Somebody else's ordering in vLLM's own scheduler: what it answers may be nonsense."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import real_scheduler as real
+
+pytestmark = pytest.mark.slow  # importing vLLM takes most of ten seconds
+
+FOREIGN = '''
+from gimbal.core.contracts import OrderingTraits
+
+
+class Newest:
+    """Right until its sixth request, then `answer`."""
+
+    seen, answer = 0, 0.0
+
+    def key(self, request, state):
+        self.seen += 1
+        return -request.arrival_s if self.seen < 6 else self.answer
+
+
+class Nan(Newest):
+    answer = float("nan")
+
+
+class Words(Newest):
+    answer = "first"
+
+
+class Raises(Newest):
+    @property
+    def answer(self):
+        raise RuntimeError("broken on purpose")
+
+
+class Forgets(Newest):
+    """Dynamic; one key too few as soon as two requests wait."""
+
+    traits = OrderingTraits(dynamic=True)
+
+    def keys(self, requests, state):
+        return [0.0 for _ in requests][1:]
+'''
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(logging.getLogger("vllm.gimbal"), "propagate", True)
+    (tmp_path / "foreign_orderings.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    built = []
+
+    def make(name):
+        values = {"levels": ["queue"], "queue": {"ordering": f"foreign_orderings:{name}"}}
+        built.append(real.build(tmp_path, values))
+        return built[-1]
+
+    yield make
+    for scheduler in built:
+        scheduler.shutdown()
+
+
+def serve(scheduler, count=12):
+    """Ids in the order in which requests were first scheduled; all must finish."""
+    for index in range(count):
+        scheduler.add_request(real.request(f"r{index:02}", 400, 2, arrival=float(index)))
+    seen = []
+    for _ in range(200):
+        output = scheduler.schedule()
+        seen += [name for name in output.num_scheduled_tokens if name not in seen]
+        real.finish_step(scheduler, output)
+        if not scheduler.has_requests():
+            return seen
+    raise AssertionError("requests are left")
+
+
+def test_a_foreign_ordering_orders(build):
+    scheduler = build("Newest")
+    assert serve(scheduler, 5) == [f"r{index:02}" for index in reversed(range(5))]
+    assert scheduler.gimbal_queue.guard.counts == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Nan", "key of a request is nan"),
+        ("Words", "TypeError"),
+        ("Raises", "RuntimeError: broken on purpose"),
+        ("Forgets", "11 keys for 12 requests"),
+    ],
+)
+def test_vllms_queue_takes_over_from_one_that_answers_nonsense(build, caplog, name, message):
+    scheduler = build(name)
+    with caplog.at_level(logging.WARNING, "vllm.gimbal"):
+        order = serve(scheduler)
+    assert order == sorted(order), "first come, first served"
+    level = scheduler.gimbal_queue
+    assert level.queue.fallback is not None
+    assert level.guard.counts == {"ordering": 1}
+    (said,) = (r.getMessage() for r in caplog.records if "fell back" in r.getMessage())
+    assert f"queue ordering foreign_orderings:{name}: " in said
+    assert message in said
