@@ -1,8 +1,8 @@
 """What an arm needs of a live server: what it is started with, and what is switched while it runs.
 
-Which engine a request goes to and how an engine orders its queue (nearly all of section `queue`)
-can be switched while a server runs, so arms that differ in nothing else share one. Flags, other
-configuration, and the levels `placement` and `feedback` (which leave experts where they moved
+The dispatch policy and the queue's ordering, each with its options, and nearly all of section
+`queue` can be switched while a server runs, so arms that differ in nothing else share one. Flags,
+other configuration, and the levels `placement` and `feedback` (which leave experts where they moved
 them) need a server of their own.
 """
 
@@ -18,8 +18,8 @@ from gimbal.core.errors import InputError
 from gimbal.report.arms import Arm
 
 SWITCHABLE = ("dispatch", "queue")
-_QUEUE_FIXED = ("ordering", "priority_tokens")
-"""Keys of section `queue` that a running server does not change by its section `queue`."""
+_QUEUE_FIXED = ("priority_tokens",)
+"""Keys of section `queue` that a running server does not change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,14 @@ def switches(arm: Arm) -> dict[str, Any]:
     config = arm.gimbal_config()
     if "dispatch" in arm.levels:
         settings["policy"] = config.dispatch.policy
+        if config.dispatch.options:
+            settings["policy_options"] = dict(config.dispatch.options)
     if "queue" in arm.levels:
         settings["queue_ordering"] = config.queue.ordering
-        fixed = _fixed_queue(arm)
         settings["queue"] = {
             key: value
             for key, value in _section(arm, "queue").items()
-            if key not in _QUEUE_FIXED and key not in fixed
+            if key != "ordering" and key not in _QUEUE_FIXED
         }
     return settings
 
@@ -59,28 +60,16 @@ def server_spec(arm: Arm, shared: bool) -> ServerSpec:
     if shared:
         values["levels"] = [x for x in LEVELS if x in SWITCHABLE or x in arm.levels]
         values["admin"] = True
-        for section, fixed in (("dispatch", _fixed_dispatch(arm)), ("queue", _fixed_queue(arm))):
+        dispatch, queue = _section(arm, "dispatch"), _section(arm, "queue")
+        fixed = {
+            "dispatch": {k: v for k, v in dispatch.items() if k not in ("policy", "options")},
+            "queue": {k: v for k, v in queue.items() if k in _QUEUE_FIXED},
+        }
+        for section, own in fixed.items():
             values.pop(section, None)
-            if fixed:
-                values[section] = fixed
+            if own:
+                values[section] = own
     return ServerSpec(arm.flags, json.dumps(values, sort_keys=True))
-
-
-def _fixed_dispatch(arm: Arm) -> dict[str, Any]:
-    """What of section `dispatch` a running server does not change: all but a bare policy's name."""
-    section = _section(arm, "dispatch")
-    if not section.get("options"):
-        section = {k: v for k, v in section.items() if k not in ("policy", "options")}
-    return section
-
-
-def _fixed_queue(arm: Arm) -> dict[str, Any]:
-    """The same of section `queue`: options can be switched for the ordering `gimbal` only."""
-    section = _section(arm, "queue")
-    fixed = {k: v for k, v in section.items() if k == "priority_tokens"}
-    if section.get("options") and section.get("ordering", "gimbal") != "gimbal":
-        fixed |= {key: section[key] for key in ("ordering", "options")}
-    return fixed
 
 
 def _section(arm: Arm, name: str) -> dict[str, Any]:

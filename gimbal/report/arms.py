@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from gimbal.core.config import LEVELS, GimbalConfig, parse_config
 from gimbal.core.errors import InputError, nearest
@@ -30,8 +30,8 @@ class Simulated:
         oracle: the placer plans once, before the run, on the run's own expected routing.
     """
 
-    pressure: str = "sending"
-    affinity: str = "none"
+    pressure: Literal["sending", "owner"] = "sending"
+    affinity: Literal["none", "local", "home"] = "none"
     oracle: bool = False
 
 
@@ -96,7 +96,7 @@ def _legacy(name: str, description: str, *flags: str) -> Arm:
     return Arm(name, description, config, flags, signals="coordinator")
 
 
-def _oracle(name: str, description: str, affinity: str = "none") -> Arm:
+def _oracle(name: str, description: str, affinity: Literal["none", "home"] = "none") -> Arm:
     config = {"levels": ["placement"], "placement": {"placer": name}}
     return Arm(name, description, config, simulated=Simulated(affinity=affinity, oracle=True))
 

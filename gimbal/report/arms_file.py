@@ -13,6 +13,7 @@ import yaml
 from gimbal.core.config import LEVELS, modernized, parse_config
 from gimbal.core.config_sources import overlay, read_config_file
 from gimbal.core.errors import InputError, nearest, one_line
+from gimbal.core.options import parse_options
 from gimbal.report.arms import ARMS, SIGNALS, Arm, Simulated, get_arm
 
 DEFAULT_ARMS = ("vllm", "gimbal")
@@ -23,7 +24,7 @@ _SHORTHANDS = {
     "placer": ("placement", "placer"),
 }
 """Keys of an arm that stand for one of a section of its configuration."""
-_KEYS = ("description", "levels", *_SHORTHANDS, "flags", "signals", "config")
+_KEYS = ("description", "levels", *_SHORTHANDS, "flags", "signals", "simulated", "config")
 
 
 def select_arms(
@@ -105,13 +106,14 @@ def parse_arm(where: str, name: str, values: Any) -> Arm:
     """One arm from plain values; null counts as absent.
 
     Keys: `description`; `levels` (without: none), `policy`, `policy_options`, `queue_ordering` and
-    `placer`, short for keys of `config`; `flags`, a list or one text; `signals`; `config`, as in
-    Gimbal's YAML file. Raises InputError that begins with `where`.
+    `placer`, short for keys of `config`; `flags`, a list or one text; `signals`; `simulated`, the
+    fields of `Simulated`; `config`, as in Gimbal's YAML file. Raises InputError that begins with
+    `where`.
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: expected a mapping")
     for key in values:
-        if key not in (*_KEYS, "simulated"):
+        if key not in _KEYS:
             raise InputError(f"{where}: unknown key {key!r}{nearest(str(key), _KEYS)}")
     given = {key: value for key, value in values.items() if value is not None}
     signals = given.get("signals", "board")
@@ -123,8 +125,15 @@ def parse_arm(where: str, name: str, values: Any) -> Arm:
         _config(where, given),
         _flags(where, given.get("flags", [])),
         signals,
-        Simulated(**given["simulated"]) if "simulated" in given else None,
+        _simulated(where, given["simulated"]) if "simulated" in given else None,
     )
+
+
+def _simulated(where: str, values: Any) -> Simulated:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: simulated: expected a mapping")
+    parsed: Simulated = parse_options(Simulated, values, f"{where}: simulated")
+    return parsed
 
 
 def _flags(where: str, flags: Any) -> tuple[str, ...]:

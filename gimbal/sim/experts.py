@@ -88,17 +88,10 @@ class Experts:
         self._tables_before: RoutingTables | None = None
         self._saved_us = 0.0
         self._compared = 0
-        self.loop = (
-            Loop(
-                cluster,
-                profile,
-                policies.simulated.pressure,
-                len(population.names),
-                self._off_source_us,
-            )
-            if policies.feedback is not None
-            else None
-        )
+        self.loop: Loop | None = None
+        if policies.feedback is not None:
+            pressure, domains = policies.simulated.pressure, len(population.names)
+            self.loop = Loop(cluster, profile, pressure, domains, self._off_source_us)
         self._no_pressure: FloatArray = np.zeros(cluster.dp)
 
     @property

@@ -28,7 +28,6 @@ def test_what_is_switched_needs_no_server_of_its_own() -> None:
     "config",
     [
         {"levels": ["queue"], "queue": {"priority_tokens": 100.0}},
-        {"levels": ["dispatch"], "dispatch": {"options": {"session_patience": 2.0}}},
         {"levels": ["dispatch"], "dispatch": {"max_signal_age_ms": 50.0}},
         {"levels": [], "step_records": "steps"},
     ],
@@ -45,9 +44,15 @@ def test_what_a_running_server_does_not_change_needs_one(config) -> None:
         assert changed == config.get(section, {})
 
 
-def test_options_of_gimbal_s_ordering_are_switched() -> None:
-    arm = Arm("o", config={"levels": ["queue"], "queue": {"options": {"overtake_factor": 5}}})
+def test_options_are_switched_with_their_policies() -> None:
+    config = {
+        "levels": ["dispatch", "queue"],
+        "dispatch": {"options": {"session_patience": 2.0}},
+        "queue": {"options": {"overtake_factor": 5}},
+    }
+    arm = Arm("o", config=config)
     assert not needs_own_server(arm)
+    assert switches(arm)["policy_options"] == {"session_patience": 2.0}
     assert switches(arm)["queue"] == {"options": {"overtake_factor": 5}}
 
 

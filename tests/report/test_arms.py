@@ -65,6 +65,9 @@ def test_without_names_a_file_s_arms_run_beside_vllm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("a: {simulated: 3}", "simulated: expected a mapping"),
+        ("a: {simulated: {orakle: true}}", "did you mean 'oracle'"),
+        ("a: {simulated: {pressure: ownr}}", "simulated.pressure: input should be"),
         ("a: {levles: []}", "did you mean 'levels'"),
         ("a: {levels: [dispach]}", "levels: expected a list"),
         ("a: {levels: 3}", "levels: expected a list"),
