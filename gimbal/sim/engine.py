@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,56 +20,11 @@ from gimbal.core.queue.admission import BlockedHeadGate, next_entry
 from gimbal.core.queue.heap import Entry, WaitingHeap
 from gimbal.core.queue.step import StepDecision, decide, leaves_to_vllm
 from gimbal.core.queue.traits import usable
+from gimbal.sim.requests import NEVER, SimRequest, StepBatch
 from gimbal.sim.step_view import EngineView, Group
 
-NEVER = -1
 PLAIN = usable(QueueConfig(), NO_TRAITS)
 """Section `queue` under an ordering that can order and nothing else, as vLLM's own."""
-
-
-@dataclass(slots=True, eq=False)
-class SimRequest:
-    """One request inside the simulator."""
-
-    index: int
-    request_id: str
-    arrival_us: float
-    prompt_tokens: int
-    output_tokens: int
-    domain: int = 0
-    session: str | None = None
-    prefix_blocks: tuple[int, ...] = ()
-    engine: int = NEVER
-    computed: int = 0  # prompt tokens whose KV exists
-    target: int = 0  # tokens to prefill: the prompt, plus what was generated before a preemption
-    generated: int = 0
-    decode_from_step: int = NEVER  # step whose end gave the latest prefill's token
-    admitted: int = NEVER  # order of admission
-    queued_us: float = 0.0  # the engine took it into its waiting queue
-    first_token_us: float = 0.0
-    last_token_us: float = 0.0
-    preemptions: int = 0
-    entry: Entry[SimRequest] | None = field(default=None, repr=False)
-
-
-@dataclass(slots=True)
-class StepBatch:
-    """What one engine runs in one step."""
-
-    prefill_tokens: int = 0
-    decodes: int = 0
-    kv_tokens: int = 0
-    prefill_pairs: float = 0.0
-    prefill_kv_tokens: int = 0
-    completed: list[SimRequest] = field(default_factory=list)  # prompts done by this step
-
-    @property
-    def tokens(self) -> int:
-        return self.prefill_tokens + self.decodes
-
-    @property
-    def sampled(self) -> int:
-        return self.decodes + len(self.completed)
 
 
 class Engine:

@@ -30,10 +30,10 @@ from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecor
 from gimbal.report.arms import Arm
 from gimbal.sim import kernels
 from gimbal.sim.cluster import Cluster
-from gimbal.sim.engine import Engine, SimRequest, StepBatch
+from gimbal.sim.engine import Engine
 from gimbal.sim.experts import Experts
 from gimbal.sim.policies import policies_of, with_flags
-from gimbal.sim.requests import check_lengths, requests_of
+from gimbal.sim.requests import SimRequest, StepBatch, check_lengths, requests_of
 from gimbal.sim.routing import Population
 from gimbal.sim.signals import Signals
 from gimbal.sim.step_view import Group

@@ -10,7 +10,8 @@ from gimbal.core.contracts import FloatArray
 from gimbal.core.cost.online import OnlineStepCost, smoothed
 from gimbal.core.queue.graph_steps import GraphStepCosts
 from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
-from gimbal.sim.engine import Engine, StepBatch
+from gimbal.sim.engine import Engine
+from gimbal.sim.requests import StepBatch
 
 _SEQUENCE = int(Field.SEQUENCE)
 _COLUMNS = np.array(

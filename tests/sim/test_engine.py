@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from gimbal.core.config import QueueConfig
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.queue.step import LEAST_TOKENS
-from gimbal.sim.engine import NEVER, Engine, SimRequest
+from gimbal.sim.engine import Engine
+from gimbal.sim.requests import NEVER, SimRequest
 from gimbal.sim.step_view import Group
 
 BLOCK = 4

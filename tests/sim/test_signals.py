@@ -3,7 +3,8 @@
 import pytest
 
 from gimbal.core.queue import ORDERINGS
-from gimbal.sim.engine import Engine, StepBatch
+from gimbal.sim.engine import Engine
+from gimbal.sim.requests import StepBatch
 from gimbal.sim.signals import Signals
 
 

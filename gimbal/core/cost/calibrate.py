@@ -189,6 +189,39 @@ def _nonnegative(x: FloatArray, y: FloatArray) -> FloatArray:
     return result
 
 
+UNMEASURED_INTERCONNECT = Interconnect(
+    same_node_bytes_per_us=5e3,
+    other_node_bytes_per_us=1e3,
+    migration_bytes_per_us=1e3,
+    migration_layer_us=15_000.0,
+    source="estimate",
+)
+
+
+def _attention(fit: StepFit, source: str) -> AttentionTerm:
+    c, layers = fit.coefficients_us, fit.model.layers
+    return AttentionTerm(
+        per_decode_kv_token_us=c["decode_kv_token"] / layers,
+        per_mixed_decode_kv_token_us=c["decode_kv_token"] / layers,
+        per_prefill_pair_us=c["prefill_pair"] / layers,
+        source=source,
+        error=fit.error,
+    )
+
+
+def _moe(fit: StepFit, source: str, pairs_per_token: float) -> MoeTerm:
+    c, layers = fit.coefficients_us, fit.model.layers
+    return MoeTerm(
+        base_us=0.0,
+        per_active_expert_us=c["active_expert"] / layers,
+        per_pair_us=c["group_token"] / layers / pairs_per_token,
+        per_group_token_us=0.0,
+        norm=1.0,
+        source=source,
+        error=fit.error,
+    )
+
+
 def profile_from_fit(
     fit: StepFit,
     name: str,
@@ -211,7 +244,6 @@ def profile_from_fit(
     c, model = fit.coefficients_us, fit.model
     layers = model.layers
     source = f"{fit.steps} recorded steps"
-    pairs_per_token = model.top_k / layout.ep
 
     def term(per_unit_us: float) -> Term:
         return Term(per_unit_us, 0.0, 0.0, source, fit.error)
@@ -223,30 +255,10 @@ def profile_from_fit(
         layout=layout,
         per_rank_token=(term(c["rank_token"] / layers),),
         per_group_token=(),
-        attention=AttentionTerm(
-            per_decode_kv_token_us=c["decode_kv_token"] / layers,
-            per_mixed_decode_kv_token_us=c["decode_kv_token"] / layers,
-            per_prefill_pair_us=c["prefill_pair"] / layers,
-            source=source,
-            error=fit.error,
-        ),
-        moe=MoeTerm(
-            base_us=0.0,
-            per_active_expert_us=c["active_expert"] / layers,
-            per_pair_us=c["group_token"] / layers / pairs_per_token,
-            per_group_token_us=0.0,
-            norm=1.0,
-            source=source,
-            error=fit.error,
-        ),
+        attention=_attention(fit, source),
+        moe=_moe(fit, source, model.top_k / layout.ep),
         per_step=(term(c["request"]),),
-        interconnect=Interconnect(
-            same_node_bytes_per_us=5e3,
-            other_node_bytes_per_us=1e3,
-            migration_bytes_per_us=1e3,
-            migration_layer_us=15_000.0,
-            source="estimate",
-        ),
+        interconnect=UNMEASURED_INTERCONNECT,
         host_us=c["base"],
         host_prefill_us=c["prefill_step"],
         host_per_group_request_us=c["group_request"],

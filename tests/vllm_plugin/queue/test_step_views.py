@@ -23,7 +23,8 @@ from gimbal.core.queue import step as core_step
 from gimbal.core.queue.budget import StepCost
 from gimbal.core.queue.traits import usable
 from gimbal.sim import engine as sim_engine
-from gimbal.sim.engine import Engine, SimRequest
+from gimbal.sim.engine import Engine
+from gimbal.sim.requests import SimRequest
 from gimbal.sim.step_view import EngineView
 
 pytestmark = pytest.mark.slow  # importing vLLM takes most of ten seconds
