@@ -1,386 +1,336 @@
-"""Fakes for tests of policies: engines in lock step, their board, and workloads for them.
+"""Builders and checks for tests of policies: docs/writing-a-policy.md shows them at work.
 
-`FakeGroup` is a toy, not the simulator: a step's time is linear in its tokens, output lengths are
-given, memory is a token count. It exists to see in a second what a dispatch policy does to a queue.
+`loads`, `request`, `queued`, `queue_state`, `routing`, `topology` and `placement` make what a
+policy is shown, with a default for all that a test does not care about. The three ``check_``
+functions show a policy the cases that are easily forgotten. To see what a policy does to queues
+and latencies, run it in the simulator (`gimbal simulate`).
 """
 
 from __future__ import annotations
 
-import heapq
-import random
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean, quantiles
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from gimbal.core.config import DispatchConfig
-from gimbal.core.contracts import DispatchRequest, FloatArray
-from gimbal.core.dispatch.dispatcher import Dispatcher
-from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
+from gimbal.core.contracts import (
+    DispatchRequest,
+    EngineLoads,
+    FloatArray,
+    IntArray,
+    QueuedRequest,
+    QueueState,
+    RoutingCounts,
+    Topology,
+    traits_of,
+)
+from gimbal.core.dispatch import POLICIES
+from gimbal.core.errors import InputError, PolicyError, nearest
+from gimbal.core.placement import PLACERS, verify
+from gimbal.core.queue import ORDERINGS
+from gimbal.core.queue.heap import WaitingHeap
+from gimbal.core.registry import Registry
+from gimbal.core.snapshot import ROW_WIDTH, Field
 
-_BLOCK_TOKENS = 16
+__all__ = [
+    "check_dispatch_policy",
+    "check_ordering",
+    "check_placer",
+    "loads",
+    "placement",
+    "queue_state",
+    "queued",
+    "request",
+    "routing",
+    "topology",
+]
 
+Column = float | Sequence[float] | FloatArray
 
-@dataclass(slots=True)
-class FakeRequest:
-    """One request of a workload; the engine fills in the lower part.
-
-    Attributes:
-        prefix: name of the content its first `prefix_tokens` tokens share with others, or None.
-    """
-
-    request_id: str
-    arrival_us: float
-    prompt_tokens: int
-    output_tokens: int
-    prefix: int | None = None
-    prefix_tokens: int = 0
-    session: str | None = None
-
-    engine: int = -1
-    uncached_tokens: int = 0
-    left_to_prefill: int = 0
-    produced_tokens: int = 0
-    first_token_us: float = 0.0
-    finished_us: float = 0.0
-
-    @property
-    def ttft_us(self) -> float:
-        """Arrival to first token."""
-        return self.first_token_us - self.arrival_us
-
-    @property
-    def tpot_us(self) -> float:
-        """Mean time between its tokens; 0 for a single one."""
-        return (self.finished_us - self.first_token_us) / max(1, self.output_tokens - 1)
-
-    def token_ids(self) -> list[int]:
-        """A prompt that shares exactly what it should with others."""
-        shared = (self.prefix or 0) * (1 << 17)
-        own = shared + self.prefix_tokens  # the next turn repeats it
-        if self.session is None:
-            own = (1 << 40) + int(self.request_id) * (1 << 17)
-        return [
-            *range(shared, shared + self.prefix_tokens),
-            *range(own, own + self.prompt_tokens - self.prefix_tokens),
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class FakeMachine:
-    """What a step costs: ``base + decode * decoding requests + token * prefill tokens``."""
-
-    engines: int = 2
-    step_token_budget: int = 512
-    base_us: float = 20_000.0
-    token_us: float = 900.0
-    decode_us: float = 1_000.0
-    max_running: int = 256
-    kv_tokens: int = 100_000
-
-    def capacity_tokens_per_s(self) -> float:
-        """Prefill tokens per second of one engine when every step is full."""
-        return 1e6 / (self.token_us + self.base_us / self.step_token_budget)
+_COLUMNS = {field.name.lower(): field for field in Field}
+_ACCOUNTS = (
+    "unacked_requests",
+    "unacked_tokens",
+    "inflight_requests",
+    "inflight_tokens",
+    "cached_tokens",
+    "age_us",
+    "unacked_cached_tokens",
+)
+_IDLE = {
+    "kv_blocks_total": 1000.0,
+    "kv_block_tokens": 16.0,
+    "step_base_us": 1000.0,
+    "prefill_us_per_token": 10.0,
+    "decode_us_per_request": 10.0,
+    "step_token_budget": 100.0,
+    "max_running_requests": 64.0,
+    "prefill_tokens_per_s": 10_000.0,
+}
 
 
-@dataclass(slots=True)
-class _FakeEngine:
-    waiting: deque[FakeRequest] = field(default_factory=deque)
-    running: list[FakeRequest] = field(default_factory=list)
-    cache: OrderedDict[int, int] = field(default_factory=OrderedDict)
-    cached_tokens: int = 0
-    context_tokens: int = 0
-    prefilled_tokens: int = 0
-
-    def cached(self, request: FakeRequest) -> int:
-        if request.prefix is None:
-            return 0
-        held = min(self.cache.get(request.prefix, 0), request.prefix_tokens)
-        return min(held // _BLOCK_TOKENS * _BLOCK_TOKENS, request.prompt_tokens - 1)
-
-    def remember(self, prefix: int, tokens: int, room: int) -> None:
-        before = self.cache.get(prefix, 0)
-        self.cache[prefix] = max(tokens, before)
-        self.cached_tokens += self.cache[prefix] - before
-        self.cache.move_to_end(prefix)
-        while self.cache and self.cached_tokens > room:
-            self.cached_tokens -= self.cache.popitem(last=False)[1]
-
-
-class FakeGroup:
-    """Data-parallel engines in lock step behind one dispatcher.
+def loads(
+    engines: int | None = None,
+    *,
+    client_count: int = 1,
+    rotation: int = 0,
+    prefix_reuse: float = 0.0,
+    feedback_weight: float = 0.0,
+    **columns: Column,
+) -> EngineLoads:
+    """What a dispatch policy is shown: idle engines, but for `columns`.
 
     Args:
-        machine: sizes and speeds.
-        dispatcher: chooses the engine; `front_end` must be 0.
+        engines: how many; by default as many as a column has, or two.
+        columns: a snapshot field by its name in lower case, or one of the accounts of
+            `EngineLoads`: one value per engine, or one for all.
+
+    Raises InputError for an unknown column or one of another length.
     """
-
-    def __init__(self, machine: FakeMachine, dispatcher: Dispatcher) -> None:
-        self.machine = machine
-        self.dispatcher = dispatcher
-        self.engines = [_FakeEngine() for _ in range(machine.engines)]
-        self.board: FloatArray = np.zeros((machine.engines, ROW_WIDTH))
-        self.board[:, Field.EPOCH] = 1
-        self.now_us = 0.0
-        self.steps = 0
-        self._inbox: list[list[FakeRequest]] = [[] for _ in self.engines]
-
-    def run(self, requests: Iterable[FakeRequest]) -> list[FakeRequest]:
-        """Serves `requests` (sorted by arrival) to the end; returns them as they finished."""
-        arrivals = deque(requests)
-        done: list[FakeRequest] = []
-        self._publish()
-        while arrivals or self._busy():
-            if not self._busy():
-                self.now_us = max(self.now_us, arrivals[0].arrival_us)
-            self._dispatch_until(arrivals, self.now_us)
-            self._accept()
-            self._publish()
-            work = [self._schedule(engine) for engine in self.engines]
-            machine = self.machine
-            duration = machine.base_us + max(
-                machine.token_us * tokens + machine.decode_us * decodes for tokens, decodes in work
-            )
-            self._dispatch_until(arrivals, self.now_us + duration)
-            self.now_us += duration
-            self.steps += 1
-            for engine in self.engines:
-                done.extend(self._advance(engine))
-        return done
-
-    def _busy(self) -> bool:
-        return any(e.waiting or e.running for e in self.engines) or any(self._inbox)
-
-    def _dispatch_until(self, arrivals: deque[FakeRequest], until_us: float) -> None:
-        while arrivals and arrivals[0].arrival_us <= until_us:
-            request = arrivals.popleft()
-            decision = self.dispatcher.dispatch(
-                DispatchRequest(
-                    request.request_id,
-                    request.prompt_tokens,
-                    request.arrival_us,
-                    request.session,
-                ),
-                request.token_ids(),
-                self.board,
-                max(request.arrival_us, self.now_us),
-            )
-            request.engine = decision.engine
-            self._inbox[request.engine].append(request)
-
-    def _accept(self) -> None:
-        for index, inbox in enumerate(self._inbox):
-            engine = self.engines[index]
-            for request in inbox:
-                request.uncached_tokens = request.prompt_tokens - engine.cached(request)
-                engine.waiting.append(request)
-                self.board[index, ACCEPTED_REQUESTS] += 1
-                self.board[index, ACCEPTED_TOKENS] += request.prompt_tokens
-            inbox.clear()
-
-    def _schedule(self, engine: _FakeEngine) -> tuple[int, int]:
-        """Gives this step's tokens to `engine`; returns its prefill tokens and decodes."""
-        machine = self.machine
-        decodes = sum(1 for r in engine.running if r.left_to_prefill == 0)
-        room = machine.step_token_budget - decodes
-        given = 0
-        for request in engine.running:
-            if request.left_to_prefill > 0 and room > given:
-                given += self._prefill(request, room - given)
-        while engine.waiting and room > given and len(engine.running) < machine.max_running:
-            request = engine.waiting[0]
-            if engine.context_tokens + request.prompt_tokens > machine.kv_tokens:
-                break
-            engine.waiting.popleft()
-            cached = engine.cached(request)
-            request.left_to_prefill = request.uncached_tokens = request.prompt_tokens - cached
-            engine.context_tokens += request.prompt_tokens
-            engine.running.append(request)
-            if request.prefix is not None:
-                self._remember(engine, request.prefix, request.prefix_tokens)
-            given += self._prefill(request, room - given)
-        engine.prefilled_tokens += given
-        return given, decodes
-
-    def _prefill(self, request: FakeRequest, room: int) -> int:
-        tokens = min(request.left_to_prefill, room)
-        request.left_to_prefill -= tokens
-        if request.left_to_prefill == 0:
-            request.left_to_prefill = -1  # its first token comes out of this step
-        return tokens
-
-    def _advance(self, engine: _FakeEngine) -> list[FakeRequest]:
-        done, still = [], []
-        for request in engine.running:
-            if request.left_to_prefill <= 0:
-                if request.left_to_prefill < 0:
-                    request.left_to_prefill = 0
-                    request.first_token_us = self.now_us
-                request.produced_tokens += 1
-                engine.context_tokens += 1
-            if request.produced_tokens >= request.output_tokens:
-                request.finished_us = self.now_us
-                engine.context_tokens -= request.prompt_tokens + request.produced_tokens
-                if request.prefix is not None and request.session is not None:
-                    self._remember(
-                        engine, request.prefix, request.prompt_tokens + request.produced_tokens
-                    )
-                self.dispatcher.finished(request.request_id)
-                done.append(request)
-            else:
-                still.append(request)
-        engine.running = still
-        return done
-
-    def _remember(self, engine: _FakeEngine, prefix: int, tokens: int) -> None:
-        engine.remember(prefix, tokens, self.machine.kv_tokens - engine.context_tokens)
-
-    def _publish(self) -> None:
-        machine = self.machine
-        for index, engine in enumerate(self.engines):
-            row = self.board[index]
-            decoding = sum(1 for r in engine.running if r.left_to_prefill == 0)
-            row[Field.SEQUENCE] = self.steps + 1
-            row[Field.TIMESTAMP_US] = self.now_us
-            row[Field.WAITING_REQUESTS] = len(engine.waiting)
-            row[Field.WAITING_PREFILL_TOKENS] = sum(r.uncached_tokens for r in engine.waiting)
-            row[Field.RUNNING_REQUESTS] = len(engine.running)
-            row[Field.RUNNING_PREFILL_TOKENS] = sum(
-                max(0, r.left_to_prefill) for r in engine.running
-            )
-            row[Field.DECODING_REQUESTS] = decoding
-            row[Field.KV_BLOCKS_USED] = engine.context_tokens // _BLOCK_TOKENS
-            row[Field.KV_BLOCKS_TOTAL] = machine.kv_tokens // _BLOCK_TOKENS
-            row[Field.KV_BLOCK_TOKENS] = _BLOCK_TOKENS
-            row[Field.STEP_BASE_US] = machine.base_us + machine.decode_us * decoding
-            row[Field.PREFILL_US_PER_TOKEN] = machine.token_us
-            row[Field.DECODE_US_PER_REQUEST] = machine.decode_us
-            row[Field.PREFILL_TOKENS_PER_S] = engine.prefilled_tokens * 1e6 / max(1.0, self.now_us)
-            row[Field.STEP_TOKEN_BUDGET] = machine.step_token_budget
-            row[Field.RUNNING_TOKENS] = engine.context_tokens
-            row[Field.MAX_RUNNING_REQUESTS] = machine.max_running
-            row[Field.PENDING_PREFIX_HIT_TOKENS] = sum(
-                r.prompt_tokens - r.uncached_tokens for r in engine.waiting
-            )
+    values = {name: np.asarray(value, dtype=float) for name, value in columns.items()}
+    lengths = {len(value) for value in values.values() if value.ndim}
+    if engines is not None:
+        lengths.add(engines)
+    if len(lengths) > 1:
+        raise InputError(f"loads: columns of different lengths {sorted(lengths)}")
+    count = lengths.pop() if lengths else 2
+    board = np.zeros((count, ROW_WIDTH))
+    accounts = {name: np.zeros(count) for name in _ACCOUNTS}
+    for name, value in (_IDLE | values).items():
+        if name in _COLUMNS:
+            board[:, _COLUMNS[name]] = value
+        elif name in accounts:
+            accounts[name][:] = value
+        else:
+            raise InputError(f"loads: {name}{nearest(name, (*_COLUMNS, *_ACCOUNTS))}")
+    return EngineLoads(
+        board,
+        **accounts,
+        client_count=client_count,
+        rotation=rotation,
+        prefix_reuse=prefix_reuse,
+        feedback_weight=feedback_weight,
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class FakeResult:
-    """Latencies of one run, seconds, without the first tenth (the engines start empty)."""
+def request(
+    prompt_tokens: int = 100,
+    request_id: str = "r",
+    arrival_us: float = 0.0,
+    session: str | None = None,
+    priority: int = 0,
+    domain: str | None = None,
+) -> DispatchRequest:
+    """A request as dispatch sees it."""
+    return DispatchRequest(request_id, prompt_tokens, arrival_us, session, priority, domain)
 
-    ttft_mean_s: float
-    ttft_p50_s: float
-    ttft_p99_s: float
-    tpot_mean_s: float
-    duration_s: float
-    computed_tokens: int
+
+def queued(
+    uncached_tokens: int = 100,
+    request_id: str = "r",
+    arrival_s: float = 0.0,
+    priority: int = 0,
+    served_before_tokens: float = 0.0,
+) -> QueuedRequest:
+    """A request as a queue ordering sees it."""
+    return QueuedRequest(request_id, arrival_s, uncached_tokens, priority, served_before_tokens)
 
 
-def serve(
-    machine: FakeMachine,
-    policy: str,
-    requests: Sequence[FakeRequest],
+def queue_state(
+    now_s: float = 0.0,
+    prefill_tokens_per_s: float = 1000.0,
+    waiting_requests: int = 1,
+    waiting_tokens: int = 0,
+    served_tokens: float = 0.0,
+) -> QueueState:
+    """An engine's condition as a queue ordering sees it."""
+    return QueueState(now_s, prefill_tokens_per_s, waiting_requests, waiting_tokens, served_tokens)
+
+
+def routing(
+    counts: npt.ArrayLike | None = None,
     *,
-    feedback_weight: float = 0.0,
-) -> FakeResult:
-    """Serves copies of `requests` on a fresh `FakeGroup` under the named policy."""
-    dispatcher = Dispatcher(
-        machine.engines, DispatchConfig(policy=policy), feedback_weight=feedback_weight
-    )
-    group = FakeGroup(machine, dispatcher)
-    done = group.run(
-        FakeRequest(
-            r.request_id,
-            r.arrival_us,
-            r.prompt_tokens,
-            r.output_tokens,
-            r.prefix,
-            r.prefix_tokens,
-            r.session,
-        )
-        for r in requests
-    )
-    done.sort(key=lambda r: r.arrival_us)
-    settled = done[len(done) // 10 :]
-    ttft = [r.ttft_us / 1e6 for r in settled]
-    tpot = [r.tpot_us / 1e6 for r in settled if r.output_tokens > 1]
-    percentiles = quantiles(ttft, n=100)
-    return FakeResult(
-        ttft_mean_s=fmean(ttft),
-        ttft_p50_s=percentiles[49],
-        ttft_p99_s=percentiles[98],
-        tpot_mean_s=fmean(tpot),
-        duration_s=group.now_us / 1e6,
-        computed_tokens=sum(r.uncached_tokens for r in done),
-    )
+    active: npt.ArrayLike | None = None,
+    steps: int = 1,
+    sources: int = 1,
+    layers: int = 1,
+    experts: int = 8,
+    seed: int = 0,
+) -> RoutingCounts:
+    """A window of routed tokens: `counts` [sources, layers, experts], or skewed random ones."""
+    if counts is None:
+        rng = np.random.default_rng(seed)
+        counts = np.floor(rng.pareto(1.2, (sources, layers, experts)) * 50)
+    known = None if active is None else np.asarray(active, dtype=float)
+    return RoutingCounts(np.asarray(counts, dtype=float), known, steps)
 
 
-def poisson_requests(
-    lengths: Sequence[tuple[int, int]], rate_per_s: float, count: int, seed: int
-) -> list[FakeRequest]:
-    """Unrelated prompts with (prompt, output) lengths drawn from `lengths`."""
-    rng = random.Random(seed)
-    now_us, requests = 0.0, []
-    for number in range(count):
-        now_us += rng.expovariate(rate_per_s) * 1e6
-        prompt, output = rng.choice(lengths)
-        requests.append(FakeRequest(str(number), now_us, max(1, prompt), max(1, output)))
-    return requests
+def topology(
+    ranks: int = 2, slots_per_rank: int = 4, ranks_per_source: int = 1, ranks_per_node: int = 8
+) -> Topology:
+    """Where expert slots live."""
+    return Topology(ranks, slots_per_rank, ranks_per_source, ranks_per_node)
 
 
-def shared_prefix_requests(
-    prefixes: int,
-    prefix_tokens: int,
-    lengths: Sequence[tuple[int, int]],
-    rate_per_s: float,
-    count: int,
-    seed: int,
-) -> list[FakeRequest]:
-    """As `poisson_requests`, each behind one of `prefixes` shared system prompts (Zipf-popular)."""
-    rng = random.Random(seed)
-    weights = [1.0 / (rank + 1) for rank in range(prefixes)]
-    requests = poisson_requests(lengths, rate_per_s, count, seed)
-    for request in requests:
-        request.prefix = 1 + rng.choices(range(prefixes), weights)[0]
-        request.prefix_tokens = prefix_tokens
-        request.prompt_tokens += prefix_tokens
-    return requests
+def placement(layers: int = 1, slots: int = 8, experts: int = 8) -> IntArray:
+    """[layers, slots] vLLM's first placement: slot s holds expert s modulo `experts`."""
+    return np.tile(np.arange(slots, dtype=np.int32) % experts, (layers, 1))
 
 
-def conversation_requests(
-    lengths: Sequence[tuple[int, int]],
-    rate_per_s: float,
-    count: int,
-    seed: int,
-    *,
-    turns: int = 5,
-    think_s: float = 20.0,
-) -> list[FakeRequest]:
-    """Conversations of `turns` turns; every prompt repeats what was said before."""
-    rng = random.Random(seed)
-    heap: list[tuple[float, int, int, int]] = []  # (time, session, turn, context so far)
-    now_us = 0.0
-    for session in range(-(-count // turns)):
-        now_us += rng.expovariate(rate_per_s / turns) * 1e6
-        heapq.heappush(heap, (now_us, session, 0, 0))
-    requests: list[FakeRequest] = []
-    while heap and len(requests) < count:
-        at_us, session, turn, context = heapq.heappop(heap)
-        prompt, output = rng.choice(lengths)
-        requests.append(
-            FakeRequest(
-                str(len(requests)),
-                at_us,
-                context + max(1, prompt),
-                max(1, output),
-                1 + session,
-                context,
-                f"session-{session}",
-            )
-        )
-        if turn + 1 < turns:
-            later = at_us + rng.expovariate(1 / think_s) * 1e6
-            heapq.heappush(heap, (later, session, turn + 1, context + prompt + output))
-    return requests
+def check_dispatch_policy(policy: str | object, options: Mapping[str, Any] | None = None) -> None:
+    """Asks a dispatch policy about one to eight engines that are idle, busy, full or unknown.
+
+    Args:
+        policy: a name, as in the configuration, or the policy itself.
+        options: of a policy that is named.
+
+    Raises AssertionError naming the case in which the answer is not one finite number or more
+    and no NaN, one per engine, or what it was shown has been changed.
+    """
+    asked: Any = _fresh(POLICIES, policy, options)
+    for case, state in _load_cases():
+        before = copy.deepcopy(state)
+        for tokens in (1, 100, 100_000):
+            shown = request(tokens, session="s")
+            where = f"{_said('dispatch policy', policy)}, {case}, prompt of {tokens} tokens"
+            costs = asked.costs(shown, state)
+            _check_costs(costs, len(state.board), where)
+            if getattr(asked, "term_names", ()):
+                _check_terms(asked, shown, state, costs, where)
+            for name in EngineLoads._fields:
+                same = np.array_equal(getattr(before, name), getattr(state, name))
+                assert same, f"{where}: it changed {name}"
+
+
+def _load_cases() -> Iterator[tuple[str, EngineLoads]]:
+    unknown: dict[str, Any] = dict.fromkeys(_COLUMNS, 0.0)
+    full: dict[str, Any] = {
+        "kv_blocks_used": 1000.0,
+        "running_requests": 64.0,
+        "decoding_requests": 64.0,
+        "running_tokens": 16_000.0,
+        "waiting_requests": 500.0,
+        "waiting_prefill_tokens": 500_000.0,
+    }
+    for engines in (1, 2, 8):
+        number = f"{engines} engine{'s' * (engines > 1)}"
+        rng = np.random.default_rng(engines)
+        busy: dict[str, Any] = {name: rng.integers(0, 60, engines) for name in (*full, *_ACCOUNTS)}
+        yield f"{number} that have said nothing yet", loads(engines, **unknown)
+        yield f"{number}, idle", loads(engines)
+        yield f"{number}, busy", loads(engines, **busy, prefix_reuse=0.5, feedback_weight=1.0)
+        yield f"{number}, full", loads(engines, **full, unacked_requests=3, unacked_tokens=900)
+
+
+def _check_costs(costs: Any, engines: int, where: str) -> None:
+    assert isinstance(costs, np.ndarray), f"{where}: costs are no array but {costs!r}"
+    shape = costs.shape
+    assert shape == (engines,), f"{where}: costs of shape {shape}, expected ({engines},)"
+    assert costs.dtype.kind in "fiu", f"{where}: costs are no numbers but {costs.dtype}"
+    assert not np.isnan(costs).any(), f"{where}: costs are NaN: {costs.tolist()}"
+    least = float(costs.min())
+    assert math.isfinite(least), f"{where}: no engine can be chosen by {costs.tolist()}"
+
+
+def _check_terms(
+    policy: Any, shown: DispatchRequest, state: EngineLoads, costs: FloatArray, where: str
+) -> None:
+    priced, names = policy.priced(shown, state), policy.term_names
+    expected = (len(names) + 1, len(costs))
+    assert priced.shape == expected, f"{where}: priced of shape {priced.shape}, not {expected}"
+    for said, total in (("the last row", priced[-1]), ("the terms' sum", priced[:-1].sum(axis=0))):
+        assert np.allclose(total, costs), f"{where}: {said} {total} is not the costs {costs}"
+    for engine in range(len(costs)):
+        bound = policy.session_bound_us(shown, state, engine)
+        assert bound <= math.inf, f"{where}: session_bound_us of engine {engine} is {bound}"
+
+
+def check_ordering(ordering: str | object, options: Mapping[str, Any] | None = None) -> None:
+    """Queues requests of all sizes under an ordering, on an engine that is idle, busy or new.
+
+    Args as `check_dispatch_policy`. Raises AssertionError when a key is no number, a dynamic
+    ordering gives another number of keys than there are requests, a bound is none, or what it
+    declares cannot be.
+    """
+    said, asked = _said("queue ordering", ordering), _fresh(ORDERINGS, ordering, options)
+    traits = traits_of(asked)
+    static = "a running prefill competes by a key that does not change"
+    assert not (traits.dynamic and traits.shares_steps), f"{said}: dynamic, shares_steps: {static}"
+    for rate in (0.0, 10_000.0):
+        for waiting in (0, 1, 200):
+            heap: WaitingHeap[None] = WaitingHeap(_fresh(ORDERINGS, ordering, options))
+            try:
+                _serve(heap, rate, waiting)
+            except PolicyError as error:
+                raise AssertionError(
+                    f"{said}, {waiting} waiting, {rate:g} tokens/s: {error}"
+                ) from error
+    for rate in (0.0, 10_000.0) if hasattr(asked, "bound_s") else ():
+        bound = asked.bound_s(5000.0, 100, rate)
+        assert bound >= 0.0, f"{said}: bound_s at {rate:g} tokens/s is {bound}"
+
+
+def _serve(heap: WaitingHeap[None], rate: float, waiting: int) -> None:
+    """Keeps `waiting` requests in the queue while it serves twenty."""
+    served = 0.0
+    for number in range(waiting + 20):
+        now_s = 0.1 * number
+        state = queue_state(now_s, rate, len(heap), heap.waiting_tokens, served)
+        tokens = (0, 1, 70, 3000, 100_000)[number % 5]
+        heap.add(queued(tokens, f"r{number}", now_s, number % 3, served), None, state)
+        heap.refresh(state)
+        if number >= waiting:
+            served += heap.pop(now_s).request.uncached_tokens
+
+
+def check_placer(placer: str | object, options: Mapping[str, Any] | None = None) -> None:
+    """Shows a placer windows that are skewed or empty, with and without spare slots.
+
+    Args as `check_dispatch_policy`. Raises AssertionError when it answers no placement, another
+    one the second time, or changes the placement that it was shown.
+    """
+    said = _said("placer", placer)
+    for case, slots, sources in (
+        ("one rank", topology(1, 8), 1),
+        ("two ranks", topology(2, 4), 2),
+        ("two ranks with spare slots", topology(2, 5), 2),
+        ("four ranks on two nodes", topology(4, 3, 2, 2), 2),
+        ("four ranks, sources unknown", topology(4, 2), 1),
+    ):
+        first, second = (_fresh(PLACERS, placer, options) for _ in range(2))
+        current = placement(2, slots.slots)
+        empty = routing(np.zeros((sources, 2, 8)))
+        windows = [routing(sources=sources, layers=2, seed=seed, steps=10) for seed in range(2)]
+        for name, window in (("an empty window", empty), *(("a window", w) for w in windows)):
+            where = f"{said}, {case}, {name}"
+            placed = _placed(first, window, slots, current, where)
+            again = _placed(second, window, slots, current, where)
+            same = "two of it that saw the same windows answered differently"
+            assert np.array_equal(placed, again), f"{where}: {same}"
+            current = placed
+
+
+def _placed(
+    placer: Any, window: RoutingCounts, slots: Topology, current: IntArray, where: str
+) -> IntArray:
+    shown = current.copy()
+    try:
+        placed = verify.answer(type(placer).__name__, placer, window, slots, shown)
+    except PolicyError as error:
+        raise AssertionError(f"{where}: {error}") from error
+    assert np.array_equal(shown, current), f"{where}: it changed the placement in force"
+    problem = verify.problems(placed, slots, len(current), 8)
+    assert problem is None, f"{where}: {problem}"
+    return placed
+
+
+def _fresh(registry: Registry[Any], policy: object, options: Mapping[str, Any] | None) -> Any:
+    """A policy that has seen nothing yet."""
+    return registry.build(policy, options) if isinstance(policy, str) else copy.deepcopy(policy)
+
+
+def _said(kind: str, policy: object) -> str:
+    return f"{kind} {policy if isinstance(policy, str) else type(policy).__name__}"

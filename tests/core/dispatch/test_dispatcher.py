@@ -1,36 +1,32 @@
-import numpy as np
 import pytest
 
+from gimbal import testing
 from gimbal.core.config import DispatchConfig
-from gimbal.core.contracts import DispatchRequest
 from gimbal.core.dispatch.dispatcher import Dispatcher
-from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field
+from gimbal.testing import loads
 
 NOW_US = 5_000_000.0
 
 
+FRESH = {
+    "sequence": 1,
+    "epoch": 1,
+    "timestamp_us": NOW_US - 1000,
+    "decode_us_per_request": 0,
+    "prefill_tokens_per_s": 0,
+    "step_token_budget": 512,
+    "kv_blocks_total": 10_000,
+}
+
+
 def board(engines=2, **columns):
     """Fresh snapshots of idle engines; a column is a number or one per engine."""
-    rows = np.zeros((engines, ROW_WIDTH))
-    values = {
-        "SEQUENCE": 1,
-        "EPOCH": 1,
-        "TIMESTAMP_US": NOW_US - 1000,
-        "STEP_BASE_US": 1000,
-        "PREFILL_US_PER_TOKEN": 10,
-        "STEP_TOKEN_BUDGET": 512,
-        "MAX_RUNNING_REQUESTS": 64,
-        "KV_BLOCKS_TOTAL": 10_000,
-        "KV_BLOCK_TOKENS": 16,
-        **columns,
-    }
-    for name, value in values.items():
-        rows[:, Field[name]] = value
-    return rows
+    return loads(engines, **FRESH | columns).board
 
 
 def request(name="r", tokens=100, session=None, arrival_us=NOW_US):
-    return DispatchRequest(name, tokens, arrival_us, session)
+    return testing.request(tokens, name, arrival_us, session)
 
 
 def test_burst_between_snapshots_spreads_by_tokens():
@@ -61,7 +57,7 @@ def test_prefix_is_found_again_and_given_up_under_load():
     dispatcher = Dispatcher(2, DispatchConfig(options={"expected_output_tokens": 0}))
     tokens = list(range(640))
     home = dispatcher.dispatch(request("a", 640), tokens, board(), NOW_US).engine
-    acked = board(SEQUENCE=2)
+    acked = board(sequence=2)
     acked[home, ACCEPTED_REQUESTS], acked[home, ACCEPTED_TOKENS] = 1, 640
     again = dispatcher.dispatch(request("b", 700), tokens + [1] * 60, acked, NOW_US)
     assert (again.engine, again.cached_tokens) == (home, 640)
@@ -85,7 +81,7 @@ def test_terms_explain_the_cost():
 def test_session_stays_while_a_longer_hit_could_pay_for_it(queued, stays):
     dispatcher = Dispatcher(2, DispatchConfig(options={"expected_output_tokens": 0}))
     dispatcher.assigned(request("a", 64, session="s"), 0)
-    now = board(WAITING_PREFILL_TOKENS=[queued, 0], SEQUENCE=2)
+    now = board(waiting_prefill_tokens=[queued, 0], sequence=2)
     now[0, ACCEPTED_REQUESTS], now[0, ACCEPTED_TOKENS] = 1, 64
     decision = dispatcher.dispatch(request("b", 1000, session="s"), None, now, NOW_US)
     assert (decision.engine == 0) is stays
@@ -106,7 +102,7 @@ def test_sessions_are_bounded():
 def test_old_snapshot_of_a_busy_engine_falls_back_to_tokens_in_flight():
     dispatcher = Dispatcher(2, DispatchConfig(max_signal_age_ms=500))
     dispatcher.dispatch(request("a", 900), None, board(), NOW_US)
-    stuck = board(TIMESTAMP_US=[NOW_US - 10e6, NOW_US], RUNNING_REQUESTS=1)
+    stuck = board(timestamp_us=[NOW_US - 10e6, NOW_US], running_requests=1)
     decision = dispatcher.dispatch(request("b", 10), None, stuck, NOW_US)
     assert (decision.engine, decision.reason) == (1, "stale")
     assert decision.signal_age_us == pytest.approx(10e6)
@@ -130,7 +126,7 @@ def test_an_idle_server_has_no_old_signals():
 
 def test_a_long_step_is_not_a_stopped_engine():
     dispatcher = Dispatcher(2, DispatchConfig(max_signal_age_ms=500))
-    slow = board(TIMESTAMP_US=NOW_US - 3e6, RUNNING_REQUESTS=1, STEP_TIME_US=1e6)
+    slow = board(timestamp_us=NOW_US - 3e6, running_requests=1, step_time_us=1e6)
     assert dispatcher.dispatch(request("a"), None, slow, NOW_US).reason == "policy"
     assert dispatcher.dispatch(request("b"), None, slow, NOW_US + 1.5e6).reason == "stale"
 
@@ -139,11 +135,11 @@ def test_a_long_step_is_not_a_stopped_engine():
 def test_a_silent_engine_is_avoided_where_the_others_need_not_wait_for_it(lock_step, chosen):
     dispatcher = Dispatcher(2, DispatchConfig(max_signal_age_ms=500), lock_step=lock_step)
     dispatcher.assigned(request("a", 100), 0)
-    rows = board(RUNNING_REQUESTS=1)
+    rows = board(running_requests=1)
     rows[1, Field.TIMESTAMP_US] = NOW_US - 3e6
     decision = dispatcher.dispatch(request("b"), None, rows, NOW_US)
     assert (decision.engine, decision.reason) == (chosen, "stale")
-    both = board(RUNNING_REQUESTS=1, TIMESTAMP_US=NOW_US - 3e6)
+    both = board(running_requests=1, timestamp_us=NOW_US - 3e6)
     assert dispatcher.dispatch(request("c", 10), None, both, NOW_US).reason == "stale"
 
 
@@ -181,14 +177,14 @@ def test_resize_up_and_down():
 
 def test_prefix_index_is_as_large_as_the_engines_memory_and_counts_whole_blocks():
     dispatcher = Dispatcher(1, DispatchConfig())
-    dispatcher.fit_prefix_index(board(1, KV_BLOCKS_TOTAL=6, KV_BLOCK_TOKENS=128))
+    dispatcher.fit_prefix_index(board(1, kv_blocks_total=6, kv_block_tokens=128))
     for first in range(0, 100_000, 1000):
         dispatcher.prefixes.insert(list(range(first, first + 128)), 0)
     assert len(dispatcher.prefixes) <= 16, "768 tokens are 12 chunks, and a third"
     tokens = list(range(200))
     dispatcher.prefixes.insert(tokens, 0)
     assert dispatcher.prefixes.match(tokens).cached_tokens.tolist() == [128]
-    dispatcher.fit_prefix_index(board(1, KV_BLOCKS_TOTAL=6000, KV_BLOCK_TOKENS=16))
+    dispatcher.fit_prefix_index(board(1, kv_blocks_total=6000, kv_block_tokens=16))
     assert dispatcher.prefixes.match(tokens).cached_tokens.tolist() == [192], "kept when it grows"
 
 

@@ -3,96 +3,74 @@
 import numpy as np
 import pytest
 
-from gimbal.core.contracts import DispatchRequest, EngineLoads, argmin_rotating
+from gimbal.core.contracts import argmin_rotating
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.errors import InputError
-from gimbal.core.snapshot import ROW_WIDTH, Field
+from gimbal.core.snapshot import Field
+from gimbal.testing import loads, request
 
-IDLE = {
-    "KV_BLOCKS_TOTAL": 1000,
-    "KV_BLOCK_TOKENS": 16,
-    "STEP_BASE_US": 1000,
-    "PREFILL_US_PER_TOKEN": 10,
-    "DECODE_US_PER_REQUEST": 10,
-    "STEP_TOKEN_BUDGET": 100,
-    "MAX_RUNNING_REQUESTS": 64,
-    "PREFILL_TOKENS_PER_S": 10_000,
+QUEUED = {
+    "waiting_requests": [2, 0],
+    "waiting_prefill_tokens": [300, 0],
+    "running_requests": [3, 0],
 }
-
-
-def loads(*engines, unacked=None, inflight=None, cached=None, **rest):
-    """EngineLoads of idle engines with these columns changed; accounts as (requests, tokens)."""
-    board = np.zeros((len(engines), ROW_WIDTH))
-    for row, columns in zip(board, engines, strict=True):
-        for name, value in {**IDLE, **columns}.items():
-            row[Field[name]] = value
-    none = [(0, 0)] * len(engines)
-    unacked = np.array(unacked or none, dtype=float).T
-    inflight = np.array(inflight or none, dtype=float).T
-    return EngineLoads(
-        board,
-        unacked[0],
-        unacked[1],
-        inflight[0],
-        inflight[1],
-        np.array(cached or [0] * len(engines), dtype=float),
-        np.zeros(len(engines)),
-        **{"unacked_cached_tokens": np.zeros(len(engines)), **rest},
-    )
-
-
-def request(tokens=100):
-    return DispatchRequest("r", tokens, 0.0)
-
-
-QUEUED = {"WAITING_REQUESTS": 2, "WAITING_PREFILL_TOKENS": 300, "RUNNING_REQUESTS": 3}
+"""Engine 0 of two has a queue."""
 
 
 @pytest.mark.parametrize(
     ("policy", "state", "expected"),
     [
-        ("round-robin", loads(QUEUED, {}), [0, 0]),
-        ("vllm-legacy", loads(QUEUED, {}), [4 * 2 + 3, 0]),
-        ("vllm-legacy", loads({}, {}, unacked=[(2, 50), (0, 0)], client_count=3), [4 * 3 * 2, 0]),
-        ("vllm", loads(QUEUED, {}), [5, 0]),
-        ("vllm", loads({}, {}, inflight=[(4, 9), (1, 9)], client_count=2), [8, 2]),
+        ("round-robin", loads(**QUEUED), [0, 0]),
+        ("vllm-legacy", loads(**QUEUED), [4 * 2 + 3, 0]),
+        (
+            "vllm-legacy",
+            loads(unacked_requests=[2, 0], unacked_tokens=[50, 0], client_count=3),
+            [4 * 3 * 2, 0],
+        ),
+        ("vllm", loads(**QUEUED), [5, 0]),
+        ("vllm", loads(inflight_requests=[4, 1], inflight_tokens=9, client_count=2), [8, 2]),
         # 80 % of KV in use: 5 + 2 * 6 * 0.3; without a waiting request KV does not count.
         (
             "vllm",
-            loads({**QUEUED, "KV_BLOCKS_USED": 800}, {"KV_BLOCKS_USED": 900}),
+            loads(**QUEUED, kv_blocks_used=[800, 900]),
             [5 + 2 * 6 * 0.3, 0],
         ),
         # tokens first, requests (of at most 5, so sixths) only between equal tokens
         (
             "total-tokens",
             loads(
-                {**QUEUED, "RUNNING_TOKENS": 700, "PENDING_PREFIX_HIT_TOKENS": 50},
-                {"RUNNING_REQUESTS": 1, "RUNNING_TOKENS": 900},
-                unacked=[(0, 0), (1, 150)],
+                waiting_requests=[2, 0],
+                waiting_prefill_tokens=[300, 0],
+                running_requests=[3, 1],
+                running_tokens=[700, 900],
+                pending_prefix_hit_tokens=[50, 0],
+                unacked_requests=[0, 1],
+                unacked_tokens=[0, 150],
             ),
             [1050 + 5 / 6, 1050 + 2 / 6],
         ),
         (
             "lmetric",
             loads(
-                {**QUEUED, "RUNNING_PREFILL_TOKENS": 40},
-                {},
-                unacked=[(0, 0), (1, 60)],
-                cached=[64, 0],
+                **QUEUED,
+                running_prefill_tokens=[40, 0],
+                unacked_requests=[0, 1],
+                unacked_tokens=[0, 60],
+                cached_tokens=[64, 0],
             ),
             [(36 + 340) * 6, (100 + 60) * 2],
         ),
         (
             "dynamo",
-            loads({**QUEUED, "KV_BLOCKS_USED": 7}, {"KV_BLOCKS_USED": 30}, cached=[64, 0]),
+            loads(**QUEUED, kv_blocks_used=[7, 30], cached_tokens=[64, 0]),
             [(300 + 36) / 16 + 7, 100 / 16 + 30],
         ),
         (
             "llm-d",
-            loads({**QUEUED, "KV_BLOCKS_USED": 250}, {}, cached=[50, 0]),
+            loads(**QUEUED, kv_blocks_used=[250, 0], cached_tokens=[50, 0]),
             [-(2 * 0 + 2 * 0.75 + 3 * 0.5), -(2 + 2 + 0)],
         ),
-        ("llm-d", loads(QUEUED, QUEUED), [-4, -4]),
+        ("llm-d", loads(2, waiting_requests=2, running_requests=3), [-4, -4]),
     ],
 )
 def test_baseline_costs(policy, state, expected):
@@ -110,65 +88,62 @@ def terms(state, tokens=100, **options):
 
 
 def test_idle_engines_cost_their_own_prefill_only():
-    named = terms(loads({}, {}))
+    named = terms(loads())
     assert named.pop("prefill") == pytest.approx([1000 + 10 * 100] * 2)
     assert all(value == pytest.approx([0, 0]) for value in named.values())
 
 
 def test_queue_and_own_prefill_are_whole_steps():
     # 250 queued and 100 own tokens at 100 per step: 4 steps, 350 tokens.
-    named = terms(loads({"WAITING_PREFILL_TOKENS": 200, "RUNNING_PREFILL_TOKENS": 50}))
+    named = terms(loads(1, waiting_prefill_tokens=200, running_prefill_tokens=50))
     assert named["queue"] == pytest.approx([(10 + 10) * 250])
     total = named["queue"][0] + named["prefill"][0]
     assert total == pytest.approx(4 * 1000 + 10 * 350)
 
 
 def test_prefill_in_the_shadow_of_a_longer_queue_delays_nobody():
-    state = loads({"WAITING_PREFILL_TOKENS": 150, "DECODING_REQUESTS": 4}, {"DECODING_REQUESTS": 2})
+    state = loads(waiting_prefill_tokens=[150, 0], decoding_requests=[4, 2])
     # 250 tokens on engine 0 are 100 beyond the longest queue of 150; 100 on engine 1 are none.
     assert terms(state)["interference"] == pytest.approx([10 * 100 * 6, 0])
 
 
 def test_a_cached_prefix_is_worth_more_where_prefixes_come_again():
-    state = loads({"DECODING_REQUESTS": 3}, {}, cached=[64, 0], prefix_reuse=0.5)
+    state = loads(decoding_requests=[3, 0], cached_tokens=[64, 0], prefix_reuse=0.5)
     assert terms(state)["reuse"] == pytest.approx([0.5 * 10 * 36 * 4, 0.5 * 10 * 100 * 4])
 
 
 def test_decode_load_counts_heads_and_context():
-    engines = (
-        {"RUNNING_REQUESTS": 3, "RUNNING_TOKENS": 100},
-        {"RUNNING_REQUESTS": 1, "RUNNING_TOKENS": 300},
-    )
-    decode = terms(loads(*engines), expected_output_tokens=20.0)["decode"]
+    state = loads(running_requests=[3, 1], running_tokens=[100, 300])
+    decode = terms(state, expected_output_tokens=20.0)["decode"]
     assert decode == pytest.approx([20 * 10 * (3 + 1) / 2, 20 * 10 * (1 + 3) / 2])
 
 
 def test_lack_of_kv_is_the_time_to_turn_it_over():
     # 1000 blocks of 16 tokens, 40 tokens free, 100 wanted: 60 tokens at 10,000 per second.
-    state = loads({"KV_BLOCKS_USED": 997.5}, {})
+    state = loads(kv_blocks_used=[997.5, 0])
     assert terms(state)["admission"] == pytest.approx([60 * 100, 0])
 
 
 def test_lack_of_slots_is_priced_in_the_context_they_hold():
-    full = {"RUNNING_REQUESTS": 64, "RUNNING_TOKENS": 6400}
-    assert terms(loads(full, {}))["admission"] == pytest.approx([1 * 100 * 100, 0])
+    state = loads(running_requests=[64, 0], running_tokens=[6400, 0])
+    assert terms(state)["admission"] == pytest.approx([1 * 100 * 100, 0])
 
 
 def test_expert_pressure_by_feedback_weight():
-    state = loads({"EXPERT_PRESSURE_US": 500}, {})
+    state = loads(expert_pressure_us=[500, 0])
     assert terms(state)["expert"] == pytest.approx([0, 0])
     state = state._replace(feedback_weight=2.0)
     assert terms(state, tokens=150)["expert"] == pytest.approx([2000, 0])
 
 
 def test_unacknowledged_work_counts_without_its_cached_part():
-    state = loads({}, {}, unacked=[(2, 300), (0, 0)], unacked_cached_tokens=np.array([100.0, 0]))
+    state = loads(unacked_requests=[2, 0], unacked_tokens=[300, 0], unacked_cached_tokens=[100, 0])
     assert terms(state)["queue"] == pytest.approx([(10 + 10) * 200, 0])
 
 
 def test_unknown_speeds_order_by_tokens():
-    blank = dict.fromkeys(IDLE, 0)
-    state = loads({**blank, "WAITING_PREFILL_TOKENS": 500}, blank)
+    blank = dict.fromkeys((field.name.lower() for field in Field), 0)
+    state = loads(**blank | {"waiting_prefill_tokens": [500, 0]})
     costs = POLICIES.build("gimbal").costs(request(), state)
     assert costs[0] > costs[1]
     assert np.isfinite(costs).all()
@@ -178,8 +153,9 @@ def test_unknown_speeds_order_by_tokens():
 @pytest.mark.parametrize("policy", list(POLICIES))
 def test_equal_engines_take_turns(policy, engines):
     rng = np.random.default_rng(7)
-    alike = {**QUEUED, "RUNNING_TOKENS": float(rng.integers(1, 9999)), "STEP_BASE_US": 12345.678}
-    state = loads(*[alike] * engines)
+    alike = {name: values[0] for name, values in QUEUED.items()}
+    held = float(rng.integers(1, 9999))
+    state = loads(engines, **alike, running_tokens=held, step_base_us=12345.678)
     costs = POLICIES.build(policy).costs(request(217), state)
     assert [argmin_rotating(costs, turn) for turn in range(engines)] == list(range(engines))
 

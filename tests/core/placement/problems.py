@@ -9,11 +9,7 @@ from gimbal.core.contracts import RoutingCounts, Topology
 from gimbal.core.placement.backends import BACKENDS
 from gimbal.core.placement.forecast import Forecast
 from gimbal.core.placement.problem import PlacementProblem
-
-
-def initial(layers: int, slots: int, experts: int) -> np.ndarray:
-    """vLLM's first placement: slot s holds expert s modulo experts."""
-    return np.tile(np.arange(slots, dtype=np.int32) % experts, (layers, 1))
+from gimbal.testing import placement
 
 
 def make(
@@ -30,7 +26,7 @@ def make(
     rng = np.random.default_rng(seed)
     counts = np.floor(rng.pareto(1.2, (ranks // tp, layers, experts)) * 50)
     topology = Topology(ranks, per_rank, tp, per_node)
-    current = initial(layers, topology.slots, experts)
+    current = placement(layers, topology.slots, experts)
     return PlacementProblem(RoutingCounts(counts, steps=4), topology, current, **options)
 
 
@@ -45,7 +41,7 @@ def problems(draw: st.DrawFn) -> PlacementProblem:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     counts = np.floor(rng.pareto(draw(st.sampled_from([0.7, 3.0])), (ranks // tp, layers, experts)))
     counts *= draw(st.sampled_from([0.0, 1.0, 1000.0]))
-    current = initial(layers, ranks * per_rank, experts)
+    current = placement(layers, ranks * per_rank, experts)
     for row in current:  # other valid placements: permuted experts and ranks
         row[:] = rng.permutation(experts)[row]
     active = rng.random(counts.shape) if draw(st.booleans()) else None

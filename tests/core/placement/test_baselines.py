@@ -14,7 +14,8 @@ from gimbal.core.placement import PLACERS, formats, gate, heuristic, verify
 from gimbal.core.placement.eplb import eplb_placement
 from gimbal.core.placement.forecast import falling, observe, predict
 from gimbal.core.placement.objective import balance
-from tests.core.placement.problems import initial, make
+from gimbal.testing import placement
+from tests.core.placement.problems import make
 
 # Two hot experts that both start on rank 0: 1 layer, 4 experts, 2 ranks x 2 slots.
 HOT = 1e4 * np.array([[[50.0, 40.0, 6.0, 4.0]]])
@@ -22,7 +23,7 @@ HOT = 1e4 * np.array([[[50.0, 40.0, 6.0, 4.0]]])
 
 @pytest.mark.parametrize("name", [n for n in PLACERS if n != "static"])
 def test_every_placer_parts_two_hot_experts(name: str) -> None:
-    topology, current = Topology(2, 2), initial(1, 4, 4)
+    topology, current = Topology(2, 2), placement(1, 4, 4)
     placed = PLACERS.build(name).place(RoutingCounts(HOT.repeat(2, axis=0)), topology, current)
     verify.check(placed, topology, 1, 4)
     hot_ranks = {int(slot) // 2 for slot in np.flatnonzero(np.isin(placed[0], [0, 1]))}
@@ -84,7 +85,7 @@ def test_eplb_follows_the_published_example() -> None:
     ],
 )
 def test_verify_refuses(change, message: str) -> None:
-    placed = initial(2, 16, 16)
+    placed = placement(2, 16, 16)
     change(placed)
     with pytest.raises(InputError) as caught:
         verify.check(placed, Topology(4, 4), 2, 16)
@@ -98,7 +99,7 @@ def test_verify_refuses_two_replicas_on_a_rank() -> None:
 
 
 def test_digest_sees_order_and_ignores_integer_width() -> None:
-    placed = initial(2, 16, 16)
+    placed = placement(2, 16, 16)
     other = placed.copy()
     other[0, :2] = other[0, 1::-1]
     assert verify.digest(placed) != verify.digest(other)
@@ -149,7 +150,7 @@ def test_falling_is_the_closest_non_increasing_sequence() -> None:
 
 
 def test_formats_of_other_engines() -> None:
-    placed = initial(2, 6, 4)
+    placed = placement(2, 6, 4)
     sglang = json.loads(formats.sglang(placed, first_layer=1))
     assert sglang["physical_to_logical_map"] == [placed[0].tolist(), *placed.tolist()]
     trtllm = yaml.safe_load(formats.trtllm(placed, first_layer=3))

@@ -14,7 +14,8 @@ from gimbal.core.contracts import RoutingCounts, Topology
 from gimbal.core.placement import heuristic, kernel, objective, verify
 from gimbal.core.placement.eplb import eplb_placement, groups_respected
 from gimbal.core.placement.problem import CostConstants, PlacementProblem
-from tests.core.placement.problems import initial, make, problems
+from gimbal.testing import placement
+from tests.core.placement.problems import make, problems
 
 
 @settings(max_examples=150, deadline=None)
@@ -79,7 +80,7 @@ def test_source_aware_traffic_is_brought_home() -> None:
     """Two sources, disjoint experts of equal load: the best plan serves everything locally."""
     counts = np.zeros((2, 1, 8))
     counts[0, 0, 1::2], counts[1, 0, 0::2] = 1000.0, 1000.0
-    problem = PlacementProblem(RoutingCounts(counts), Topology(2, 4), initial(1, 8, 8))
+    problem = PlacementProblem(RoutingCounts(counts), Topology(2, 4), placement(1, 8, 8))
     plan = heuristic.plan(problem)
     assert plan.local_share_planned == 1.0
     assert plan.balance_planned == 1.0

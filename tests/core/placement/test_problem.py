@@ -12,7 +12,7 @@ from gimbal.core.contracts import RoutingCounts, Topology
 from gimbal.core.errors import InputError
 from gimbal.core.placement.forecast import Forecast
 from gimbal.core.placement.problem import CostConstants, PlacementProblem, slots_per_rank
-from tests.core.placement.problems import initial
+from gimbal.testing import placement
 
 TOPOLOGY = Topology(4, 4)
 
@@ -20,7 +20,7 @@ TOPOLOGY = Topology(4, 4)
 def build(**changes: Any) -> PlacementProblem:
     counts = changes.pop("counts", np.ones((4, 2, 16)))
     topology = changes.pop("topology", TOPOLOGY)
-    current = changes.pop("current", initial(2, 16, 16))
+    current = changes.pop("current", placement(2, 16, 16))
     active, steps = changes.pop("active", None), changes.pop("steps", 1)
     return PlacementProblem(RoutingCounts(counts, active, steps), topology, current, **changes)
 
@@ -32,7 +32,7 @@ def with_value(value: float) -> np.ndarray:
 
 
 def missing() -> np.ndarray:
-    current = initial(2, 16, 16)
+    current = placement(2, 16, 16)
     current[1, 3] = 0
     return current
 
@@ -49,8 +49,8 @@ BAD = [
     ({"topology": Topology(4, 4, 3)}, "ranks_per_source 3 does not divide 4"),
     ({"topology": Topology(4, 4, 2, 3)}, "cut a source"),
     ({"topology": Topology(0, 4)}, "ranks must be at least 1"),
-    ({"current": initial(3, 16, 16)}, "current: shape (3, 16), expected (2, 16)"),
-    ({"current": initial(2, 16, 16).astype(float)}, "current: expected integers"),
+    ({"current": placement(3, 16, 16)}, "current: shape (3, 16), expected (2, 16)"),
+    ({"current": placement(2, 16, 16).astype(float)}, "current: expected integers"),
     ({"current": np.full((2, 16), 99)}, "current[0, 0]: expert 99 not in 0..15"),
     ({"current": missing()}, "current[1]: expert 3 is missing"),
     ({"active": np.full((4, 2, 16), 1.5)}, "active[0, 0, 0]: not a probability"),

@@ -1,26 +1,20 @@
 import pytest
 
-from gimbal.core.contracts import QueuedRequest, QueueState, traits_of
+from gimbal.core.contracts import traits_of
 from gimbal.core.errors import InputError
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.queue.gimbal import GimbalOrdering, GimbalOrderingOptions
 from gimbal.core.queue.heap import WaitingHeap
-
-
-def state(now_s: float = 0.0, served: float = 0.0, rate: float = 1000.0, waiting: int = 1):
-    return QueueState(now_s, rate, waiting, 0, served)
-
-
-def request(name: str, tokens: int, at: float = 0.0, priority: int = 0, served: float = 0.0):
-    return QueuedRequest(name, at, tokens, priority, served)
+from gimbal.testing import queue_state, queued
 
 
 def order(ordering_name: str, arrivals, served_at_end: float = 0.0) -> list[str]:
     """Serving order of (name, tokens, arrival, served before) when nothing is served meanwhile."""
     heap: WaitingHeap[str] = WaitingHeap(ORDERINGS.build(ordering_name))
     for name, tokens, at, served in arrivals:
-        heap.add(request(name, tokens, at, served=served), name, state(at, served))
-    heap.refresh(state(99.0, served_at_end))
+        now = queue_state(at, served_tokens=served)
+        heap.add(queued(tokens, name, at, served_before_tokens=served), name, now)
+    heap.refresh(queue_state(99.0, served_tokens=served_at_end))
     return [heap.pop(99.0).item for _ in range(len(heap))]
 
 
@@ -57,11 +51,12 @@ def test_hrrn_is_dynamic_and_falls_back_to_arrival_order_above_128():
 
 def test_gimbal_key_by_hand():
     ordering = GimbalOrdering(GimbalOrderingOptions(backlog_factor=2.0))
-    assert ordering.key(request("a", 100), state(5.0)) == 100.0
+    assert ordering.key(queued(100), queue_state(5.0)) == 100.0
     # 3 s at 1000 / (2 * 5) tokens/s, and a tenth of the first one's work.
-    assert ordering.key(request("b", 7), state(8.0, waiting=5)) == pytest.approx(10 + 300 + 7)
+    five = queue_state(8.0, waiting_requests=5)
+    assert ordering.key(queued(7), five) == pytest.approx(10 + 300 + 7)
     # A clock that jumps back does not move the virtual one.
-    assert ordering.key(request("c", 1), state(4.0)) == pytest.approx(310 + 0.7 + 1)
+    assert ordering.key(queued(1), queue_state(4.0)) == pytest.approx(310 + 0.7 + 1)
 
 
 @pytest.mark.parametrize("bad", [(0.5, 1.0, 1.0), (2.0, -1.0, 1.0), (2.0, 1.0, -1.0)])
