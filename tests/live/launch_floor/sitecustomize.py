@@ -1,8 +1,10 @@
 """Gives a server without CUDA graphs the floor that launches make beyond their largest.
 
 With LAUNCH_FLOOR=TOKENS:MS in its environment a server believes that graphs cover steps of up to
-TOKENS tokens, and every larger step of an engine takes at least MS milliseconds. Read by every
-process of a server that has this folder in PYTHONPATH; modules are changed as they are imported.
+TOKENS tokens, and every larger step of an engine takes at least MS milliseconds. With
+LAUNCH_TOLD=1 engines are told that their steps take what they would on a machine of constant speed,
+so that what they conclude does not depend on the one they run on. Read by every process of a server
+that has this folder in PYTHONPATH; modules are changed as they are imported.
 """
 
 import os
@@ -27,6 +29,21 @@ def slow_down(module: ModuleType, tokens: int, floor_s: float) -> None:
         return result
 
     module.CPUWorker.execute_model = execute
+
+
+def tell(module: ModuleType, tokens: int, floor_us: float) -> None:
+    """Engines learn from 10 ms a step, 10 us a prefill token, 30 us a decode, and the floor."""
+    observe = module.GraphStepCosts.observe
+
+    def observed(
+        self: Any, decodes: float, duration_us: float, prefill_tokens: float, step_tokens: float
+    ) -> None:
+        told_us = 10_000.0 + 10.0 * prefill_tokens + 30.0 * decodes
+        if step_tokens > tokens:
+            told_us = max(told_us, floor_us)
+        observe(self, decodes, told_us, prefill_tokens, step_tokens)
+
+    module.GraphStepCosts.observe = observed
 
 
 class Changed(Loader):
@@ -61,14 +78,12 @@ class Finder(MetaPathFinder):
 
 if "LAUNCH_FLOOR" in os.environ:
     largest, milliseconds = map(int, os.environ["LAUNCH_FLOOR"].split(":"))
-    sys.meta_path.insert(
-        0,
-        Finder(
-            {
-                "vllm.v1.worker.cpu_worker": lambda m: slow_down(m, largest, milliseconds / 1e3),
-                "gimbal.vllm_plugin.queue.facts": lambda m: setattr(
-                    m, "graph_tokens", lambda vllm_config: largest
-                ),
-            }
+    changes: dict[str, Any] = {
+        "vllm.v1.worker.cpu_worker": lambda m: slow_down(m, largest, milliseconds / 1e3),
+        "gimbal.vllm_plugin.engine.state": lambda m: setattr(
+            m, "graph_tokens", lambda vllm_config: largest
         ),
-    )
+    }
+    if os.environ.get("LAUNCH_TOLD") == "1":
+        changes["gimbal.core.queue.graph_steps"] = lambda m: tell(m, largest, milliseconds * 1e3)
+    sys.meta_path.insert(0, Finder(changes))
