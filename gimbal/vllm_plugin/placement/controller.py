@@ -233,7 +233,7 @@ class Controller:
             decision = view.planner.decide(rows, topology, current, slow, windows, counts.kinds)
             wrong = verify.problems(decision.placement, topology, *shape)
             if decision.commit and wrong is not None:
-                logger.error("Gimbal: refusing a placement: %s", wrong)
+                logger.error("Gimbal: refusing what placer %r plans: %s", self.config.placer, wrong)
                 return (Verdict.REFUSE, 0), None
             # vLLM commits the old map again where the new one is not taken: the tables are
             # rewritten either way.

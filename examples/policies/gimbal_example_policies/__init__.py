@@ -1,0 +1,1 @@
+"""One dispatch policy, one queue ordering and one placer: docs/writing-a-policy.md."""
