@@ -8,7 +8,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gimbal.core.dispatch.ledger import Ledger
+from gimbal.core.dispatch import ledger as accounts
+from gimbal.core.dispatch.ledger import _OWED_SINCE, Ledger
 from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 
 ENGINES = 3
@@ -31,13 +32,40 @@ class Engines(RuleBasedStateMachine):
         self.count = 0
         self.publish_and_read()
 
-    @rule(front_end=front_ends, engine=engines, tokens=st.integers(1, 20_000))
-    def send(self, front_end, engine, tokens):
-        name = f"r{self.count}"
+    @rule(
+        front_end=front_ends,
+        engine=engines,
+        tokens=st.integers(1, 20_000),
+        cached=st.integers(0, 3),
+        long=st.booleans(),
+    )
+    def send(self, front_end, engine, tokens, cached, long):
+        name = f"r{self.count}" + "x" * 100 * long
         self.count += 1
-        self.ledgers[front_end].sent(name, engine, tokens)
+        self.ledgers[front_end].sent(name, engine, tokens, float(cached))
         self.inbox[front_end, engine].append(tokens)
         self.live[front_end][name] = (engine, tokens)
+
+    @rule(front_end=front_ends, engine=engines, tokens=st.integers(1, 20_000), data=st.data())
+    def send_the_same_id_again(self, front_end, engine, tokens, data):
+        """The engine gets two adds; the accounts follow the one that came last."""
+        if self.live[front_end]:
+            name = data.draw(st.sampled_from(sorted(self.live[front_end])))
+            self.ledgers[front_end].sent(name, engine, tokens)
+            self.inbox[front_end, engine].append(tokens)
+            self.live[front_end][name] = (engine, tokens)
+
+    @rule(front_end=front_ends, engine=engines, tokens=st.integers(1, 20_000), data=st.data())
+    def fail_to_send(self, front_end, engine, tokens, data):
+        """The engine never sees it, and the accounts are as they were."""
+        ledger = self.ledgers[front_end]
+        before = ledger._accounts.copy()
+        ledger.sent("failed", engine, tokens, float(data.draw(st.integers(0, 3))))
+        assert ledger.unsent("failed") == engine
+        assert ledger.unsent("failed") is None
+        after = ledger._accounts.copy()
+        after[_OWED_SINCE] = before[_OWED_SINCE]  # matters only while something is owed
+        assert (after == before).all()
 
     @rule(front_end=front_ends, data=st.data(), twice=st.booleans())
     def finish_or_abort(self, front_end, data, twice):
@@ -85,8 +113,10 @@ class Engines(RuleBasedStateMachine):
         row[ACCEPTED_REQUESTS:] = 0
         row[Field.EPOCH] += 1
         row[Field.SEQUENCE] = 0
-        for front_end in range(FRONT_ENDS):
+        for front_end, live in enumerate(self.live):
             self.inbox[front_end, engine].clear()
+            for name in [n for n, (e, _) in live.items() if e == engine]:
+                del live[name]
         self.publish_and_read()
 
     def read(self, index):
@@ -106,6 +136,20 @@ class Engines(RuleBasedStateMachine):
     @invariant()
     def unacked_never_negative(self):
         assert all((ledger.unacked >= 0).all() for ledger in self.ledgers)
+
+    def teardown(self):
+        """All is done: the engines took what was sent, every request is over, nothing is left."""
+        for (front_end, engine), inbox in self.inbox.items():
+            self.accept(front_end, engine, len(inbox))
+        self.publish_and_read()
+        for ledger, live in zip(self.ledgers, self.live, strict=True):
+            for name in live:
+                ledger.finished(name)
+            assert not ledger.unacked.any()
+            assert not ledger.inflight.any()
+            assert not ledger.unacked_cached.any()
+            assert not ledger._requests
+            assert not ledger._cached
 
 
 Engines.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -152,6 +196,46 @@ def test_id_sent_again_is_one_request_in_flight_and_two_adds():
     assert ledger.unacked.tolist() == [[1, 1], [10, 30]]
     assert ledger.finished("a") == 1
     assert ledger.finished("a") is None
+
+
+def test_a_request_taken_back_although_it_was_sent_is_forgiven():
+    ledger = Ledger(1)
+    ledger.sent("a", 0, 10)
+    ledger.sent("b", 0, 20)
+    ledger.unsent("a")
+    took_both = board(SEQUENCE=1)
+    took_both[0, ACCEPTED_REQUESTS], took_both[0, ACCEPTED_TOKENS] = 2, 30
+    ledger.observe(took_both)
+    ledger.sent("c", 0, 40)
+    assert tuple(ledger.unacked[:, 0]) == (1, 40)
+
+
+def test_taken_back_after_the_account_started_again():
+    ledger = Ledger(1)
+    ledger.sent("a", 0, 10)
+    running = board(SEQUENCE=9)
+    running[0, ACCEPTED_REQUESTS], running[0, ACCEPTED_TOKENS] = 500, 90_000
+    ledger.observe(running)
+    ledger.unsent("a")
+    ledger.observe(running)
+    assert not ledger.unacked.any()
+    assert not ledger.inflight.any()
+
+
+def test_an_engine_that_acknowledges_nothing_costs_bounded_memory(monkeypatch):
+    monkeypatch.setattr(accounts, "_REMEMBERED", 10)
+    ledger = Ledger(1)
+    for number in range(1000):
+        ledger.sent(str(number), 0, 8, cached=2.0)
+        ledger.finished(str(number))
+    assert len(ledger._cached[0]) == 10
+    assert ledger.unacked_cached.tolist() == [20.0]
+    took_all = board(SEQUENCE=1)
+    took_all[0, ACCEPTED_REQUESTS], took_all[0, ACCEPTED_TOKENS] = 1000, 8000
+    ledger.observe(took_all)
+    assert not ledger.unacked.any()
+    assert not ledger.unacked_cached.any()
+    assert not ledger._cached
 
 
 @pytest.mark.parametrize("engines", [1, 4])
