@@ -172,7 +172,7 @@ class FrontEnd:
         entry, tokens = described
         try:
             ledger = self.dispatcher.ledger
-            ledger.finished(entry.request_id)  # half entered by the decision that failed
+            ledger.unsent(entry.request_id)  # half entered by the decision that failed
             index = argmin_rotating(ledger.inflight[1].tolist(), int(ledger.inflight[0].sum()))
             self.dispatcher.assigned(entry, index, tokens)
         except Exception as error:
