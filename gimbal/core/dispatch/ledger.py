@@ -15,6 +15,9 @@ snapshot jumps over, and no request is counted both here and in the snapshot's q
 - A new EPOCH is a new process whose counters start again. What was sent to the old one is lost,
   so the account starts again as well, in agreement with that process's counters.
 - A request whose send failed was not sent (`unsent`): it leaves both accounts.
+- An engine takes what it is sent before it says that it is finished. Where nothing has been in
+  flight for `QUIET_US`, what is still unacknowledged was counted by mistake (by the engine, whose
+  count missed a request, or here): the account starts again at the counter.
 - A counter above what was sent (a front end that restarted under the same index) starts the
   account again at the counter.
 """
@@ -22,6 +25,7 @@ snapshot jumps over, and no request is counted both here and in the snapshot's q
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 import numpy as np
 
@@ -35,13 +39,15 @@ _WAITING, _RUNNING = int(Field.WAITING_REQUESTS), int(Field.RUNNING_REQUESTS)
 
 # Rows of the accounts, one column per engine.
 _KNOWN_EPOCH, _SEEN, _OWED_SINCE, _SENT, _ACCEPTED, _UNACKED, _INFLIGHT = 0, 1, 2, 3, 5, 7, 9
-_UNACKED_CACHED, _SILENT, _LOST, _ROWS = 11, 12, 13, 14
+_UNACKED_CACHED, _SILENT, _LOST, _BUSY_AT, _ROWS = 11, 12, 13, 14, 15
 
 _REMEMBERED = 65_536
 """Unacknowledged requests of one engine whose cached tokens are known; of older ones, none."""
 
 FRESH_US = 50_000.0
 """Below this age of its snapshot nobody asks whether an engine is idle."""
+QUIET_US = 2e6
+"""No snapshot is that long on its way."""
 
 
 class Ledger:
@@ -138,6 +144,19 @@ class Ledger:
             self._forget_unsent(engine, cached)
         return engine
 
+    def unfinished(self, request_ids: Collection[str]) -> None:
+        """Ends what is in flight here and not among `request_ids`: all that is, as others know it.
+
+        A request of which only a digest is kept ends once there are none.
+        """
+        over = [
+            name
+            for name in self._requests
+            if (name not in request_ids if isinstance(name, str) else not request_ids)
+        ]
+        for name in over:
+            self._end(name)
+
     def engine_of(self, request_id: str) -> int | None:
         """Engine of an unfinished request."""
         entry = self._requests.get(kept(request_id))
@@ -213,6 +232,12 @@ def _observe(board: FloatArray, accounts: FloatArray, front_end: int, now_us: fl
             accounts[_SENT, e] = accounts[_ACCEPTED, e]
             accounts[_SENT + 1, e] = accounts[_ACCEPTED + 1, e]
             accounts[_UNACKED, e] = accounts[_UNACKED + 1, e] = 0.0
+        if accounts[_INFLIGHT, e] > 0.0 or accounts[_UNACKED, e] == 0.0:
+            accounts[_BUSY_AT, e] = now_us
+        elif now_us - accounts[_BUSY_AT, e] > QUIET_US:
+            accounts[_SENT, e] = accounts[_ACCEPTED, e]
+            accounts[_SENT + 1, e] = accounts[_ACCEPTED + 1, e]
+            accounts[_UNACKED, e] = accounts[_UNACKED + 1, e] = 0.0
         silent_us = now_us - board[e, _TIMESTAMP]
         # An idle engine takes no steps and publishes nothing: its last word stays true until it
         # is sent something, and from then on it owes an answer.
@@ -230,6 +255,7 @@ def _enter(
     """Adds one request sent to `engine` to `accounts`."""
     if accounts[_UNACKED, engine] == 0.0:
         accounts[_OWED_SINCE, engine] = now_us
+    accounts[_BUSY_AT, engine] = now_us
     accounts[_SENT, engine] += 1.0
     accounts[_SENT + 1, engine] += tokens
     accounts[_UNACKED, engine] += 1.0

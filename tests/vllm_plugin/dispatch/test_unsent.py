@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -200,6 +201,17 @@ def test_a_fault_of_the_accounts_hides_nothing_from_the_client(
     with pytest.raises(UnicodeEncodeError):
         asyncio.run(client.add_request_async(request("a", session_id=HALF_AN_EMOJI)))
     assert front_end.guard.counts == {"account": 1}
+
+
+def test_an_end_that_failed_to_arrive_is_made_up_for(client: Client, monkeypatch: Any) -> None:
+    """Nothing is in flight for vLLM any more: the next refresh finds out, and then the account."""
+    asyncio.run(client.add_request_async(request("a")))
+    client.reqs_in_flight.clear()
+    clock = count(now_us(), 1e6)
+    monkeypatch.setattr(hook, "now_us", lambda: next(clock))
+    for _ in range(5):
+        client._gimbal_front_end.refresh()
+    assert accounts(client) == [0.0, 0.0, 0.0, 0.0]
 
 
 def test_without_a_front_end_nothing_is_taken_back(client: Client, monkeypatch: Any) -> None:
