@@ -22,7 +22,7 @@ import mmap
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,14 +222,25 @@ class Board:
 
     def write_control(self, values: dict[str, Any]) -> int:
         """Publishes `values`; returns their version. Raises ValueError as `encoded_control`."""
-        text = encoded_control(values)
+        return self.update_control(lambda before: values)[0]
+
+    def update_control(
+        self, change: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> tuple[int, dict[str, Any]]:
+        """Replaces the control message by what `change` makes of it, in one step over all
+        processes; returns the new version and message.
+
+        Raises ValueError as `encoded_control`, and what `change` raises; nothing is changed then.
+        """
         with _locked(self.mapping.fd):
+            values = change(self.read_control())
+            text = encoded_control(values)
             version = self.control_version() + 1
             words = _control_words(self.mapping, version)
             words[2:].view(np.uint8)[: len(text)] = np.frombuffer(text, dtype=np.uint8)
             words[0], words[1] = len(text), zlib.crc32(text, version & 0xFFFFFFFF)
             self.mapping.header[_H_CONTROL] = version
-        return version
+        return version, values
 
 
 def encoded_control(values: dict[str, Any]) -> bytes:

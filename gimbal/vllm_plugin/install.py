@@ -12,6 +12,7 @@ HOOKS: tuple[str, ...] = (
     "engine.identity",
     "engine.scheduler",
     "dispatch.hook",
+    "dispatch.unsent",
     "queue.metrics",
     "placement.hook",
 )

@@ -8,6 +8,7 @@ before its beginning.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -19,11 +20,16 @@ class _Block(NamedTuple):
 
     begun_at: int  # position of the first token of the chunk that is not complete
     name: int  # of the last complete chunk
-    tail: tuple[int, ...]  # tokens of the incomplete one
+    tail: bytes  # tokens of the incomplete one, four bytes each
     ended: tuple[int, ...]  # names of chunks that this block completed
 
 
-_START = _Block(0, 0, (), ())
+_START = _Block(0, 0, b"", ())
+
+
+def _bytes_of(block: _Block) -> int:
+    """About what an entry takes: its hash, its numbers and place in the dictionary; its parts."""
+    return 400 + len(block.tail) + 40 * len(block.ended)
 
 
 class BlockNames:
@@ -31,13 +37,14 @@ class BlockNames:
 
     Args:
         index: whose chunks are named.
-        capacity: blocks remembered at most; a table that outgrows it starts again, since then
-            removals were lost.
+        capacity_bytes: memory of the blocks at most; a table that outgrows it starts again, since
+            then removals were lost.
     """
 
-    def __init__(self, index: PrefixIndex, capacity: int = 1_000_000) -> None:
+    def __init__(self, index: PrefixIndex, capacity_bytes: int = 128 << 20) -> None:
         self._index = index
-        self._capacity = capacity
+        self._capacity_bytes = capacity_bytes
+        self._bytes = 0
         self._blocks: dict[Hashable, _Block] = {}
 
     def __len__(self) -> int:
@@ -57,16 +64,17 @@ class BlockNames:
                 behind an unknown one cannot be named and are left out.
             hashes: the engine's names of the blocks.
             tokens: [len(hashes) * block_tokens] their tokens.
+
+        Raises OverflowError for a token that does not fit into 32 bits.
         """
         before = _START if parent is None else self._blocks.get(parent)
         if before is None:
             return []
-        if len(self._blocks) + len(hashes) > self._capacity:
-            self._blocks.clear()
         names: list[int] = []
         for number, block in enumerate(hashes):
             own = tokens[number * block_tokens : (number + 1) * block_tokens]
-            before = self._blocks[block] = self._advance(before, own)
+            before = self._advance(before, own)
+            self._keep(block, before)
             names += before.ended
         return names
 
@@ -76,18 +84,27 @@ class BlockNames:
         for block in hashes:
             known = self._blocks.pop(block, None)
             if known is not None:
+                self._bytes -= _bytes_of(known)
                 names += known.ended
         return names
 
     def clear(self) -> None:
         """The engine dropped everything."""
         self._blocks.clear()
+        self._bytes = 0
+
+    def _keep(self, block: Hashable, known: _Block) -> None:
+        self.removed((block,))
+        if self._bytes > self._capacity_bytes:
+            self.clear()
+        self._blocks[block] = known
+        self._bytes += _bytes_of(known)
 
     def _advance(self, before: _Block, tokens: Sequence[int]) -> _Block:
-        start, name, tail = before.begun_at, before.name, (*before.tail, *tokens)
+        start, name, tail = before.begun_at, before.name, (*array("I", before.tail), *tokens)
         ended = []
         while len(tail) >= (size := self._index.chunk_size(start)):
             name = self._index.chunk_name(name, tail[:size])
             ended.append(name)
             start, tail = start + size, tail[size:]
-        return _Block(start, name, tail, tuple(ended))
+        return _Block(start, name, array("I", tail).tobytes(), tuple(ended))

@@ -94,7 +94,7 @@ class Dispatcher:
         self._max_age_us = config.max_signal_age_ms * 1e3
         # Front ends start at different engines, so that several idle ones do not march in step.
         self._rotation = engines * front_end // client_count
-        self._unsettled: tuple[PrefixMatch, int] | None = None
+        self._unsettled: tuple[PrefixMatch, int, str] | None = None
         self._prefix_reuse = 0.0
         self._prefix_chunks = config.prefix_chunks
         self._kv_tokens = 0.0
@@ -153,6 +153,12 @@ class Dispatcher:
         """Ends a request, finished or aborted; unknown ids and repetitions are ignored."""
         self.ledger.finished(request_id)
 
+    def unsent(self, request_id: str) -> None:
+        """Takes back a request that was entered and never left; unknown ids are ignored."""
+        self.ledger.unsent(request_id)
+        if self._unsettled is not None and self._unsettled[2] == request_id:
+            self._unsettled = None  # nobody is going to hold its prompt
+
     def settle(self) -> None:
         """Enters the last prompt into the prefix index.
 
@@ -160,7 +166,7 @@ class Dispatcher:
         is on its way. The next `dispatch` does it otherwise.
         """
         if self._unsettled is not None:
-            match, engine = self._unsettled
+            match, engine, _ = self._unsettled
             self._unsettled = None
             self.prefixes.insert(match, engine)
 
@@ -290,7 +296,7 @@ class Dispatcher:
         if request.session is not None:
             self.sessions.note(request.session, engine)
         if match.tokens:
-            self._unsettled = (match, engine)
+            self._unsettled = (match, engine, request.request_id)
 
     def _learn_reuse(self, request: DispatchRequest, match: PrefixMatch) -> None:
         """Share of prompt tokens some engine had cached, over about the last 1 / rate requests."""

@@ -14,6 +14,10 @@ snapshot jumps over, and no request is counted both here and in the snapshot's q
 - Counters of one engine process never go down: a snapshot older than one already seen is ignored.
 - A new EPOCH is a new process whose counters start again. What was sent to the old one is lost,
   so the account starts again as well, in agreement with that process's counters.
+- A request whose send failed was not sent (`unsent`): it leaves both accounts.
+- An engine takes what it is sent before it says that it is finished. Where nothing has been in
+  flight for `QUIET_US`, what is still unacknowledged was counted by mistake (by the engine, whose
+  count missed a request, or here): the account starts again at the counter.
 - A counter above what was sent (a front end that restarted under the same index) starts the
   account again at the counter.
 """
@@ -21,11 +25,13 @@ snapshot jumps over, and no request is counted both here and in the snapshot's q
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 import numpy as np
 
 from gimbal.core.compiled import Kernel
 from gimbal.core.contracts import FloatArray
+from gimbal.core.dispatch.names import kept
 from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field
 
 _EPOCH, _SEQUENCE, _TIMESTAMP = int(Field.EPOCH), int(Field.SEQUENCE), int(Field.TIMESTAMP_US)
@@ -33,11 +39,15 @@ _WAITING, _RUNNING = int(Field.WAITING_REQUESTS), int(Field.RUNNING_REQUESTS)
 
 # Rows of the accounts, one column per engine.
 _KNOWN_EPOCH, _SEEN, _OWED_SINCE, _SENT, _ACCEPTED, _UNACKED, _INFLIGHT = 0, 1, 2, 3, 5, 7, 9
-_UNACKED_CACHED, _SILENT, _ROWS = 11, 12, 13
+_UNACKED_CACHED, _SILENT, _LOST, _BUSY_AT, _ROWS = 11, 12, 13, 14, 15
 
+_REMEMBERED = 65_536
+"""Unacknowledged requests of one engine whose cached tokens are known; of older ones, none."""
 
 FRESH_US = 50_000.0
 """Below this age of its snapshot nobody asks whether an engine is idle."""
+QUIET_US = 2e6
+"""No snapshot is that long on its way."""
 
 
 class Ledger:
@@ -52,7 +62,8 @@ class Ledger:
 
     def __init__(self, engines: int, front_end: int = 0) -> None:
         self._front_end = front_end
-        self._requests: dict[str, tuple[int, int]] = {}
+        # Name of an unfinished request -> engine, prompt tokens, those believed cached there.
+        self._requests: dict[str | bytes, tuple[int, int, float]] = {}
         # Engine -> cached tokens of its unacknowledged requests, oldest first.
         self._cached: dict[int, deque[float]] = {}
         accounts = np.zeros((_ROWS, engines))
@@ -68,6 +79,7 @@ class Ledger:
         self.inflight_requests, self.inflight_tokens = self.inflight
         self.unacked_cached = accounts[_UNACKED_CACHED]
         self.silent_us = accounts[_SILENT]
+        self._lost = accounts[_LOST]  # 1: requests in flight there were sent to a process now gone
 
     @property
     def engines(self) -> int:
@@ -83,6 +95,8 @@ class Ledger:
         if self._cached:
             for engine in list(self._cached):
                 self._forget_cached(engine, int(self.unacked[0, engine]))
+        if 1.0 in self._lost.tolist():
+            self._forget_lost()
         return oldest_us
 
     def sent(
@@ -95,28 +109,57 @@ class Ledger:
             cached: those of them the engine is believed to hold.
             now_us: the board's clock; an engine that owed nothing owes an answer from now on.
         """
-        if request_id in self._requests:
-            self.finished(request_id)
-        self._requests[request_id] = (engine, tokens)
+        name = kept(request_id)
+        if name in self._requests:
+            self._end(name)
         ENTER.call(self._accounts, engine, float(tokens), cached, now_us)
+        self._requests[name] = (engine, tokens, cached)
         queue = self._cached.get(engine)
         if queue is None:
             queue = self._cached[engine] = deque()
         queue.append(cached)
+        if len(queue) > _REMEMBERED:  # an engine that acknowledges nothing
+            self.unacked_cached[engine] -= queue.popleft()
 
     def finished(self, request_id: str) -> int | None:
         """Ends a request (finished or aborted); returns its engine, None when it is not known."""
-        entry = self._requests.pop(request_id, None)
+        entry = self._end(kept(request_id))
+        return None if entry is None else entry[0]
+
+    def unsent(self, request_id: str) -> int | None:
+        """Takes back a request that `sent` noted and that never left; returns its engine.
+
+        None when it is not known: it is finished, or its engine's process is gone. A request taken
+        back although the engine got it does no lasting harm: its acknowledgement exceeds what was
+        sent, and the account starts again at the engine's counter.
+        """
+        entry = self._end(kept(request_id))
         if entry is None:
             return None
-        engine, tokens = entry
-        self.inflight[0, engine] -= 1
-        self.inflight[1, engine] -= tokens
+        engine, tokens, cached = entry
+        if self.unacked[0, engine] > 0.0:
+            self._accounts[_SENT : _SENT + 2, engine] -= 1.0, tokens
+            self.unacked[0, engine] -= 1.0
+            self.unacked[1, engine] = max(self.unacked[1, engine] - tokens, 0.0)
+            self._forget_unsent(engine, cached)
         return engine
+
+    def unfinished(self, request_ids: Collection[str]) -> None:
+        """Ends what is in flight here and not among `request_ids`: all that is, as others know it.
+
+        A request of which only a digest is kept ends once there are none.
+        """
+        over = [
+            name
+            for name in self._requests
+            if (name not in request_ids if isinstance(name, str) else not request_ids)
+        ]
+        for name in over:
+            self._end(name)
 
     def engine_of(self, request_id: str) -> int | None:
         """Engine of an unfinished request."""
-        entry = self._requests.get(request_id)
+        entry = self._requests.get(kept(request_id))
         return None if entry is None else entry[0]
 
     def resize(self, engines: int) -> None:
@@ -128,6 +171,34 @@ class Ledger:
         self._use(accounts)
         self._cached = {e: queue for e, queue in self._cached.items() if e < engines}
         self._requests = {k: v for k, v in self._requests.items() if v[0] < engines}
+
+    def _end(self, name: str | bytes) -> tuple[int, int, float] | None:
+        """Takes a request out of the in-flight account."""
+        entry = self._requests.pop(name, None)
+        if entry is not None:
+            engine, tokens, _ = entry
+            self.inflight[0, engine] -= 1
+            self.inflight[1, engine] -= tokens
+        return entry
+
+    def _forget_lost(self) -> None:
+        """Ends what was in flight to engine processes that are gone: nobody will finish it."""
+        for name in [n for n, entry in self._requests.items() if self._lost[entry[0]]]:
+            self._end(name)
+        self._lost[:] = 0.0
+
+    def _forget_unsent(self, engine: int, cached: float) -> None:
+        """Takes one entry `cached` out of the queue of `engine`: its newest."""
+        queue = self._cached.get(engine)
+        if queue is None:
+            return
+        for back, value in enumerate(reversed(queue), 1):
+            if value == cached:
+                del queue[-back]
+                self.unacked_cached[engine] -= cached
+                break
+        if not queue:
+            del self._cached[engine]
 
     def _forget_cached(self, engine: int, unacked: int) -> None:
         """Drops the oldest entries of `engine` until one is left per unacknowledged request."""
@@ -148,6 +219,7 @@ def _observe(board: FloatArray, accounts: FloatArray, front_end: int, now_us: fl
             if accounts[_KNOWN_EPOCH, e] > 0.0:  # the first process seen is no restart
                 accounts[_SENT, e] = board[e, requests]
                 accounts[_SENT + 1, e] = board[e, tokens]
+                accounts[_LOST, e] = 1.0
             accounts[_KNOWN_EPOCH, e] = board[e, _EPOCH]
             fresh = True
         if fresh:
@@ -157,6 +229,12 @@ def _observe(board: FloatArray, accounts: FloatArray, front_end: int, now_us: fl
         accounts[_UNACKED, e] = accounts[_SENT, e] - accounts[_ACCEPTED, e]
         accounts[_UNACKED + 1, e] = accounts[_SENT + 1, e] - accounts[_ACCEPTED + 1, e]
         if accounts[_UNACKED, e] < 0.0 or accounts[_UNACKED + 1, e] < 0.0:
+            accounts[_SENT, e] = accounts[_ACCEPTED, e]
+            accounts[_SENT + 1, e] = accounts[_ACCEPTED + 1, e]
+            accounts[_UNACKED, e] = accounts[_UNACKED + 1, e] = 0.0
+        if accounts[_INFLIGHT, e] > 0.0 or accounts[_UNACKED, e] == 0.0:
+            accounts[_BUSY_AT, e] = now_us
+        elif now_us - accounts[_BUSY_AT, e] > QUIET_US:
             accounts[_SENT, e] = accounts[_ACCEPTED, e]
             accounts[_SENT + 1, e] = accounts[_ACCEPTED + 1, e]
             accounts[_UNACKED, e] = accounts[_UNACKED + 1, e] = 0.0
@@ -177,6 +255,7 @@ def _enter(
     """Adds one request sent to `engine` to `accounts`."""
     if accounts[_UNACKED, engine] == 0.0:
         accounts[_OWED_SINCE, engine] = now_us
+    accounts[_BUSY_AT, engine] = now_us
     accounts[_SENT, engine] += 1.0
     accounts[_SENT + 1, engine] += tokens
     accounts[_UNACKED, engine] += 1.0

@@ -33,7 +33,10 @@ CHUNK_TOKENS = 64
 _FINE_CHUNKS, _COARSER = 16, 4  # later chunks are so many times longer
 _NAME_BITS = (1 << 60) - 1  # two 30-bit digits: a Python int of 32 bytes instead of 40
 _MAX_SHARDS, _SHARD_CHUNKS = 1024, 64
-_MAX_BITS = 4096  # bit positions used up by clearing engines before the index starts afresh
+_MAX_BITS = 512
+"""Bit positions used up by clearing engines before the index starts afresh.
+
+An entry's mask takes 92 bytes at most, the entry with its dictionary slot about 250."""
 
 
 @dataclass(slots=True)

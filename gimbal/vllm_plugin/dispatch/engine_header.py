@@ -20,9 +20,9 @@ _chosen: ContextVar[list[int] | None] = ContextVar("gimbal_chosen_engines", defa
 
 
 def note(engine: int) -> None:
-    """A request of the HTTP request at hand goes to `engine`; nothing where nobody asks."""
+    """The first request of the HTTP request at hand goes to `engine`; nobody may have asked."""
     engines = _chosen.get()
-    if engines is not None:
+    if engines is not None and not engines:
         engines.append(engine)
 
 

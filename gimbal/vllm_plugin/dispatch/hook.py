@@ -75,6 +75,7 @@ class FrontEnd:
         self.guard = LevelGuard("dispatch", on_fallback=self.metrics.fell_back)
         self.decision: Decision | None = None
         self.decisions: Counter[tuple[int, str, str]] = Counter()
+        self._client = weakref.ref(client)
         self.first = client.engine_ranks_managed[0]
         engines = len(client.core_engines)
         self.reader = BoardReader(board, engines, self.first)
@@ -172,7 +173,7 @@ class FrontEnd:
         entry, tokens = described
         try:
             ledger = self.dispatcher.ledger
-            ledger.finished(entry.request_id)  # half entered by the decision that failed
+            ledger.unsent(entry.request_id)  # half entered by the decision that failed
             index = argmin_rotating(ledger.inflight[1].tolist(), int(ledger.inflight[0].sum()))
             self.dispatcher.assigned(entry, index, tokens)
         except Exception as error:
@@ -256,6 +257,9 @@ class FrontEnd:
         """Brings the gauges up to date, and settles what the last decision left for later."""
         rows = self.reader.read()
         ledger = self.dispatcher.ledger
+        client = self._client()
+        if client is not None:
+            ledger.unfinished(client.reqs_in_flight)
         ledger.observe(rows, now_us())
         self.settle()
         self.dispatcher.fit_prefix_index(rows)

@@ -6,16 +6,21 @@ rank. The index then knows of evictions, of the answers of earlier turns, and of
 servers sent. Without events it knows what this front end dispatched.
 
 A thread receives and decodes; the front end takes the changes up in its own loop (`take`), since
-the index belongs to that loop alone. Engines of other hosts are not subscribed to: nobody says
-where their publishers listen. Blocks that depend on more than their tokens (LoRA, images, cache
-salts) are left out, as they are when a prompt is looked up.
+the index belongs to that loop alone, and in slices, since requests wait for that loop. What nobody
+has taken up yet is bounded in bytes: the oldest batches go first. Engines of other hosts are not
+subscribed to: nobody says where their publishers listen. Blocks that depend on more than their
+tokens (LoRA, images, cache salts) are left out, as they are when a prompt is looked up.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import threading
+import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -23,11 +28,17 @@ import zmq
 
 from gimbal.core.dispatch.block_names import BlockNames
 from gimbal.core.dispatch.dispatcher import Dispatcher
+from gimbal.core.errors import one_line
 
 logger = logging.getLogger("vllm.gimbal")
 
 _POLL_MS = 200
-_PENDING = 10_000  # batches; when nobody takes them up the oldest are dropped
+_PENDING, _PENDING_BYTES = 10_000, 16 << 20
+"""Batches, and bytes of them as received, that wait at most. Decoded they take about ten times
+that: a token id of one to five bytes becomes a Python int."""
+_MESSAGE_BYTES = 64 << 20  # a publisher that sends more is cut off
+_SLICE_S = 0.002  # the loop is held for no longer, and then serves requests
+_PIECE_TOKENS, _PIECE_BLOCKS = 4096, 1024  # of one event, between two looks at the clock
 
 
 class KvEvents:
@@ -37,6 +48,7 @@ class KvEvents:
         dispatcher: whose prefix index is fed.
         endpoints: index of the engine -> ``tcp://host:port`` of its publisher.
         topic: the publishers' topic.
+        clock: seconds, for the length of a slice.
 
     Attributes:
         batches: received so far.
@@ -44,7 +56,13 @@ class KvEvents:
         dropped: batches that could not be read or that nobody took up in time.
     """
 
-    def __init__(self, dispatcher: Dispatcher, endpoints: dict[int, str], topic: str = "") -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        endpoints: dict[int, str],
+        topic: str = "",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         from vllm.distributed.kv_events import KVEventBatch
 
         self.batches = self.lost = self.dropped = 0
@@ -52,7 +70,12 @@ class KvEvents:
         self._decode = msgspec.msgpack.Decoder(KVEventBatch).decode
         self._names = {engine: BlockNames(dispatcher.prefixes) for engine in endpoints}
         self._expected = dict.fromkeys(endpoints, 0)
-        self._pending: deque[tuple[int, int, list[Any]]] = deque(maxlen=_PENDING)
+        self._clock = clock
+        self._lock = threading.Lock()  # over the two below
+        self._pending: deque[tuple[int, int, list[Any], int]] = deque()
+        self._pending_bytes = 0
+        self._pieces = self._work()
+        self._scheduled = False
         self._sockets = {_subscribe(e, topic): engine for engine, e in endpoints.items()}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gimbal-kv-events", daemon=True)
@@ -67,12 +90,44 @@ class KvEvents:
         """For ``GET /gimbal/status``."""
         return {"batches": self.batches, "lost": self.lost, "dropped": self.dropped}
 
-    def take(self) -> None:
-        """Applies what has arrived to the prefix index; called by the index's own loop."""
-        while self._pending:
-            engine, number, events = self._pending.popleft()
-            if engine < self._dispatcher.engines:
-                self._apply(engine, number, events)
+    def take(self) -> bool:
+        """Applies what has arrived to the prefix index; called by the index's own loop.
+
+        For `_SLICE_S` at most: the rest follows once the loop has done what else waits for it.
+        Returns whether there may be a rest.
+        """
+        ends_s = self._clock() + _SLICE_S
+        while next(self._pieces):
+            if self._clock() >= ends_s:
+                self._continue_soon()
+                return True
+        return False
+
+    def _continue_soon(self) -> None:
+        if not self._scheduled:
+            with contextlib.suppress(RuntimeError):  # no loop: the next `take` goes on
+                asyncio.get_running_loop().call_soon(self._continue)
+                self._scheduled = True
+
+    def _continue(self) -> None:
+        self._scheduled = False
+        self.take()
+
+    def _work(self) -> Iterator[bool]:
+        """Does one piece of work per turn and yields True; False when there is none."""
+        while True:
+            with self._lock:
+                batch = self._pending.popleft() if self._pending else None
+                self._pending_bytes -= 0 if batch is None else batch[3]
+            if batch is None:
+                yield False
+                continue
+            engine, number, events, _ = batch
+            try:
+                for _ in self._apply(engine, number, events):
+                    yield True
+            except Exception as error:
+                self._cannot_read(engine, error)
 
     def _run(self) -> None:
         poller = zmq.Poller()
@@ -87,37 +142,64 @@ class KvEvents:
     def _receive(self, engine: int, message: list[bytes]) -> None:
         try:
             _, number, payload = message
+            if len(number) != 8:
+                raise ValueError(f"a number of {len(number)} bytes")
             events = self._decode(payload).events
-        except (ValueError, msgspec.DecodeError) as error:
-            if not self.dropped:
-                logger.warning("Gimbal: KV events of engine %d cannot be read: %s", engine, error)
-            self.dropped += 1
+        except Exception as error:
+            self._cannot_read(engine, error)
             return
         self.batches += 1
-        if len(self._pending) == _PENDING:
-            self.dropped += 1
-        self._pending.append((engine, int.from_bytes(number, "big"), events))
+        with self._lock:
+            self._pending.append((engine, int.from_bytes(number, "big"), events, len(payload)))
+            self._pending_bytes += len(payload)
+            while len(self._pending) > _PENDING or self._pending_bytes > _PENDING_BYTES:
+                self._pending_bytes -= self._pending.popleft()[3]
+                self.dropped += 1
 
-    def _apply(self, engine: int, number: int, events: list[Any]) -> None:
+    def _cannot_read(self, engine: int, error: Exception) -> None:
+        if not self.dropped:
+            said = one_line(error)
+            logger.warning("Gimbal: KV events of engine %d cannot be read: %s", engine, said)
+        self.dropped += 1
+
+    def _apply(self, engine: int, number: int, events: list[Any]) -> Iterator[None]:
+        """Takes one batch into the index, a piece per turn."""
+        yield
+        if engine >= self._dispatcher.engines:
+            return
         expected = self._expected[engine]
         self._expected[engine] = number + 1
         if number < expected:  # the engine was started anew
             self._clear(engine)
         self.lost += max(0, number - expected) if expected else 0
-        names, index = self._names[engine], self._dispatcher.prefixes
         for event in events:
             kind = type(event).__name__
             if kind == "AllBlocksCleared":
                 self._clear(engine)
+                yield
             elif event.medium not in (None, "GPU") or event.group_idx not in (None, 0):
                 continue  # a copy elsewhere, or the same tokens in another layer group
             elif kind == "BlockRemoved":
-                index.remove_hashes(names.removed(event.block_hashes), engine)
+                yield from self._remove(engine, event.block_hashes)
             elif event.lora_name is None and not any(event.extra_keys or ()):
-                stored = names.stored(
-                    event.parent_block_hash, event.block_hashes, event.token_ids, event.block_size
-                )
-                index.insert_hashes(stored, engine)
+                yield from self._store(engine, event)
+
+    def _store(self, engine: int, event: Any) -> Iterator[None]:
+        parent, size = event.parent_block_hash, event.block_size
+        blocks = max(1, _PIECE_TOKENS // max(1, size))
+        for first in range(0, len(event.block_hashes), blocks):
+            hashes = event.block_hashes[first : first + blocks]
+            tokens = event.token_ids[first * size : (first + blocks) * size]
+            names = self._names[engine].stored(parent, hashes, tokens, size)
+            self._dispatcher.prefixes.insert_hashes(names, engine)
+            parent = hashes[-1]
+            yield
+
+    def _remove(self, engine: int, hashes: list[Any]) -> Iterator[None]:
+        for first in range(0, len(hashes), _PIECE_BLOCKS):
+            names = self._names[engine].removed(hashes[first : first + _PIECE_BLOCKS])
+            self._dispatcher.prefixes.remove_hashes(names, engine)
+            yield
 
     def _clear(self, engine: int) -> None:
         self._names[engine].clear()
@@ -127,6 +209,7 @@ class KvEvents:
 def _subscribe(endpoint: str, topic: str) -> Any:
     socket: Any = zmq.Context.instance().socket(zmq.SUB)
     socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, _MESSAGE_BYTES)
     socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
     socket.connect(endpoint)
     return socket

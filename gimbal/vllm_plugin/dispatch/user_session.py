@@ -3,12 +3,18 @@
 vLLM reads a request's session from ``session_id``, ``X-Session-ID`` or ``vllm_xargs`` and hands it
 on to the client that dispatches; ``user`` it reads nowhere. vLLM itself only reports the session
 in KV events.
+
+What vLLM ignores must never fail a request, and a session travels to the engine as UTF-8: a user
+name that UTF-8 cannot hold (half an emoji), or a long one, goes there as its digest.
 """
 
 from __future__ import annotations
 
 from functools import wraps
+from hashlib import blake2b
 from typing import Any
+
+from gimbal.core.dispatch.names import LONGEST
 
 HTTP_SERVERS = (
     "vllm.entrypoints.launchers.api_server.entry",
@@ -28,6 +34,19 @@ def install() -> None:
     @wraps(found)
     def session_or_user(request: Any, raw_request: Any) -> str | None:
         session: str | None = found(request, raw_request)
-        return session or getattr(request, "user", None) or None
+        return session or session_of_user(getattr(request, "user", None))
 
     GenerateBaseServing._get_session_id = staticmethod(session_or_user)
+
+
+def session_of_user(user: Any) -> str | None:
+    """The session of OpenAI's `user`: the name itself or, where that would not do, its digest."""
+    if not isinstance(user, str) or not user:
+        return None
+    if len(user) <= LONGEST:
+        try:
+            user.encode()
+            return user
+        except UnicodeEncodeError:
+            pass
+    return blake2b(user.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

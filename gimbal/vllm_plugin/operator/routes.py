@@ -10,6 +10,8 @@ endpoint plugins only when ``VLLM_PLUGINS`` names them; ``gimbal serve`` sees to
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -24,14 +26,15 @@ from gimbal.board.file import Board, encoded_control
 from gimbal.board.slots import BoardReader
 from gimbal.core.config import LEVELS, GimbalConfig, modernized, parse_config
 from gimbal.core.dispatch import POLICIES
-from gimbal.core.errors import InputError, nearest
+from gimbal.core.errors import InputError, nearest, one_line
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.dispatch.engine_header import EngineHeader
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of
 from gimbal.vllm_plugin.engine.identity import server_board_path
-from gimbal.vllm_plugin.placement.route import routing_route
+from gimbal.vllm_plugin.operator.messages import RefusedError, read_message
+from gimbal.vllm_plugin.placement.route import SharedAnswers, routing_route
 
 SWITCHABLE = ("dispatch", "queue", "feedback")
 """Levels that can be switched while the server runs, if it was started with them."""
@@ -82,6 +85,7 @@ class Operator:
     def __init__(self, engine_client: Any, config: GimbalConfig) -> None:
         self.engine_client = engine_client
         self.config = config
+        self.answers = SharedAnswers()
         self.front_end: FrontEnd | None = front_end_of(engine_client.engine_core)
         if self.front_end is not None:
             self.board, self.reader = self.front_end.board, self.front_end.reader
@@ -91,7 +95,11 @@ class Operator:
             self.reader = BoardReader(self.board, parallel.data_parallel_size)
 
     def status(self) -> dict[str, Any]:
-        """Everything as JSON; engines in rank order, their row by lower-case field name."""
+        """Everything as JSON; engines in rank order, their row by lower-case field name.
+
+        A number of an engine that is none is null. Raises OSError or ValueError when the board
+        cannot be read.
+        """
         front_end, control = self.front_end, self.board.read_control()
         now_us = time.monotonic_ns() / 1e3
         engines: list[dict[str, Any]] = []
@@ -105,7 +113,7 @@ class Operator:
                 entry["unacknowledged_tokens"] = ledger.unacked[1, index]
                 entry["inflight_requests"] = ledger.inflight[0, index]
                 entry["inflight_tokens"] = ledger.inflight[1, index]
-            engines.append(entry)
+            engines.append({k: v if math.isfinite(v or 0) else None for k, v in entry.items()})
         return {
             "version": gimbal.__version__,
             "config": dataclasses.asdict(self.config),
@@ -133,15 +141,22 @@ class Operator:
     async def control(self, values: Any) -> dict[str, Any]:
         """Checks and publishes `values`; returns what is in force now.
 
-        Raises InputError naming the key that is wrong, ValueError when the board cannot hold it.
+        Raises InputError naming the key that is wrong, ValueError when the board cannot hold it,
+        OSError when the board cannot be written.
         """
-        control = check_control(values, self.config, self.board.read_control())
-        if values.get("reset"):
-            control["resets"] = control.get("resets", 0) + 1
-        encoded_control(control)  # nothing is reset for a message that cannot be published
+
+        def change(control: dict[str, Any]) -> dict[str, Any]:
+            changed = check_control(values, self.config, control)
+            if values.get("reset"):
+                changed["resets"] = control.get("resets", 0) + 1
+            return changed
+
+        # Nothing is reset for a message that cannot be published.
+        encoded_control(change(self.board.read_control()))
         if values.get("reset"):
             await self.engine_client.reset_prefix_cache()
-        self.board.write_control(control)
+        # The caches take their time: what others have published meanwhile stays in force.
+        _, control = self.board.update_control(change)
         if self.front_end is not None:
             self.front_end.follow_control()
         return control
@@ -160,6 +175,8 @@ def check_control(
     for key in values:
         if key not in _KEYS:
             raise InputError(f"control: unknown key {key!r}{nearest(key, _KEYS)}")
+    if not isinstance(values.get("reset", False), bool):
+        raise InputError(f"control: reset: true or false is expected, got {values['reset']!r}")
     kept = dict(control or {})
     if "levels" in values:
         kept["levels"] = _check_levels(values["levels"], config)
@@ -250,21 +267,40 @@ async def _page() -> HTMLResponse:
     return HTMLResponse(page.read_text(encoding="utf-8"))
 
 
+class _Json(JSONResponse):
+    """ASCII, so that no text of a configuration or a policy fails to be sent."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _error(status: int, error: object) -> _Json:
+    """One line, whatever the request said and however much of it."""
+    return _Json({"error": one_line(error)}, status)
+
+
 async def _status(request: Request) -> JSONResponse:
     operator: Operator | None = request.app.state.gimbal_operator
     if operator is None:
-        return JSONResponse({"version": gimbal.__version__, "config": None, "engines": []})
-    return JSONResponse(operator.status())
+        return _Json({"version": gimbal.__version__, "config": None, "engines": []})
+    try:
+        return _Json(operator.status())
+    except (OSError, ValueError) as error:
+        return _error(503, f"the signal board cannot be read: {error}")
 
 
 async def _control(request: Request) -> JSONResponse:
     operator: Operator | None = request.app.state.gimbal_operator
     authentication = request.app.state.gimbal_authentication
     if authentication is not None and not authentication.verify_token(request.headers):
-        return JSONResponse({"error": "Unauthorized"}, 401)
+        return _error(401, "Unauthorized")
     if operator is None or not operator.config.admin:
-        return JSONResponse({"error": "needs `admin: true` in Gimbal's configuration"}, 403)
+        return _error(403, "needs `admin: true` in Gimbal's configuration")
     try:
-        return JSONResponse(await operator.control(await request.json()))
-    except (InputError, ValueError) as error:
-        return JSONResponse({"error": str(error)}, 400)
+        return _Json(await operator.control(await read_message(request)))
+    except RefusedError as refused:
+        return _error(refused.status, refused)
+    except ValueError as error:  # InputError is one
+        return _error(400, error)
+    except OSError as error:
+        return _error(503, f"the signal board cannot be written: {error}")

@@ -1,10 +1,17 @@
-"""The HTTP side of ``gimbal stats``: one route on the API server."""
+"""The HTTP side of ``gimbal stats``: one route on the API server.
+
+Every worker of every engine is asked, and what they answer is put together and compressed: work of
+a second on many ranks. It is done in a thread, since requests wait for the event loop, and once
+for all who ask meanwhile.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import io
-from typing import Any
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -15,6 +22,39 @@ from gimbal.workloads.routing import write_routing
 
 ANSWER_TIMEOUT_S = 30.0
 """A worker answers between two steps: seconds on a busy CPU server."""
+JSON = "application/json"
+
+
+class Answer(NamedTuple):
+    """What a response is made of."""
+
+    body: bytes
+    status: int = 200
+    media_type: str = JSON
+
+
+class SharedAnswers:
+    """Answers that take long: who asks while one is being made gets that one."""
+
+    def __init__(self) -> None:
+        self._making: dict[str, asyncio.Task[Answer]] = {}
+
+    async def get(self, name: str, make: Callable[[], Awaitable[Answer]]) -> Answer:
+        """The answer `name`, by `make` unless it is being made; raises what `make` raises."""
+        task = self._making.get(name)
+        if task is None:
+            task = self._making[name] = asyncio.ensure_future(_made(make))
+            task.add_done_callback(lambda done: self._made(name, done))
+        return await asyncio.shield(task)  # others wait for it when this one goes away
+
+    def _made(self, name: str, done: asyncio.Task[Answer]) -> None:
+        del self._making[name]
+        if not done.cancelled():
+            done.exception()  # those who wait have it; they may all be gone
+
+
+async def _made(make: Callable[[], Awaitable[Answer]]) -> Answer:
+    return await make()
 
 
 async def routing_route(request: Request) -> Response:
@@ -28,6 +68,15 @@ async def routing_route(request: Request) -> Response:
     core = operator.engine_client.engine_core
     only_map = bool(request.query_params.get("map"))
     method = "gimbal_experts_map" if only_map else "gimbal_routing"
+    made = _map if only_map else _recording
+    answer = await operator.answers.get(method, lambda: _ask(core, method, made))
+    return Response(answer.body, answer.status, media_type=answer.media_type)
+
+
+async def _ask(
+    core: Any, method: str, made: Callable[[Sequence[dict[str, Any]]], Answer]
+) -> Answer:
+    """What `made` makes, in a thread, of the answers of all workers to `method`."""
     # Without a limit in the engine: vLLM would leave an answer that comes after it in the channel,
     # and take it for the output of the next step.
     asked = asyncio.ensure_future(
@@ -37,15 +86,23 @@ async def routing_route(request: Request) -> Response:
         engines = await asyncio.wait_for(asyncio.shield(asked), ANSWER_TIMEOUT_S)
     except TimeoutError:
         asked.add_done_callback(lambda late: late.cancelled() or late.exception())
-        error = f"the workers did not answer within {ANSWER_TIMEOUT_S:.0f} s"
-        return JSONResponse({"error": error}, 504)
-    answers: list[dict[str, Any]] = [worker for workers in engines for worker in workers]
+        return _error(504, f"the workers did not answer within {ANSWER_TIMEOUT_S:.0f} s")
+    answers = [worker for workers in engines for worker in workers]
     try:
-        if only_map:
-            return JSONResponse(map_in_force(answers))
-        recording = to_file(answers)
+        return await asyncio.to_thread(made, answers)
     except InputError as error:
-        return JSONResponse({"error": str(error)}, 409)
+        return _error(409, str(error))
+
+
+def _map(answers: Sequence[dict[str, Any]]) -> Answer:
+    return Answer(json.dumps(map_in_force(answers)).encode())
+
+
+def _recording(answers: Sequence[dict[str, Any]]) -> Answer:
     buffer = io.BytesIO()
-    write_routing(buffer, recording)
-    return Response(buffer.getvalue(), media_type="application/octet-stream")
+    write_routing(buffer, to_file(answers))
+    return Answer(buffer.getvalue(), media_type="application/octet-stream")
+
+
+def _error(status: int, reason: str) -> Answer:
+    return Answer(json.dumps({"error": reason}).encode(), status)

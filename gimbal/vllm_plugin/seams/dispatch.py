@@ -166,6 +166,13 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         "v1.engine.core_client",
+        "DPAsyncMPClient.add_request_async",
+        ("self", "request"),
+        "dispatch",
+        "followed by taking back a request that could not be sent",
+    ),
+    Seam(
+        "v1.engine.core_client",
         "DPLBAsyncMPClient.process_engine_outputs",
         ("self", "outputs"),
         "dispatch",

@@ -1,5 +1,7 @@
 """An engine's KV blocks as chunks of the prefix index."""
 
+import tracemalloc
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -52,10 +54,28 @@ def test_blocks_behind_an_unknown_one_are_left_out():
 
 
 def test_a_table_that_outgrows_its_engine_starts_again():
-    blocks = BlockNames(PrefixIndex(1, chunk_tokens=4), capacity=10)
+    blocks = BlockNames(PrefixIndex(1, chunk_tokens=4), capacity_bytes=5000)
     for number in range(50):
         blocks.stored(None, [number], [number, 1, 2, 3], 4)
-    assert len(blocks) <= 10
+        blocks.stored(None, [number], [number, 1, 2, 3], 4)
+        assert 1 <= len(blocks) <= 12
+    blocks.removed(range(50))
+    assert len(blocks) == blocks._bytes == 0
+
+
+def test_bytes_held_are_bounded_whatever_the_blocks():
+    """Blocks of 16 tokens behind a long prompt: each keeps up to 240 tokens of its chunk."""
+    blocks = BlockNames(PrefixIndex(1), capacity_bytes=1 << 20)
+    tracemalloc.start()
+    for prompt in range(20):
+        tokens = [prompt * 1000 + i for i in range(16 * 500)]
+        hashes = [prompt.to_bytes(16, "big") + i.to_bytes(16, "big") for i in range(500)]
+        blocks.stored(None, hashes, tokens, 16)
+        del tokens, hashes
+    held_bytes = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(blocks) > 500
+    assert held_bytes < 1.5 * 2**20
 
 
 @settings(deadline=None)

@@ -1,4 +1,5 @@
 import random
+import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -80,6 +81,16 @@ def test_clearing_thousands_of_times_keeps_the_others_right():
         assert cached(index, prompt(20, number)) == [0, 0]
     index.insert(prompt(20), 1)
     assert cached(index, prompt(20)) == [0, 19]
+
+
+def test_an_entry_stays_small_however_often_engines_are_cleared():
+    index = PrefixIndex(256, chunk_tokens=10)
+    for number in range(2000):
+        index.clear(number % 256)
+        index.insert(prompt(20, number), 7)
+    masks = [mask for shard in (*index._young, *index._old) for mask in shard.values()]
+    assert masks
+    assert max(map(sys.getsizeof, masks)) < 100
 
 
 def test_resize_forgets_engines_that_left():

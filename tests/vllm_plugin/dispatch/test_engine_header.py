@@ -25,6 +25,7 @@ def client(admin: bool) -> TestClient:
     async def tokens(engine: int) -> AsyncIterator[str]:
         await asyncio.sleep(0)
         note(engine)
+        note(engine + 1)  # a second choice (n=2) goes elsewhere
         yield "a"
         yield "b"
 

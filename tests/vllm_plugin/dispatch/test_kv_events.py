@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from gimbal.core.config import DispatchConfig
+from gimbal.core.dispatch.block_names import BlockNames
 from gimbal.core.dispatch.dispatcher import Dispatcher
 
 pytest.importorskip("vllm")
@@ -22,6 +25,7 @@ from vllm.distributed.kv_events import (
     KVEventBatch,
 )
 
+from gimbal.vllm_plugin.dispatch import kv_events
 from gimbal.vllm_plugin.dispatch.kv_events import KvEvents, endpoints
 
 TOKENS = list(range(256))
@@ -129,7 +133,110 @@ def test_blocks_that_say_nothing_about_plain_prompts_are_left_out(
 def test_unreadable_messages_are_counted(engines: Engines) -> None:
     engines.events._receive(0, [b"", b"\0" * 8, b"not msgpack"])
     engines.events._receive(0, [b"too short"])
-    assert engines.events.dropped == 2
+    engines.events._receive(0, [b"", b"\0" * 5000, msgspec.msgpack.encode(KVEventBatch(0.0, []))])
+    assert engines.events.dropped == 3
+
+
+def message(number: int, *events: Any) -> list[bytes]:
+    """As a publisher sends it."""
+    payload = msgspec.msgpack.encode(KVEventBatch(ts=0.0, events=list(events)))
+    return [b"", number.to_bytes(8, "big"), payload]
+
+
+class Clock:
+    """Each look takes a quarter of a slice."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def __call__(self) -> float:
+        self.looks += 1
+        return self.looks * kv_events._SLICE_S / 4
+
+
+def quiet(clock: Callable[[], float] = lambda: 0.0) -> KvEvents:
+    """Events of one engine without sockets."""
+    events = KvEvents(Dispatcher(1, DispatchConfig()), {}, clock=clock)
+    events.close()
+    events._names[0] = BlockNames(events._dispatcher.prefixes)
+    events._expected[0] = 0
+    return events
+
+
+def test_ten_thousand_pending_batches_leave_the_loop_to_others() -> None:
+    events = quiet(clock=Clock())
+    for number in range(10_000):
+        events._receive(0, message(number, BlockRemoved(block_hashes=[number], medium="GPU")))
+    assert len(events._pending) == 10_000
+    events.take()
+    assert 9_990 < len(events._pending) < 10_000, "without a loop the next call goes on"
+
+    turns = 0
+
+    async def serve() -> None:
+        nonlocal turns
+        events.take()
+        events.take()
+        while events._scheduled:
+            turns += 1
+            before = len(events._pending)
+            await asyncio.sleep(0)
+            assert before - len(events._pending) <= 8, "one slice per turn of the loop"
+
+    asyncio.run(serve())
+    assert turns > 2000
+    assert not events._pending
+    assert events._pending_bytes == 0
+    assert events.lost == events.dropped == 0
+
+
+def test_one_long_event_is_taken_in_slices_and_whole() -> None:
+    events = quiet(clock=Clock())
+    tokens = list(range(100_000))
+    hashes = list(range(100_000 // 16))
+    event = BlockStored(
+        block_hashes=hashes,
+        parent_block_hash=None,
+        token_ids=tokens,
+        block_size=16,
+        lora_id=None,
+        medium="GPU",
+        lora_name=None,
+    )
+    events._receive(0, message(0, event))
+    takes = 1
+    while events.take():
+        takes += 1
+    assert takes > 5
+    prefixes = events._dispatcher.prefixes
+    assert prefixes.match(tokens).longest > 99_000
+    events._receive(0, message(1, BlockRemoved(block_hashes=hashes[:0:-1], medium="GPU")))
+    while events.take():
+        pass
+    assert prefixes.match(tokens).cached_tokens.tolist() == [0]
+
+
+def test_what_waits_is_bounded_in_bytes() -> None:
+    events = quiet()
+    event = stored(0, 4, session_id="s" * 1_000_000)
+    for number in range(100):
+        events._receive(0, message(number, event))
+    assert events._pending_bytes <= kv_events._PENDING_BYTES
+    assert len(events._pending) + events.dropped == 100
+    assert events._pending[-1][1] == 99, "the oldest go first"
+    events.take()
+    assert events._pending_bytes == 0
+
+
+def test_a_batch_that_makes_no_sense_is_counted_and_the_next_is_taken() -> None:
+    events = quiet()
+    senseless = stored(0, 4)
+    senseless.token_ids[5], senseless.block_size = 1 << 40, 40
+    events._receive(0, message(0, senseless))
+    events._receive(0, message(1, stored(0, 4)))
+    events.take()
+    assert events.dropped == 1
+    assert events._dispatcher.prefixes.match([*TOKENS, 1]).longest == 256
 
 
 @pytest.mark.parametrize(

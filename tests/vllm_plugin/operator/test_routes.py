@@ -28,6 +28,7 @@ from gimbal.vllm_plugin.operator.routes import GimbalEndpoints, check_control
 from gimbal.vllm_plugin.placement import route
 
 CONFIG = parse_config({"levels": ["dispatch", "queue", "placement"]})
+AS_JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,11 @@ CONFIG = parse_config({"levels": ["dispatch", "queue", "placement"]})
         ({"levels": ["que", "placement"]}, "unknown 'que'"),
         ({"levels": ["feedback", "placement"]}, "started without 'feedback'"),
         ({"levels": ["dispatch"]}, "'placement' cannot be switched off"),
+        ({"reset": "no"}, "control: reset: true or false is expected, got 'no'"),
+        ({"reset": 1}, "control: reset: true or false is expected, got 1"),
+        ({"reset": None}, "control: reset: true or false is expected, got None"),
+        ({"queue": {"pass_steps": 10**24}}, "queue.pass_steps"),
+        ({"queue": {"max_wait_s": float("inf")}}, "queue.max_wait_s"),
     ],
 )
 def test_bad_control_messages_are_refused(values: Any, message: str) -> None:
@@ -230,9 +236,9 @@ def test_a_foreign_policy_that_is_no_good_is_a_bad_request(site: Any) -> None:
         answer = client.post("/gimbal/control", json=message)
         assert answer.status_code == 400
         assert word in answer.json()["error"]
-    assert client.post("/gimbal/control", content='{"policy_options": NaN}').status_code == 400
-    bad = '{"policy": "foreign_control:Policy", "policy_options": {"weight": NaN}}'
-    assert client.post("/gimbal/control", content=bad).status_code == 400
+    for bad in ('{"policy_options": NaN}', json.dumps(good | {"policy_options": {"weight": 1}})):
+        bad = bad.replace("1", "1e400")
+        assert client.post("/gimbal/control", content=bad, headers=AS_JSON).status_code == 400
     assert engine.resets == 0
     assert Board(path).control_version() == 0
     assert client.post("/gimbal/control", json=good).json() == good
@@ -293,7 +299,7 @@ def test_control_merges_and_resets(site: Any) -> None:
     client.post("/gimbal/control", json={"levels": ["queue"], "reset": True})
     assert Board(path).read_control() == {"levels": ["queue"], "policy": "dynamo", "resets": 1}
     assert engine.resets == 1
-    answer = client.post("/gimbal/control", content=b"{")
+    answer = client.post("/gimbal/control", content=b"{", headers=AS_JSON)
     assert (answer.status_code, list(answer.json())) == (400, ["error"])
     answer = client.post("/gimbal/control", json={"policy": "none"})
     assert answer.status_code == 400
@@ -305,6 +311,50 @@ def test_a_server_without_gimbal_says_so(site: Any) -> None:
     assert client.get("/gimbal/status").json()["config"] is None
     assert client.post("/gimbal/control", json={}).status_code == 403
     assert not path.exists()
+
+
+def test_a_switch_off_sent_while_a_reset_is_in_flight_stays(site: Any, monkeypatch: Any) -> None:
+    """Another front end publishes while this one waits for the caches."""
+    client, engine, path = site({"levels": ["dispatch", "queue"], "admin": True})
+
+    async def reset_prefix_cache() -> bool:
+        Board(path).update_control(lambda before: before | {"levels": [], "resets": 7})
+        return True
+
+    monkeypatch.setattr(engine, "reset_prefix_cache", reset_prefix_cache)
+    answer = client.post("/gimbal/control", json={"policy": "dynamo", "reset": True})
+    expected = {"levels": [], "policy": "dynamo", "resets": 8}
+    assert answer.json() == expected
+    assert Board(path).read_control() == expected
+
+
+def test_a_board_that_fails_is_one_line_and_no_fault_of_the_client(
+    site: Any, monkeypatch: Any
+) -> None:
+    client, _, _ = site({"levels": ["dispatch"], "admin": True})
+
+    def broken(*_: Any) -> None:
+        raise OSError("no space left\non device")
+
+    monkeypatch.setattr(Board, "update_control", broken)
+    monkeypatch.setattr(Board, "read_control", lambda self: {})
+    answer = client.post("/gimbal/control", json={"policy": "vllm"})
+    assert answer.status_code == 503
+    assert answer.json()["error"].endswith("no space left on device")
+    monkeypatch.setattr(Board, "read_control", broken)
+    answer = client.get("/gimbal/status")
+    assert answer.status_code == 503
+    assert answer.json()["error"].endswith("no space left on device")
+
+
+def test_status_survives_numbers_that_are_none(site: Any) -> None:
+    client, _, path = site({"levels": ["queue"]})
+    row = np.full(ROW_WIDTH, np.nan)
+    row[0] = 1.0
+    SlotWriter(Board(path), 1).publish(row)
+    answer = client.get("/gimbal/status")
+    assert answer.status_code == 200
+    assert answer.json()["engines"][1]["waiting_requests"] in (None, 0.0)
 
 
 def test_two_launches_have_two_boards(monkeypatch: Any) -> None:

@@ -1,0 +1,45 @@
+"""Requests that were given an engine and never reached it leave the accounts.
+
+vLLM chooses the engine, then encodes the request and sends it. Encoding fails for what msgpack
+cannot hold, such as half an emoji in a ``session_id``; a send fails or is cancelled when the engine
+or the client goes away. vLLM answers such a request with an error, as it does without Gimbal; no
+engine will ever acknowledge or finish it.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from gimbal.vllm_plugin.dispatch.hook import front_end_of
+
+
+def take_back(client: Any, request_id: str) -> None:
+    """Tells the front end of `client` that the request was not sent."""
+    front_end = front_end_of(client)
+    if front_end is None:
+        return
+    try:
+        front_end.dispatcher.unsent(request_id)
+    except Exception as error:
+        front_end.guard.fell_back("account", error)
+
+
+def install() -> None:
+    """Follows vLLM's sending of a request; once per process."""
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient
+
+    add = DPLBAsyncMPClient.add_request_async
+
+    @wraps(add)
+    async def add_request_async(self: Any, request: Any) -> None:
+        # A later chunk of a streaming session has no entry of its own.
+        has_entry = request.request_id in self.reqs_in_flight
+        try:
+            await add(self, request)
+        except BaseException:
+            if not has_entry:
+                take_back(self, request.request_id)
+            raise
+
+    DPLBAsyncMPClient.add_request_async = add_request_async
