@@ -18,7 +18,7 @@ from gimbal.core.contracts import (
     RoutingCounts,
     Topology,
 )
-from gimbal.core.cost.online import OnlineStepCost
+from gimbal.core.cost.online import WARM_STEPS, OnlineStepCost
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.dispatch.dispatcher import Dispatcher
 from gimbal.core.placement import PLACERS, verify
@@ -247,10 +247,11 @@ def online_cost(rng: random.Random) -> None:
             us = _BASE_US + _DECODE_US * decodes + _PREFILL_US * prefill
             cost.observe(prefill, decodes, us * rng.uniform(0.98, 1.02), float(prefill))
 
-    clean(rng.choice((0, 5, 200)))
+    clean(known := rng.choice((0, 5, 200)))
+    stall_us = 1e8 if known > WARM_STEPS else 2e6  # before that nothing tells a stall from a step
     for _ in range(rng.randrange(1, 5)):
         group = rng.choice((None, *_NO_NUMBERS, 0.0, 1e6))
-        duration = rng.choice((_BASE_US, *_NO_NUMBERS, 5e-324, 1e8))
+        duration = rng.choice((_BASE_US, *_NO_NUMBERS, 5e-324, stall_us))
         cost.observe(count(rng, 2048), count(rng, 64), duration, group)
         learned = (cost.prefill_us_per_token, cost.decode_us_per_request, cost.step_base_us(9))
         check(all(math.isfinite(v) and v >= 0 for v in learned), "learned", learned)
