@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
 from tests.live.chaos.faults import Fault, Scene
 from tests.live.chaos.server import Server, StartFailed, body, send
-from tests.live.chaos.table import Row, row_of
+from tests.live.chaos.table import EXACT, Row, row_of
 
 BEFORE, DURING, AFTER = 12, 24, 12
 """Requests that should come back, around each fault."""
 GAP_S = 0.06
+STARTS = 3
+"""Attempts to have a server that serves."""
 Say = Callable[[Row], None]
+
+
+async def _requests(server: Server) -> dict[str, str]:
+    """What becomes of a few requests to a server that nothing has happened to."""
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        return await send(session, server.url, [body(n) for n in range(BEFORE)], "first")
+
+
+def _fresh(folder: Path, gimbal: Mapping[str, Any] | None) -> tuple[Server, list[str]]:
+    """A server that serves, and why earlier ones did not: that is not the fault's doing.
+
+    Raises StartFailed when none can be had.
+    """
+    why: list[str] = []
+    for _ in range(STARTS):
+        server = Server(folder, gimbal)
+        failed = [said for said in asyncio.run(_requests(server)).values() if said != EXACT]
+        if not failed:
+            return server, why
+        why.append(f"a server failed before any fault: {failed[0]}")
+        server.stop()
+    raise StartFailed("; ".join(why))
 
 
 async def _through(server: Server, fault: Fault) -> Scene:
@@ -58,7 +84,7 @@ def _judge(scene: Scene, fault: Fault) -> None:
 def _own_server(fault: Fault, folder: Path, alone: bool) -> Scene | StartFailed:
     """One fault on a server of its own."""
     try:
-        server = Server(folder, None if alone else fault.gimbal or {})
+        server, why = _fresh(folder, None if alone else fault.gimbal or {})
     except StartFailed as error:
         return error
     try:
@@ -66,35 +92,34 @@ def _own_server(fault: Fault, folder: Path, alone: bool) -> Scene | StartFailed:
         _judge(scene, fault)
     finally:
         how = server.stop()
-    if not fault.ends:
-        scene.troubles += how
+    scene.troubles += why if fault.ends else [*why, *how]
     return scene
 
 
-def _shared(faults: Sequence[Fault], folder: Path, alone: bool, done: Callable[..., None]) -> None:
-    """Faults on one server, which is started anew when one ended it."""
+def _shared(faults: Sequence[Fault], folder: Path, alone: bool) -> dict[str, Scene]:
+    """Faults on one server; after one that left traces, another server is started."""
+    scenes: dict[str, Scene] = {}
     server: Server | None = None
-    last: Scene | None = None
     for fault in faults:
-        if server is None or not server.runs:
-            server = Server(folder, None if alone else {})
-        last = asyncio.run(_through(server, fault))
-        _judge(last, fault)
-        done(fault, last)
-    if server is not None and server.runs and (how := server.stop()) and last is not None:
-        last.troubles += how
-        done(faults[-1], last)
+        why: list[str] = []
+        if server is None:
+            server, why = _fresh(folder, None if alone else {})
+        scene = scenes[fault.name] = asyncio.run(_through(server, fault))
+        _judge(scene, fault)
+        scene.troubles += why
+        if scene.troubles or not server.runs or fault is faults[-1]:
+            if server.runs:
+                scene.troubles += server.stop()
+            server = None
+    return scenes
 
 
 def run(faults: Sequence[Fault], folder: Path, say: Say) -> list[Row]:
     """A row per fault, in order; `say` gets each as soon as it is known."""
-    alone: dict[str, Scene] = {}
-    here: dict[str, Scene] = {}
     shared = [fault for fault in faults if fault.shares_a_server]
     both = [fault for fault in shared if fault.alone]
-    if both:
-        _shared(both, folder, True, lambda fault, scene: alone.update({fault.name: scene}))
-    _shared(shared, folder, False, lambda fault, scene: here.update({fault.name: scene}))
+    alone = _shared(both, folder, alone=True)
+    here = _shared(shared, folder, alone=False)
     rows = []
     for fault in faults:
         if not fault.shares_a_server:

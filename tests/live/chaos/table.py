@@ -62,7 +62,7 @@ def row_of(
         failed_alone=None if alone is None else len(excused),
         failed_by_gimbal=len(failed - excused),
         remark=remark,
-        trouble="; ".join([*trouble, *reasons[:2]]),
+        trouble="; ".join([*dict.fromkeys(trouble), *reasons[:2]]),
     )
 
 
