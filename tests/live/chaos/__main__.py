@@ -17,6 +17,7 @@ from rich.console import Console
 
 from tests.live.chaos.faults import Fault, faults
 from tests.live.chaos.run import run
+from tests.live.chaos.server import StartFailed
 from tests.live.chaos.table import Row, as_json, render
 
 OWN_SHARED_MEMORY = "GIMBAL_CHAOS_OWN_SHM"
@@ -73,7 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def say(row: Row) -> None:
         print(f"{'ok  ' if row.ok else 'FAIL'} {row.fault}", flush=True)
 
-    rows = run(wanted, folder, say)
+    try:
+        rows = run(wanted, folder, say)
+    except StartFailed as error:
+        print(f"no server to put through it: {error}", file=sys.stderr)
+        return 1
     width = None if sys.stdout.isatty() else 140
     Console(width=width).print(render(rows))
     print(f"{time.monotonic() - began:.0f} s")
