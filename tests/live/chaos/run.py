@@ -34,12 +34,12 @@ def _fresh(folder: Path, gimbal: Mapping[str, Any] | None) -> tuple[Server, list
     Raises StartFailed when none can be had.
     """
     why: list[str] = []
-    for _ in range(STARTS):
+    for start in range(1, STARTS + 1):
         server = Server(folder, gimbal)
         failed = [said for said in asyncio.run(_requests(server)).values() if said != EXACT]
         if not failed:
             return server, why
-        why.append(f"a server failed before any fault: {failed[0]}")
+        why = [f"servers that failed before any fault: {start} ({failed[0][:60]})"]
         server.stop()
     raise StartFailed("; ".join(why))
 
