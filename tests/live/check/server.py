@@ -198,6 +198,10 @@ class CheckedServer:
                 total += float(value)
         return total
 
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def processes(self) -> list[int]:
         """Process ids of the whole server."""
         import psutil

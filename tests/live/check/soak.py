@@ -135,7 +135,7 @@ class Soak:
             yield from self.requests
             return
         for request in itertools.cycle(self.requests):
-            if time.monotonic() - began > 60 * self.minutes:
+            if time.monotonic() - began > 60 * self.minutes or not self.server.runs:
                 return
             yield request
 
@@ -232,6 +232,8 @@ def soak(
     before = server.migrations()
     run = Soak(server, requests, concurrency, minutes=minutes)
     duration_s = asyncio.run(run.run())
+    if not server.runs:
+        raise RuntimeError(f"the server ended after {duration_s:.0f} s:\n{server.log_end()}")
     left = wait_until_empty(server)
     after = server.migrations()
     moved = after["rearrangements"] - before["rearrangements"]
