@@ -9,7 +9,7 @@ STAMP := $(VENV)/.gimbal-installed
 TEST_ENV := OMP_NUM_THREADS=1
 
 .PHONY: bench-sim validate help install serve test check lint pages bench-core bench-placement \
-	bench-start correctness soak lock clean
+	bench-start correctness soak soak-long chaos fuzz lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,15 @@ correctness: $(STAMP) ## expert-parallel answers against one engine's, before an
 
 soak: $(STAMP) ## 2,000 requests, one in ten aborted, while experts migrate
 	$(BIN)/python -m tests.live.check.soak $(ARGS)
+
+soak-long: $(STAMP) ## ten minutes with every level on: memory of every process, flat or not
+	$(BIN)/python -m tests.live.check.soak --minutes 10 $(ARGS)
+
+chaos: $(STAMP) ## what is killed, frozen, truncated, filled and flooded, and what it costs
+	$(BIN)/python -m tests.live.chaos $(ARGS)
+
+fuzz: $(STAMP) ## a million generated inputs for everything that takes any
+	$(TEST_ENV) $(BIN)/python -m tests.fuzz $(ARGS)
 
 bench-start: $(STAMP) ## start the demo server five times: seconds to ready by phase, memory
 	$(BIN)/python benchmarks/startup.py $(ARGS)

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from gimbal.bench.endpoint import Endpoint
+from gimbal.core.config_sources import parse_levels
 
 READY_LIMIT_S = 300.0
 STOP_LIMIT_S = 60.0
@@ -80,6 +81,7 @@ class CheckedServer:
 
     Attributes:
         plain_vllm: start vLLM's own server, which loads the plugin by itself, not ``gimbal serve``.
+        levels: Gimbal's levels, as in ``--levels``.
     """
 
     model: Path
@@ -87,6 +89,7 @@ class CheckedServer:
     log: Path
     extra: tuple[str, ...] = ()
     plain_vllm: bool = False
+    levels: str = "none"
     port: int = 0
     start_s: float = 0.0
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
@@ -130,9 +133,9 @@ class CheckedServer:
     def _launcher(self) -> list[str]:
         if not self.plain_vllm:
             serve = [sys.executable, "-m", "gimbal.cli", "serve", str(self.model)]
-            return [*serve, "--levels", "none"]
+            return [*serve, "--levels", self.levels]
         serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        section = json.dumps({"gimbal": {"levels": []}})
+        section = json.dumps({"gimbal": {"levels": parse_levels(self.levels)}})
         return [*serve, "--model", str(self.model), "--additional-config", section]
 
     def _wait_ready(self, began: float) -> None:
@@ -194,6 +197,18 @@ class CheckedServer:
             ):
                 total += float(value)
         return total
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def processes(self) -> list[int]:
+        """Process ids of the whole server."""
+        import psutil
+
+        assert self._process is not None
+        root = psutil.Process(self._process.pid)
+        return [root.pid, *(child.pid for child in root.children(recursive=True))]
 
     def resident_bytes(self) -> tuple[int, int]:
         """(all workers, whole server) resident memory now."""

@@ -4,25 +4,31 @@
 its abort, nothing hangs, the engines are empty afterwards, experts really migrated, and the
 workers' resident memory is flat over the second half. It prints the figures and exits with 1
 otherwise.
+
+With ``--minutes`` it goes on for so long, with every level on unless ``--levels`` says otherwise,
+and asks that the memory of every process of the server is flat (`tests.live.check.memory`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from rich.console import Console
 
+from tests.live.check import memory
 from tests.live.check.correctness import make_demo_model
 from tests.live.check.server import CheckedServer, ServerLayout
 
@@ -35,6 +41,7 @@ one request of the demo model's whole context (32,768 tokens, a little over 32 M
 REQUEST_LIMIT_S = 180.0
 DRAIN_LIMIT_S = 30.0
 SAMPLE_S = 0.5
+LONG_SAMPLE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +125,24 @@ class Soak:
     outcomes: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     memory: list[tuple[float, int]] = field(default_factory=list)
+    processes: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     first_error: str = ""
+    minutes: float | None = None
+
+    def _queue(self, began: float) -> Iterator[SoakRequest]:
+        """The requests, once, or again and again for `minutes`."""
+        if self.minutes is None:
+            yield from self.requests
+            return
+        for request in itertools.cycle(self.requests):
+            if time.monotonic() - began > 60 * self.minutes or not self.server.runs:
+                return
+            yield request
 
     async def run(self) -> float:
         """Sends everything, `concurrency` at a time; returns the seconds it took."""
         began = time.monotonic()
-        queue = iter(self.requests)
+        queue = self._queue(began)
         # A connection of its own per request: one kept alive may be closed by the server in the
         # instant it is used again, which would look like a lost request.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
@@ -142,7 +161,11 @@ class Soak:
         while True:
             workers, _ = await asyncio.to_thread(self.server.resident_bytes)
             self.memory.append((time.monotonic(), workers))
-            await asyncio.sleep(SAMPLE_S)
+            if self.minutes is not None:
+                pids = await asyncio.to_thread(self.server.processes)
+                for name, value in memory.sample(pids).items():
+                    self.processes.setdefault(name, []).append((time.monotonic(), value))
+            await asyncio.sleep(SAMPLE_S if self.minutes is None else LONG_SAMPLE_S)
 
     async def _one(self, session: aiohttp.ClientSession, request: SoakRequest) -> None:
         try:
@@ -199,19 +222,26 @@ def wait_until_empty(server: CheckedServer) -> int:
         time.sleep(0.5)
 
 
-def soak(server: CheckedServer, requests: list[SoakRequest], concurrency: int) -> SoakResult:
-    """Runs `requests` against a ready server."""
+def soak(
+    server: CheckedServer,
+    requests: list[SoakRequest],
+    concurrency: int,
+    minutes: float | None = None,
+) -> tuple[SoakResult, list[memory.ProcessMemory]]:
+    """Runs `requests` against a ready server; every process's memory where `minutes` are given."""
     before = server.migrations()
-    run = Soak(server, requests, concurrency)
+    run = Soak(server, requests, concurrency, minutes=minutes)
     duration_s = asyncio.run(run.run())
+    if not server.runs:
+        raise RuntimeError(f"the server ended after {duration_s:.0f} s:\n{server.log_end()}")
     left = wait_until_empty(server)
     after = server.migrations()
     moved = after["rearrangements"] - before["rearrangements"]
     first, last, growth = memory_growth(run.memory)
     if run.first_error:
         print(f"first failure: {run.first_error}")
-    return SoakResult(
-        requests=len(requests),
+    result = SoakResult(
+        requests=len(requests) if minutes is None else run.outcomes.total(),
         completed=run.outcomes["completed"],
         aborted=run.outcomes["aborted"],
         wrong_count=run.outcomes["wrong_count"],
@@ -229,6 +259,16 @@ def soak(server: CheckedServer, requests: list[SoakRequest], concurrency: int) -
         growth_share=round(growth, 5),
         server_end_mib=round(server.resident_bytes()[1] / 2**20, 1),
     )
+    return result, memory.judge_all(run.processes, run.memory[-1][0])
+
+
+def passed(result: SoakResult, processes: Sequence[memory.ProcessMemory] | None) -> bool:
+    """The verdict; where every process was watched, that replaces the growth of the workers."""
+    if processes is None:
+        return result.ok
+    if not processes or not all(row.flat for row in processes):
+        return False
+    return replace(result, growth_share=0.0).ok
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -242,6 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sync", action="store_true", help="synchronous instead of async EPLB")
     parser.add_argument("--step-interval", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="go on for so long, see above")
+    parser.add_argument("--levels", help="Gimbal's levels (default: none, all with --minutes)")
     parser.add_argument("--plain-vllm", action="store_true", help="start vLLM itself")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
@@ -253,15 +295,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         2, options.tp, True, options.redundant, not options.sync, options.step_interval
     )
     extra = ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
-    with CheckedServer(model, layout, folder / "server.log", extra, options.plain_vllm) as server:
+    levels = options.levels or ("none" if options.minutes is None else "all")
+    log = folder / "server.log"
+    with CheckedServer(model, layout, log, extra, options.plain_vllm, levels) as server:
         print(f"{layout.name}: ready after {server.start_s:.0f} s, log {server.log}", flush=True)
-        result = soak(server, requests, options.concurrency)
+        result, processes = soak(server, requests, options.concurrency, options.minutes)
     for name, value in asdict(result).items():
         print(f"{name:<28}{value}")
-    print("ok" if result.ok else "FAILED")
+    if options.minutes is not None:
+        Console(width=120).print(memory.render(processes))
+    ok = passed(result, processes if options.minutes is not None else None)
+    print("ok" if ok else "FAILED")
     if options.json:
-        options.json.write_text(json.dumps(asdict(result), indent=1))
-    return 0 if result.ok else 1
+        written = asdict(result) | {"processes": [asdict(row) for row in processes]}
+        options.json.write_text(json.dumps(written, indent=1))
+    return 0 if ok else 1
 
 
 if __name__ == "__main__":

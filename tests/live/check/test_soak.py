@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.live.check.soak import MAX_GROWTH, SoakResult, memory_growth, soak_requests
+from tests.live.check.memory import MIB, ProcessMemory
+from tests.live.check.soak import MAX_GROWTH, SoakResult, memory_growth, passed, soak_requests
 
 GOOD = SoakResult(
     requests=10,
@@ -66,3 +67,15 @@ def test_growth_compares_the_ends_of_the_second_half():
 def test_any_trouble_fails_the_soak(trouble):
     assert GOOD.ok
     assert not replace(GOOD, **trouble).ok
+
+
+def test_a_long_soak_asks_that_every_process_is_flat():
+    flat = ProcessMemory("a", 100.0 * MIB, 100.0 * MIB, 0.0, 0.0, 2.0 * MIB)
+    grows = replace(flat, name="b", growth=3.0 * MIB)
+    workers_grow = replace(GOOD, growth_share=MAX_GROWTH * 2)  # in shared memory, say
+    assert passed(workers_grow, [flat])
+    assert not passed(GOOD, [flat, grows])
+    assert not passed(GOOD, [])
+    assert not passed(replace(GOOD, hung=1), [flat])
+    assert passed(GOOD, None)
+    assert not passed(workers_grow, None)
