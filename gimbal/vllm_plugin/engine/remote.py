@@ -18,7 +18,8 @@ import numpy as np
 import zmq
 
 from gimbal.board.clock import now_us
-from gimbal.board.file import MAX_ENGINES, Board
+from gimbal.board.file import Board
+from gimbal.board.layout import MAX_ENGINES
 from gimbal.board.slots import SlotWriter
 from gimbal.core.contracts import FloatArray
 from gimbal.core.snapshot import ROW_WIDTH, Field

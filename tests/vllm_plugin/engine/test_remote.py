@@ -70,7 +70,8 @@ def test_foreign_messages_and_local_slots_are_refused(board: Board) -> None:
         "import sys, numpy; from pathlib import Path;"
         "from gimbal.board.file import Board;"
         "from gimbal.board.slots import SlotWriter;"
-        f"SlotWriter(Board(Path(sys.argv[1])), 1).publish(numpy.full({ROW_WIDTH}, 4.0));"
+        "writer = SlotWriter(Board(Path(sys.argv[1])), 1);"
+        f"writer.publish(numpy.full({ROW_WIDTH}, 4.0));"
         "print('written', flush=True); sys.stdin.read()"
     )
     pipe = subprocess.PIPE
