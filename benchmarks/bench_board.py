@@ -35,7 +35,12 @@ def board() -> Iterator[Board]:
 def waiting_scheduler(waiting: int) -> Any:
     """What `SchedulerSignals` reads of a scheduler with `waiting` requests and 64 running."""
     pool = SimpleNamespace(num_gpu_blocks=10_001, get_num_free_blocks=lambda: 5_000)
+    vllm_config = SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
+    )
     return SimpleNamespace(
+        vllm_config=vllm_config,
         scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
         max_num_active_reqs=1024,
         kv_cache_manager=SimpleNamespace(

@@ -6,223 +6,251 @@ raised. A record carries its number in front and, behind the row, a checksum ove
 so a reader can prove that what it copied is one snapshot: on a machine that reorders stores (ARM),
 when it was descheduled while the writer lapped it, or when a writer died half way. Neither side
 ever waits for the other: a writer writes, a reader tries a bounded number of times and otherwise
-keeps the last good row (`board_slots`). Nothing here knows of vLLM.
+keeps the last good row (`slots`). Nothing here knows of vLLM.
 
-Layout, in 8-byte words: header, two control buffers, newest number per slot, writer process per
-slot, records.
+The file may be deleted, replaced or cut short while it is in use (`storage` says why that ends no
+process): whoever notices first makes it anew, the others follow, and an operator's last control
+message goes along. Who uses a board holds a lock on it that the kernel drops with the process
+(`locks`), so that the board of a server that is gone is known in every PID namespace.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
-import json
-import mmap
+import logging
 import os
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from gimbal.board import locks
+from gimbal.board.control import decoded_control, read_control, write_control
+from gimbal.board.control import encoded_control as encoded_control
+from gimbal.board.layout import Nature
+from gimbal.board.storage import (
+    FIRST_PATIENCE_S,
+    PATIENCE_S,
+    Storage,
+    created,
+    in_the_way,
+    opened,
+)
+from gimbal.core.errors import one_line
 
-from gimbal.core.snapshot import ROW_WIDTH
+logger = logging.getLogger("vllm.gimbal")
 
-WordArray = npt.NDArray[np.uint64]
-
-MAX_ENGINES = 256
-RECORDS = 4
-"""Ring length of a slot: a reader is lapped only if it sleeps through three whole snapshots."""
-RETRIES = 4
-
-_MAGIC = int.from_bytes(b"GIMBALB1", "little")
-_HEADER_WORDS = 16
-_CONTROL_BYTES = 4096
-_CONTROL_WORDS = 2 + _CONTROL_BYTES // 8
-RECORD_WORDS = 72
-"""Number, row and checksum, padded to a multiple of a cache line."""
-_H_MAGIC, _H_WIDTH, _H_OWNER, _H_OWNER_START, _H_CONTROL = 0, 1, 2, 3, 4
-
-
-def _offsets() -> tuple[int, int, int, int, int]:
-    """First word of control, newest, writers and records, and the number of words."""
-    control = _HEADER_WORDS
-    newest = control + 2 * _CONTROL_WORDS
-    writers = newest + MAX_ENGINES
-    records = writers + 2 * MAX_ENGINES
-    return control, newest, writers, records, records + MAX_ENGINES * RECORDS * RECORD_WORDS
-
-
-_CONTROL_AT, _NEWEST_AT, _WRITERS_AT, _RECORDS_AT, _WORDS = _offsets()
+_ATTEMPTS = 8
+_LOOK_S = 1.0
+_SHARED_MEMORY = Path("/dev/shm")
+_MADE_HERE: set[Path] = set()
+"""Where this process made a board; a forked child is another process."""
+os.register_at_fork(after_in_child=_MADE_HERE.clear)
 
 
 def board_directory() -> Path:
     """Where boards live: shared memory where the system has it, the temporary folder elsewhere."""
-    shared = Path("/dev/shm")
-    return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    usable = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
+    return _SHARED_MEMORY if usable else Path(tempfile.gettempdir())
 
 
 def board_path(identity: str, directory: Path | None = None) -> Path:
-    """The board's file of the server `identity`; two identities never share one."""
+    """The board's file of the server `identity`; two identities or users never share one."""
     digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     return (directory or board_directory()) / f"gimbal-{os.getuid()}-{digest}.board"
 
 
-def process_start(pid: int) -> int:
-    """Start time of process `pid` in clock ticks since boot; 0 when there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        state, *fields = stat.rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return 0
-    return 0 if state in "ZX" else int(fields[18])
-
-
-def _alive(pid: int, start: int) -> bool:
-    """Whether the very process that wrote (pid, start) still runs; pids are reused, pairs not."""
-    return pid != 0 and process_start(pid) == start
-
-
-class Mapping:
-    """One open board file and its arrays; the mapping outlives the file's name."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        info = os.fstat(self.fd)
-        if info.st_size != _WORDS * 8:
-            os.close(self.fd)
-            raise ValueError(f"{path}: {info.st_size} bytes, a board has {_WORDS * 8}")
-        self.inode = (info.st_dev, info.st_ino)
-        self.words = np.frombuffer(mmap.mmap(self.fd, info.st_size), dtype=np.uint64)
-        self.header = self.words[:_HEADER_WORDS]
-        self.newest = self.words[_NEWEST_AT:_WRITERS_AT]
-        self.writers = self.words[_WRITERS_AT:_RECORDS_AT].reshape(MAX_ENGINES, 2)
-        self.records = self.words[_RECORDS_AT:].reshape(MAX_ENGINES * RECORDS, RECORD_WORDS)
-        if int(self.header[_H_MAGIC]) != _MAGIC or int(self.header[_H_WIDTH]) != ROW_WIDTH:
-            raise ValueError(f"{path}: not a board of this version of Gimbal")
-
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.close(self.fd)
-
-    def abandoned(self) -> bool:
-        """Whether its owner and every engine that wrote to it are gone."""
-        owner = int(self.header[_H_OWNER]), int(self.header[_H_OWNER_START])
-        pairs = [owner, *((int(p), int(s)) for p, s in self.writers if p)]
-        return not any(_alive(pid, start) for pid, start in pairs)
-
-    def owned(self) -> bool:
-        """Whether this process created it (a forked child is another process)."""
-        pid = os.getpid()
-        return int(self.header[_H_OWNER]) == pid and int(
-            self.header[_H_OWNER_START]
-        ) == process_start(pid)
-
-
-def _create(path: Path) -> None:
-    """Puts a whole, empty board at `path` unless somebody else just did."""
-    words = np.zeros(_HEADER_WORDS, dtype=np.uint64)
-    pid = os.getpid()
-    words[[_H_MAGIC, _H_WIDTH]] = _MAGIC, ROW_WIDTH
-    words[[_H_OWNER, _H_OWNER_START]] = pid, process_start(pid)
-    handle, draft = tempfile.mkstemp(prefix=".gimbal-", dir=path.parent)
-    try:
-        os.write(handle, words.tobytes())
-        # Now, where a full /dev/shm is an error: a page that is missing later is a SIGBUS.
-        os.posix_fallocate(handle, 0, _WORDS * 8)
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)  # atomic: nobody ever opens a half-made board
-    finally:
-        os.close(handle)
-        os.unlink(draft)
+def fallback_path(path: Path) -> Path | None:
+    """Where the board goes when shared memory is full; None when `path` is not there."""
+    return Path(tempfile.gettempdir()) / path.name if path.parent == _SHARED_MEMORY else None
 
 
 def sweep(directory: Path | None = None) -> list[Path]:
-    """Removes this user's boards whose processes are all gone; returns what it removed."""
+    """Removes this user's boards, and drafts of them, that no process uses; returns which."""
+    folders = [directory] if directory else [board_directory(), Path(tempfile.gettempdir())]
+    mine = f"gimbal-{os.getuid()}-"
     removed = []
-    for path in (directory or board_directory()).glob(f"gimbal-{os.getuid()}-*.board"):
-        try:
-            if Mapping(path).abandoned():
-                path.unlink()
+    for folder in dict.fromkeys(folders):
+        for path in [*folder.glob(f"{mine}*.board"), *folder.glob(f".{mine}*.draft")]:
+            try:
+                storage = opened(path)
+                with storage.changing():
+                    # What another version made is that version's to judge.
+                    ours = storage.nature in (Nature.BOARD, Nature.REMAINS)
+                    strange = path.suffix == ".board" and not ours
+                    if strange or storage.used_by_others() or not storage.named(path):
+                        continue
+                    path.unlink()
                 removed.append(path)
-        except (OSError, ValueError):
-            continue
+            except OSError:
+                continue
     return removed
 
 
 class Board:
     """One server's board, opened or created by whoever comes first.
 
-    Attributes:
+    Args:
         path: its file.
-        generation: grows whenever the file had to be opened again; users rebind their arrays.
-        recoveries: times the file was found missing or replaced.
+        fallback: its file where there is no room at `path`; the default is `fallback_path`.
+
+    Attributes:
+        path: where it is now, one of the two.
+        generation: grows whenever the file had to be opened again; users read their slots anew.
+        recoveries: times the file was found missing, replaced or cut short.
+        problem: why the file cannot be made anew at present, on one line; None when all is well.
+        failures: attempts to make it anew that failed.
+
+    Raises OSError when there is no board to be had; the message says why.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, fallback: Path | None = None) -> None:
+        self.path = self._primary = path
+        self._fallback = fallback or fallback_path(path)
         self.generation = 0
         self.recoveries = 0
-        self.previous: Mapping | None = None
-        self.mapping = self._open()
+        self.failures = 0
+        self.problem: str | None = None
+        self.previous: Storage | None = None
+        self._control: tuple[int, bytes] = (0, b"")
+        self._next_look_s = 0.0
+        self._said: set[str] = set()
+        self.storage = self._open(known=False)
 
-    def _open(self) -> Mapping:
-        for _ in range(8):
-            if not self.path.exists():
-                _create(self.path)
-            with contextlib.suppress(FileNotFoundError):
-                mapping = Mapping(self.path)
-                if not mapping.abandoned():
-                    return mapping
-                # Left by a server that crashed: its rows must not be taken for live ones.
-                self.path.unlink(missing_ok=True)
-        raise OSError(f"{self.path}: created and removed again and again by somebody else")
+    def for_another_thread(self) -> Board:
+        """The same board opened once more: one object belongs to one thread."""
+        return Board(self._primary, self._fallback)
+
+    # The file.
+
+    @property
+    def _places(self) -> list[Path]:
+        return [place for place in (self._primary, self._fallback) if place is not None]
+
+    def _open(self, known: bool) -> Storage:
+        for _ in range(_ATTEMPTS):
+            for place in self._places:
+                storage = _joined(place, known)
+                if storage is not None:
+                    self.path = place
+                    return storage
+            storage = self._create()
+            if storage is not None:
+                _MADE_HERE.add(self.path)
+                return storage
+        raise OSError(errno.EAGAIN, "made and removed again and again by others", str(self.path))
+
+    def _create(self) -> Storage | None:
+        """The board made at the first place with room; None when somebody else was faster."""
+        try:
+            self.path = self._primary
+            return created(self._primary)
+        except OSError as error:
+            if self._fallback is None:
+                raise
+            try:
+                storage = created(self._fallback)
+            except OSError as second:
+                raise OSError(error.errno, f"{one_line(error)}; {one_line(second)}") from second
+            self.path = self._fallback
+            logger.warning("Gimbal: %s; the board is at %s", one_line(error), self._fallback)
+            return storage
 
     def check(self) -> bool:
-        """Opens or makes the file anew when it was deleted or replaced; True when it was.
+        """Opens or makes the file anew when it was deleted, replaced or cut short; True when it
+        was. Raises OSError when that is not possible; the old file is kept then.
 
-        The mapping of a deleted file keeps working between processes that share it, so nothing
-        is lost meanwhile; a process that opens the board later would see another one, though.
+        A deleted file keeps working between processes that have it open, so nothing is lost
+        meanwhile; a process that opens the board later would see another one, though.
         """
-        with contextlib.suppress(FileNotFoundError):
-            info = os.stat(self.path)
-            if (info.st_dev, info.st_ino) == self.mapping.inode:
-                return False
-        old = self.mapping
-        self.mapping = self._open()
+        if self._sound():
+            self._remember_control()
+            return False
+        old = self.storage
+        self.storage = self._open(known=True)
         self.previous = old
         self.generation += 1
         self.recoveries += 1
-        if self.mapping.owned() and (control := _read_control(old)):
-            self.write_control(control)
+        self._restore_control()
         return True
 
-    def written_by_another(self, slot: int) -> bool:
-        """Whether another living process writes `slot`."""
-        pid, start = (int(word) for word in self.mapping.writers[slot])
-        return pid != os.getpid() and _alive(pid, start)
+    def _sound(self) -> bool:
+        """Whether the name still leads to the file that is open, and that is whole."""
+        moved = self.path != self._primary and os.path.lexists(self._primary)
+        try:
+            return not moved and self.storage.named(self.path) and self.storage.fault() is None
+        except OSError:
+            return False
+
+    def look(self) -> None:
+        """`check` that never raises: what fails is counted and said once, and tried again later."""
+        try:
+            self.check()
+        except (OSError, ValueError) as error:
+            self.failures += 1
+            self.problem = one_line(error)
+            if self.problem not in self._said and len(self._said) < _ATTEMPTS:
+                self._said.add(self.problem)
+                logger.warning("Gimbal: the board is kept as it was: %s", self.problem)
+        else:
+            self.problem = None
 
     def close(self) -> None:
         """Removes the file when this process created it or nobody else uses it any more."""
-        with contextlib.suppress(OSError, ValueError):
-            current = Mapping(self.path)
-            if current.inode == self.mapping.inode and (current.owned() or current.abandoned()):
-                self.path.unlink(missing_ok=True)
+        try:
+            self.storage.leave()
+        except OSError:
+            return
+        for place in self._places:
+            try:
+                current = opened(place)
+                with current.changing():
+                    last = place in _MADE_HERE or not current.used_by_others()
+                    if last and current.fault() is None and current.named(place):
+                        place.unlink()
+            except OSError:
+                continue
+
+    # Slots.
+
+    def written_by_another(self, slot: int) -> bool:
+        """Whether another process, or another `Board` of this one, writes `slot`."""
+        return locks.held_by_another(self.storage.fd, locks.writer(slot))
+
+    def claim(self, slot: int) -> None:
+        """Says that this process writes `slot`. A second writer is not kept out: the first may be
+        an engine that was replaced and takes long to end."""
+        self.storage.join()
+        locks.take(self.storage.fd, locks.writer(slot))
+
+    # Control messages.
 
     def control_version(self) -> int:
-        """Number of the newest control message: one integer, read before every decision."""
-        return int(self.mapping.header[_H_CONTROL])
+        """Number of the newest control message: one read, made before every decision.
+
+        Never raises: a damaged board has the version that was read last. Looks after the file
+        once a second.
+        """
+        now_s = time.monotonic()
+        if now_s >= self._next_look_s:
+            self._next_look_s = now_s + _LOOK_S
+            self.look()
+        try:
+            return self.storage.control_version()
+        except OSError:
+            return self._control[0]
 
     def read_control(self) -> dict[str, Any]:
-        """The newest control message, empty when there is none."""
-        return _read_control(self.mapping)
+        """The newest control message, empty when there is none or it cannot be trusted.
 
-    def write_control(self, values: dict[str, Any]) -> int:
-        """Publishes `values`; returns their version. Raises ValueError as `encoded_control`."""
-        return self.update_control(lambda before: values)[0]
+        Never raises: a damaged board has the message that was read last.
+        """
+        with contextlib.suppress(OSError):
+            self._remember_control()
+        return decoded_control(self._control[1])
 
     def update_control(
         self, change: Callable[[dict[str, Any]], dict[str, Any]]
@@ -230,55 +258,67 @@ class Board:
         """Replaces the control message by what `change` makes of it, in one step over all
         processes; returns the new version and message.
 
-        Raises ValueError as `encoded_control`, and what `change` raises; nothing is changed then.
+        Waits `PATIENCE_S` at most for another change. Raises OSError when the board cannot be
+        written, ValueError as `encoded_control`, and what `change` raises; nothing is changed then.
         """
-        with _locked(self.mapping.fd):
-            values = change(self.read_control())
-            text = encoded_control(values)
-            version = self.control_version() + 1
-            words = _control_words(self.mapping, version)
-            words[2:].view(np.uint8)[: len(text)] = np.frombuffer(text, dtype=np.uint8)
-            words[0], words[1] = len(text), zlib.crc32(text, version & 0xFFFFFFFF)
-            self.mapping.header[_H_CONTROL] = version
-        return version, values
+        for _ in range(_ATTEMPTS):
+            self.check()
+            with self.storage.changing():
+                if not self.storage.named(self.path):
+                    continue  # replaced since: nobody would see it
+                version, text = read_control(self.storage)
+                values = change(decoded_control(text))
+                text = encoded_control(values)
+                write_control(self.storage, version + 1, text)
+                self._control = version + 1, text
+                return version + 1, values
+        raise OSError(errno.EAGAIN, "replaced again and again by others", str(self.path))
 
+    def write_control(self, values: dict[str, Any]) -> int:
+        """Publishes `values` whatever was there; returns their version. Raises as the above."""
+        return self.update_control(lambda before: values)[0]
 
-def encoded_control(values: dict[str, Any]) -> bytes:
-    """A control message as it lies on the board.
+    def _remember_control(self) -> None:
+        if self.storage.control_version() != self._control[0]:
+            self._control = read_control(self.storage)
 
-    Raises ValueError when it is too long, or holds what JSON does not know.
-    """
-    text = json.dumps(values, sort_keys=True, allow_nan=False).encode()
-    if len(text) > _CONTROL_BYTES:
-        raise ValueError(f"control message of {len(text)} bytes, at most {_CONTROL_BYTES}")
-    return text
-
-
-@contextlib.contextmanager
-def _locked(fd: int) -> Iterator[None]:
-    """Keeps other control writers out; readers never look at the lock."""
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)
-
-
-def _control_words(mapping: Mapping, version: int) -> WordArray:
-    first = _CONTROL_AT + version % 2 * _CONTROL_WORDS
-    words: WordArray = mapping.words[first : first + _CONTROL_WORDS]
-    return words
-
-
-def _read_control(mapping: Mapping) -> dict[str, Any]:
-    for _ in range(RETRIES):
-        version = int(mapping.header[_H_CONTROL])
+    def _restore_control(self) -> None:
+        """Puts the message that was read last on a board that has none."""
+        version, text = self._control
         if version == 0:
-            return {}
-        words = _control_words(mapping, version)
-        length, check = min(int(words[0]), _CONTROL_BYTES), int(words[1])
-        text = words[2:].view(np.uint8)[:length].tobytes()
-        if zlib.crc32(text, version & 0xFFFFFFFF) == check:
-            values: dict[str, Any] = json.loads(text)
-            return values
-    return {}
+            return
+        with self.storage.changing():
+            if self.storage.control_version() == 0:
+                write_control(self.storage, version, text)
+
+
+def _joined(path: Path, known: bool) -> Storage | None:
+    """The live board at `path`; None when there is none, or no longer: what a server left behind
+    that is gone is removed, since its rows must not be taken for live ones.
+
+    Args:
+        known: this process had a board there, so what is no board may be replaced.
+    """
+    try:
+        storage = opened(path)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        if known and in_the_way(path):
+            path.unlink()
+            return None
+        raise
+    with storage.changing(PATIENCE_S if known else FIRST_PATIENCE_S):
+        live, fault = storage.used_by_others(), storage.fault()
+        if live and fault is None:
+            storage.join()
+            return storage
+        # Cut short, or left behind: to be made anew. What else lies under this name is removed
+        # only where there was a board, and never a board of another version.
+        kind = storage.nature
+        foreign = kind is Nature.FOREIGN and not (known or live)
+        if foreign or kind is Nature.OTHER_VERSION:
+            raise OSError(errno.EINVAL, f"there lies {fault}", str(path))
+        if storage.named(path):
+            path.unlink()
+    return None

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 
 import numpy as np
 import numpy.typing as npt
 
-from gimbal.board.file import (
+from gimbal.board.file import Board
+from gimbal.board.layout import (
     MAX_ENGINES,
+    NEWEST_AT,
     RECORD_WORDS,
     RECORDS,
+    RECORDS_AT,
     RETRIES,
-    Board,
-    WordArray,
-    process_start,
+    WORD,
+    is_header,
 )
+from gimbal.board.storage import Storage
 from gimbal.core.contracts import FloatArray
-from gimbal.core.snapshot import ROW_WIDTH
+from gimbal.core.snapshot import ROW_WIDTH, check_row
+
+WordArray = npt.NDArray[np.uint64]
+BoolArray = npt.NDArray[np.bool_]
 
 _MASK = (1 << 64) - 1
 _NUMBER, _ROW, _CHECK = 0, 1, 1 + ROW_WIDTH
@@ -59,37 +64,40 @@ class SlotWriter:
         self.slot = slot
         self.number = 0
         self._next_check_s = 0.0
+        self._record = np.zeros(RECORD_WORDS, dtype=np.uint64)
+        self._row = self._record[_ROW:_CHECK]
+        self._bytes = self._record.view(np.uint8).data
         self._bind()
 
     def _bind(self) -> None:
+        storage = self.board.storage
+        self.board.claim(self.slot)
+        self.number = max(self.number, WORD.unpack(storage.read(NEWEST_AT + self.slot, 1))[0])
         self._generation = self.board.generation
-        mapping = self.board.mapping
-        self._newest = mapping.newest
-        first = self.slot * RECORDS
-        self._records = [mapping.records[first + i] for i in range(RECORDS)]
-        self._rows = [record[_ROW:_CHECK] for record in self._records]
-        self.number = max(self.number, int(self._newest[self.slot]))
-        pid = os.getpid()
-        mapping.writers[self.slot] = pid, process_start(pid)
 
     def publish(self, row: FloatArray, now_s: float | None = None) -> None:
-        """Writes `row` [ROW_WIDTH]; looks after a deleted file at most once a second."""
+        """Writes `row` [ROW_WIDTH]; looks after the file at most once a second.
+
+        Raises ImplausibleRow, a ValueError, for a row that is none, and OSError when the board is
+        gone and cannot be made anew, or has no room: the next call tries again.
+        """
+        check_row(row)
         now_s = time.monotonic() if now_s is None else now_s
         if now_s >= self._next_check_s:
             self._next_check_s = now_s + 1.0
             self.board.check()
+            self.board.claim(self.slot)  # a forked child, or one who found the slot taken
         if self._generation != self.board.generation:
             self._bind()
         words = row.view(np.uint64)
         number = self.number + 1
-        index = number % RECORDS
-        record = self._records[index]
-        check = int(np.dot(words, _ROW_WEIGHTS)) + number * _NUMBER_WEIGHT
-        record[_NUMBER] = 0
-        self._rows[index][:] = words
-        record[_CHECK] = check & _MASK
+        record, storage = self._record, self.board.storage
         record[_NUMBER] = number
-        self._newest[self.slot] = number
+        self._row[:] = words
+        record[_CHECK] = (int(np.dot(words, _ROW_WEIGHTS)) + number * _NUMBER_WEIGHT) & _MASK
+        place = self.slot * RECORDS + number % RECORDS
+        storage.write(RECORDS_AT + place * RECORD_WORDS, self._bytes)
+        storage.write(NEWEST_AT + self.slot, WORD.pack(number))
         self.number = number
 
 
@@ -113,76 +121,97 @@ class BoardReader:
             raise ValueError(f"{self.first + engines} engines: a board holds {MAX_ENGINES}")
         self.engines = engines
         self._rows: FloatArray = np.zeros((engines, ROW_WIDTH))
+        self._ring = np.arange(engines, dtype=np.uint64) * np.uint64(RECORDS)
+        self._records = np.zeros((engines * RECORDS, RECORD_WORDS), dtype=np.uint64)
+        self._bytes = self._records.reshape(-1).view(np.uint8).data
         self._bind()
 
     def _bind(self) -> None:
         self._generation = self.board.generation
-        mapping, last = self.board.mapping, self.first + self.engines
-        self._newest = mapping.newest[self.first : last]
-        self._records = mapping.records
-        self._ring = np.arange(self.first, last, dtype=np.uint64) * np.uint64(RECORDS)
         self._seen = b""
 
     def read(self, now_s: float | None = None) -> FloatArray:
         """[engines, ROW_WIDTH] a fresh copy of every engine's newest row; zeros before its first.
 
-        Looks after a deleted file at most four times a second.
+        Looks after the file at most four times a second. Never raises: while the file is damaged,
+        an engine has the row that was read last.
         """
         now_s = time.monotonic() if now_s is None else now_s
         if now_s >= self._next_check_s:
             self._next_check_s = now_s + 0.25
-            self.board.check()
+            self.board.look()
         if self._generation != self.board.generation:
             self._bind()
-        newest = self._newest.copy()
-        seen = newest.tobytes()
-        if seen != self._seen:
-            rows, good = self._copy(newest)
-            if not good.all():
-                self._again(rows, newest, good)
-                seen = b""
-            if self.board.previous is not None:
-                self._keep_previous(rows, newest)
-                seen = b""
-            self._rows, self._seen = rows, seen
+        try:
+            seen = self._newest(self.board.storage)
+            if seen != self._seen:
+                self._take(seen)
+        except OSError:
+            self._seen = b""
         return self._rows.copy()
 
-    def peek(self, column: int) -> FloatArray:
-        """[engines] one column of the newest rows, unchecked: a single word cannot be torn."""
-        if self._generation != self.board.generation:
-            self._bind()
-        index = self._ring + self._newest % RECORDS
-        words: FloatArray = self._records[index, _ROW + column].view(np.float64)
-        return words
+    def _newest(self, storage: Storage) -> bytes:
+        """The number of every engine's newest record."""
+        words = storage.read(0, NEWEST_AT + self.first + self.engines)
+        if not is_header(words):
+            raise OSError("the board's header is gone")
+        return words[8 * (NEWEST_AT + self.first) :]
 
-    def _copy(self, newest: WordArray) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+    def _take(self, seen: bytes) -> None:
+        storage, newest = self.board.storage, np.frombuffer(seen, np.uint64)
+        rows, good = self._copy(storage, newest)
+        if np.count_nonzero(good) < self.engines:
+            newest = newest.copy()
+            self._again(storage, rows, newest, good)
+            seen = b""
+        if np.count_nonzero(newest) == self.engines:
+            self.board.previous = None
+        else:
+            missing = newest == 0
+            rows[missing] = self._before()[missing]
+            seen = seen if self.board.previous is None else b""
+        self._rows, self._seen = rows, seen
+
+    def _copy(
+        self, storage: Storage, newest: WordArray
+    ) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+        """The rows in the records `newest`, and which of them are whole."""
+        first = RECORDS_AT + self.first * RECORDS * RECORD_WORDS
+        storage.read_into(self._bytes, first)
         records = self._records.take(self._ring + newest % RECORDS, axis=0)
         good = (records @ _WEIGHTS == 0) & (records[:, _NUMBER] == newest)
         return records[:, _ROW:_CHECK].view(np.float64), good
 
-    def _again(self, rows: FloatArray, newest: WordArray, good: npt.NDArray[np.bool_]) -> None:
+    def _again(
+        self, storage: Storage, rows: FloatArray, newest: WordArray, good: BoolArray
+    ) -> None:
         """Repeats the rows that failed their check; one that keeps failing stays as it was."""
         for _ in range(RETRIES):
             bad = ~good
             self.torn += int(bad.sum())
-            newest[bad] = self._newest[bad]
-            again, good_again = self._copy(newest)
+            newest[bad] = np.frombuffer(self._newest(storage), np.uint64)[bad]
+            again, good_again = self._copy(storage, newest)
             rows[bad] = again[bad]
             good = ~bad | good_again
-            if good.all():
+            if np.count_nonzero(good) == self.engines:
                 return
         rows[~good] = self._rows[~good]
 
-    def _keep_previous(self, rows: FloatArray, newest: WordArray) -> None:
-        """After the file was replaced: engines that have not noticed still write the old one."""
-        old = self.board.previous
-        missing = newest == 0
-        if old is None or not missing.any():
-            self.board.previous = None
-            return
-        current, self._records = self._records, old.records
-        before = old.newest[self.first : self.first + self.engines].copy()
-        kept, good = self._copy(before)
-        self._records = current
-        kept = np.where((good & (before > 0))[:, None], kept, self._rows)
-        rows[missing] = kept[missing]
+    def _before(self) -> FloatArray:
+        """[engines, ROW_WIDTH] rows for engines of which the file knows nothing: those read last.
+
+        After the file was replaced, engines that have not noticed still write the old one.
+        """
+        rows, old = self._rows.copy(), self.board.previous
+        if old is None:
+            return rows
+        try:
+            # Without the header, which may be gone: the records say themselves whether they hold.
+            words = old.read(NEWEST_AT + self.first, self.engines)
+            newest = np.frombuffer(words, np.uint64)
+            found, good = self._copy(old, newest)
+        except OSError:  # cut short: nothing of it is left
+            return rows
+        whole = good & (newest > 0)
+        rows[whole] = found[whole]
+        return rows

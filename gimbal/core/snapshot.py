@@ -5,7 +5,11 @@ The board (`gimbal.board`) carries rows between processes; the simulator fills t
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
 
 MAX_FRONT_ENDS = 16
 """API server processes that one board can tell apart."""
@@ -56,3 +60,63 @@ ACCEPTED_REQUESTS = SNAPSHOT_FIELDS
 ACCEPTED_TOKENS = ACCEPTED_REQUESTS + MAX_FRONT_ENDS
 """First of MAX_FRONT_ENDS columns: prompt tokens accepted from front end f since EPOCH."""
 ROW_WIDTH = ACCEPTED_TOKENS + MAX_FRONT_ENDS
+
+LARGEST = 2.0**53
+"""No number of a row is larger: beyond it a float64 no longer counts by ones."""
+_LARGEST_BITS = int(np.float64(LARGEST).view(np.uint64))
+
+Row = npt.NDArray[np.float64]
+
+
+class ImplausibleRow(ValueError):
+    """A row that no engine can mean; the message names its first bad column."""
+
+
+def column_name(column: int) -> str:
+    """What column `column` of a row is called in messages."""
+    if column < SNAPSHOT_FIELDS:
+        return Field(column).name.lower() if column < len(Field) else f"column_{column}"
+    kind = "requests" if column < ACCEPTED_TOKENS else "tokens"
+    return f"accepted_{kind}[{(column - ACCEPTED_REQUESTS) % MAX_FRONT_ENDS}]"
+
+
+def row_problem(row: Row) -> str | None:
+    """Why `row` [ROW_WIDTH] cannot be an engine's, naming the column, or None.
+
+    All columns are counts, times and rates: finite, not negative, at most `LARGEST`; and no more
+    KV blocks are used than there are.
+    """
+    bad = np.flatnonzero(~((row >= 0.0) & (row <= LARGEST)))
+    if bad.size:
+        return f"{column_name(int(bad[0]))} is {row[bad[0]]:g}"
+    used, total = row[Field.KV_BLOCKS_USED], row[Field.KV_BLOCKS_TOTAL]
+    if used > total:
+        return f"kv_blocks_used is {used:g} of {total:g}"
+    return None
+
+
+def check_row(row: Row) -> None:
+    """Raises ImplausibleRow for a number that no row holds, at the price of one comparison.
+
+    Read as integers, the float64 from 0 to `LARGEST` come first; what is larger, infinite, NaN or
+    has a sign comes after them.
+    """
+    words = row.view(np.uint64)
+    if words.item(words.argmax()) > _LARGEST_BITS:  # argmax: a third of what max takes
+        problem = row_problem(row)
+        if problem is not None:
+            raise ImplausibleRow(problem)
+
+
+def mended(row: Row) -> int:
+    """Sets numbers of `row` that no row holds to 0, in place; returns how many."""
+    bad = ~((row >= 0.0) & (row <= LARGEST))
+    row[bad] = 0.0
+    if row[Field.KV_BLOCKS_USED] > row[Field.KV_BLOCKS_TOTAL]:
+        row[Field.KV_BLOCKS_USED] = row[Field.KV_BLOCKS_TOTAL]
+    return int(bad.sum())
+
+
+def plausible(value: float) -> bool:
+    """Whether a row may hold `value`."""
+    return math.isfinite(value) and 0.0 <= value <= LARGEST

@@ -10,27 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gimbal.board import file as module
-from gimbal.board.file import MAX_ENGINES, RECORDS, Board, board_path, sweep
+from gimbal.board.file import Board, board_path, sweep
+from gimbal.board.layout import MAX_ENGINES, RECORD_WORDS, RECORDS, RECORDS_AT
 from gimbal.board.slots import BoardReader, SlotWriter
 from gimbal.core.snapshot import ROW_WIDTH
-
-STRESS_S = 1.5
-
-
-@pytest.fixture
-def folder() -> Path:
-    """A folder on the file system real boards live on."""
-    import shutil
-    import tempfile
-
-    path = Path(tempfile.mkdtemp(prefix="gimbal-test-", dir=module.board_directory()))
-    yield path
-    shutil.rmtree(path)
 
 
 def row(value: float) -> np.ndarray:
     return np.full(ROW_WIDTH, float(value))
+
+
+def flip(board: Board, record: int, word: int) -> None:
+    """Changes one word of slot 0's record `record`."""
+    place = RECORDS_AT + record * RECORD_WORDS + word
+    before = int.from_bytes(board.storage.read(place, 1), "little")
+    board.storage.write(place, (before ^ 1).to_bytes(8, "little"))
 
 
 def test_a_reader_sees_the_newest_row_of_each_engine(folder: Path) -> None:
@@ -61,11 +55,10 @@ def test_a_changed_word_is_noticed_and_the_last_good_row_stays(folder: Path, wor
     writer.publish(row(1.0))
     assert (reader.read() == 1.0).all()
     writer.publish(row(2.0))
-    record = board.mapping.records[writer.number % RECORDS]
-    record[word] ^= np.uint64(1)
+    flip(board, writer.number % RECORDS, word)
     assert (reader.read() == 1.0).all()
     assert reader.torn > 0
-    record[word] ^= np.uint64(1)
+    flip(board, writer.number % RECORDS, word)
     assert (reader.read() == 2.0).all()
 
 
@@ -78,51 +71,52 @@ def test_words_that_change_alike_do_not_cancel(folder: Path) -> None:
     writer.publish(old)
     reader.read()
     writer.publish(new)
-    record = board.mapping.records[writer.number % RECORDS]
-    record[1 + np.array([3, 5])] = old[[3, 5]].view(np.uint64)
+    for column in (3, 5):
+        place = RECORDS_AT + writer.number % RECORDS * RECORD_WORDS + 1 + column
+        board.storage.write(place, old[column].tobytes())
     assert reader.read()[0, 3] == 3.0
     assert reader.torn > 0
 
 
 WRITER = """
-import sys, time; from pathlib import Path; import numpy as np
+import sys; from pathlib import Path; import numpy as np
 from gimbal.board.file import Board; from gimbal.board.slots import SlotWriter
 writer, values, number = SlotWriter(Board(Path(sys.argv[1])), 0), np.empty(int(sys.argv[2])), 0
-stop = time.monotonic() + float(sys.argv[3])
-while time.monotonic() < stop:
+while True:
     number += 1
     values[:] = number
-    values[1] = -number
+    values[1] = 2 * number
     writer.publish(values)
 """
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_rows_are_never_torn_between_two_processes(folder: Path) -> None:
     path = board_path("server", folder)
     board = Board(path)
     reader = BoardReader(board, 1)
-    command = [sys.executable, "-c", WRITER, str(path), str(ROW_WIDTH), str(STRESS_S)]
+    command = [sys.executable, "-c", WRITER, str(path), str(ROW_WIDTH)]
     process = subprocess.Popen(command)
-    reads, changes, last = 0, 0, 0.0
-    while process.poll() is None:
-        values = reader.read()[0]
-        if not values[0]:
-            continue
-        number = values[0]
-        assert number >= last, "a reader went back in time"
-        assert values[1] == -number
-        assert (values[2:] == number).all()
-        reads, changes, last = reads + 1, changes + (number != last), number
-    assert process.returncode == 0
-    assert changes > 100, f"{changes} different rows in {reads} reads: the test proves nothing"
+    changes, last = 0, 0.0
+    try:
+        while changes < 1000:
+            assert process.poll() is None
+            values = reader.read()[0]
+            number = values[0]
+            assert number >= last, "a reader went back in time"
+            assert values[1] == 2 * number
+            assert (values[2:] == number).all()
+            changes, last = changes + (number != last), number
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_many_processes_make_one_board(folder: Path) -> None:
     path = board_path("server", folder)
     code = (
         "import sys; from pathlib import Path; from gimbal.board.file import Board;"
-        "b = Board(Path(sys.argv[1])); print(b.mapping.inode[1], flush=True); sys.stdin.read()"
+        "b = Board(Path(sys.argv[1])); print(b.storage.inode[1], flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(path)]
     pipe = subprocess.PIPE
@@ -181,19 +175,6 @@ def test_a_deleted_file_costs_no_row(folder: Path) -> None:
     assert front.read_control() == engine.read_control() == {"policy": "round-robin"}
 
 
-def test_control_messages_replace_each_other(folder: Path) -> None:
-    board, other = Board(board_path("server", folder)), Board(board_path("server", folder))
-    assert other.control_version() == 0
-    assert other.read_control() == {}
-    for number in range(1, 6):
-        version = board.write_control({"policy": "x" * number})
-        assert other.control_version() == version == number
-        assert other.read_control() == {"policy": "x" * number}
-    with pytest.raises(ValueError, match="at most 4096"):
-        board.write_control({"policy": "x" * 5000})
-    assert other.read_control() == {"policy": "xxxxx"}
-
-
 def test_slots_are_bounded(folder: Path) -> None:
     board = Board(board_path("server", folder))
     with pytest.raises(ValueError, match="holds 256"):
@@ -209,6 +190,7 @@ def test_slots_are_bounded(folder: Path) -> None:
 def test_a_foreign_file_is_refused(folder: Path) -> None:
     path = board_path("server", folder)
     path.write_bytes(b"not a board")
-    with pytest.raises(ValueError, match="11 bytes"):
+    path.chmod(0o600)
+    with pytest.raises(OSError, match="11 bytes"):
         Board(path)
     assert os.path.exists(path)

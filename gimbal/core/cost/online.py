@@ -7,7 +7,7 @@ The engine process feeds it one observation per step and publishes the result as
 dispatcher's costs are microseconds of the machine it runs on from the first minute.
 
 Method: recursive least squares with exponential forgetting (Ljung, System Identification, ch. 11),
-on features scaled to about one, with three guards:
+on features scaled to about one, with four guards:
 
 - A residual beyond `CLIP` times the usual one is clipped: an expert rearrangement stalls a step
   for a second and says nothing about the next one. A lasting change still gets through, since the
@@ -18,6 +18,8 @@ on features scaled to about one, with three guards:
 - Published coefficients never go below zero. The estimate itself may: clamping it would break the
   pairing of estimate and covariance, and the corrections of the other coefficients would then
   overshoot more with every step.
+- Figures that no step can have (negative, not finite, an hour, many times the budget) are ignored,
+  and an estimate that is no number all the same starts anew: no figure spoils it for good.
 
 Engines in lock step all see the duration of the slowest. An engine that prefilled nothing while
 its neighbour prefilled a full chunk would learn that idling is slow, so pass the group's fullest
@@ -35,11 +37,20 @@ WARM_STEPS = 8  # before these the usual residual is not known and nothing is cl
 _PRIOR_VARIANCE = 1e3
 _MAX_VARIANCE = 1.0
 _DECODE_SCALE = 64.0
+_LARGEST_STEP = 16.0
+"""In budgets: a step of more prefill tokens or decodes is none. Engines of a group may differ."""
+_LONGEST_STEP_US = 3.6e9  # an hour
+_INFINITY = float("inf")
 
 
 def smoothed(old: float, new: float) -> float:
-    """`old` moved towards `new`; the first value counts whole (0 is none yet)."""
-    return old + (new - old) * (SMOOTHING if old else 1.0)
+    """`old` moved towards `new`; the first value counts whole (0 is none yet).
+
+    A `new` that is negative or not finite is ignored, and so is such an `old`.
+    """
+    if not 0.0 <= new < _INFINITY:
+        return old if 0.0 <= old < _INFINITY else 0.0
+    return old + (new - old) * SMOOTHING if 0.0 < old < _INFINITY else new
 
 
 class OnlineStepCost:
@@ -55,6 +66,11 @@ class OnlineStepCost:
 
     def __init__(self, step_token_budget: int = 2048) -> None:
         self._prefill_scale = float(max(1, step_token_budget))
+        self._largest = _LARGEST_STEP * max(self._prefill_scale, _DECODE_SCALE)
+        self._start()
+
+    def _start(self) -> None:
+        """Knows nothing."""
         self._theta = [0.0, 0.0, 0.0]  # us per unit of the scaled features
         variance = _PRIOR_VARIANCE
         # Upper triangle of the covariance: 00, 01, 02, 11, 12, 22.
@@ -88,17 +104,24 @@ class OnlineStepCost:
         duration_us: float,
         group_prefill_tokens: float | None = None,
     ) -> None:
-        """Learns from one step.
+        """Learns from one step; one with a figure that is none is ignored.
 
         Args:
             prefill_tokens: prompt tokens this engine computed in it.
             decode_requests: requests that decoded in it.
-            duration_us: from its start to the next one's; non-positive or non-finite is ignored.
+            duration_us: from its start to the next one's.
             group_prefill_tokens: the most that any engine of the group computed in it, when known.
         """
-        if not 0.0 < duration_us < float("inf"):
+        group = prefill_tokens if group_prefill_tokens is None else group_prefill_tokens
+        largest = self._largest
+        if not (
+            0.0 < duration_us < _LONGEST_STEP_US
+            and 0.0 <= prefill_tokens <= largest
+            and 0.0 <= group <= largest
+            and 0.0 <= decode_requests <= largest
+        ):
             return
-        fullest = max(prefill_tokens, group_prefill_tokens or 0.0)
+        fullest = max(prefill_tokens, group)
         x1, x2 = decode_requests / _DECODE_SCALE, fullest / self._prefill_scale
         residual = self._clip(
             duration_us - self._theta[0] - self._theta[1] * x1 - self._theta[2] * x2
@@ -115,7 +138,12 @@ class OnlineStepCost:
         self._theta[2] = prefill + v2 * gain
         p00, p01, p02 = p00 - v0 * v0 * scale, p01 - v0 * v1 * scale, p02 - v0 * v2 * scale
         p11, p12, p22 = p11 - v1 * v1 * scale, p12 - v1 * v2 * scale, p22 - v2 * v2 * scale
-        forget = 1.0 / FORGETTING if p00 + p11 + p22 < _MAX_VARIANCE else 1.0
+        trace = p00 + p11 + p22
+        # One sum tells whether any of them is no number.
+        if not -_INFINITY < sum(self._theta) + trace + self._usual_residual < _INFINITY:
+            self._start()
+            return
+        forget = 1.0 / FORGETTING if trace < _MAX_VARIANCE else 1.0
         self._p[:] = (
             p00 * forget,
             p01 * forget,

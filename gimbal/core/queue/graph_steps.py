@@ -32,6 +32,7 @@ LEAST_GAIN = 0.1
 EXPLORE = 64
 """After so many decisions for small steps without a large one that they could have been, one is
 turned round, to see what it takes now. All engines of a group see it, so they do not all do so."""
+_INFINITY = float("inf")
 
 
 class GraphStepCosts:
@@ -62,12 +63,18 @@ class GraphStepCosts:
     ) -> None:
         """Learns from one step; engines of a group, told the same, come to the same conclusions.
 
+        A step with a figure that is negative or not finite is ignored.
+
         Args:
             decodes: tokens of decodes in it, on the engine of the group that had most.
             duration_us: see `OnlineStepCost.observe`.
             prefill_tokens: the most that any engine prefilled in it.
             step_tokens: the most tokens that any of them had in it, decodes included.
         """
+        figures = decodes, duration_us, prefill_tokens, step_tokens
+        # With a NaN in it a sum compares false.
+        if min(figures) < 0.0 or not sum(figures) < _INFINITY:
+            return
         if step_tokens <= self.graph_tokens:
             self._small.observe(prefill_tokens, decodes, duration_us)
             self._small_steps += prefill_tokens > 0

@@ -8,6 +8,7 @@ blocks) is read from it; everything else is a running total.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -21,9 +22,14 @@ from gimbal.core.snapshot import (
     ACCEPTED_TOKENS,
     MAX_FRONT_ENDS,
     Field,
+    ImplausibleRow,
+    mended,
+    plausible,
 )
 from gimbal.vllm_plugin.engine.state import EngineState
 from gimbal.vllm_plugin.engine.step_log import StepLog
+
+logger = logging.getLogger("vllm.gimbal")
 
 IDLE_INTERVAL_US = 50_000.0
 """An engine without work repeats its snapshot at most this often."""
@@ -33,7 +39,7 @@ back unseen."""
 
 
 class RowSink(Protocol):
-    """Takes finished rows: a slot of the board, or a socket to the front end's host."""
+    """Takes finished rows, or raises ImplausibleRow: a board's slot, or a socket to its host."""
 
     def publish(self, row: FloatArray, now_s: float | None = None) -> None: ...
 
@@ -61,6 +67,7 @@ class SchedulerSignals:
     Attributes:
         needs_recount: set when an event was missed; the next snapshot starts from a full count.
         log: takes one record per step, or None.
+        mended: numbers that no engine can have, left out of a snapshot.
     """
 
     def __init__(
@@ -78,6 +85,7 @@ class SchedulerSignals:
         self._group_prefill = self._group_decodes = self._group_tokens = 0.0
         self._group_complete = False
         self.needs_recount = False
+        self.mended = 0
         self.log: StepLog | None = None
         self._waiting = self.state.waiting
         self._waiting_tokens = 0
@@ -99,7 +107,8 @@ class SchedulerSignals:
         )
         row, config = self.row, scheduler.scheduler_config
         row[Field.EPOCH] = time.time_ns() // 1000 if epoch is None else epoch
-        row[Field.KV_BLOCKS_TOTAL] = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        pool = scheduler.kv_cache_manager.block_pool
+        row[Field.KV_BLOCKS_TOTAL] = max(0, pool.num_gpu_blocks - 1)
         row[Field.KV_BLOCK_TOKENS] = scheduler.block_size
         row[Field.STEP_TOKEN_BUDGET] = config.max_num_batched_tokens
         row[Field.MAX_RUNNING_REQUESTS] = scheduler.max_num_active_reqs
@@ -183,15 +192,16 @@ class SchedulerSignals:
         group = self.state.group
         if group is None:
             return
-        prefill = group.peek(Field.STEP_PREFILL_TOKENS)
+        rows = group.read()
+        prefill = rows[:, Field.STEP_PREFILL_TOKENS]
         self._group_prefill = float(prefill.max())
         if self.state.graph_costs is not None:
-            tokens = group.peek(Field.STEP_TOKENS)
+            tokens = rows[:, Field.STEP_TOKENS]
             self._group_tokens = float(tokens.max())
             self._group_decodes = float((tokens - prefill).max())
             if not self._group_complete:
                 # Behind an external load balancer other engines publish on boards of their own.
-                self._group_complete = bool(group.peek(Field.SEQUENCE).all())
+                self._group_complete = bool(rows[:, Field.SEQUENCE].all())
 
     def completed(self, output: Any) -> None:
         """A step's result is in: learn what it took."""
@@ -238,11 +248,26 @@ class SchedulerSignals:
         row[Field.RUNNING_TOKENS] = self._running_tokens
         row[Field.PENDING_PREFIX_HIT_TOKENS] = self._waiting_cached
         row[Field.STEP_BASE_US] = self.cost.step_base_us(decodes)
-        self.sink.publish(row, now / 1e6)
+        try:
+            self.sink.publish(row, now / 1e6)
+        except ImplausibleRow as error:
+            # The row's other numbers are still worth telling. A total below zero missed an event.
+            totals = self._waiting_tokens, self._prefill_left, self._running_tokens
+            self.needs_recount |= min(totals) < 0
+            self._left_out(str(error), mended(row))
+            self.sink.publish(row, now / 1e6)
+
+    def _left_out(self, what: str, count: int = 1) -> None:
+        if not self.mended:
+            logger.warning("Gimbal: left out of this engine's snapshots, and counted: %s", what)
+        self.mended += count
 
     def worker_said(self, field: Field, value: float) -> None:
         """What the engine's worker knows about itself; travels with the next snapshot."""
-        self.row[field] = value
+        if plausible(value):
+            self.row[field] = value
+        else:
+            self._left_out(f"{field.name.lower()} is {value:g}, says the worker")
 
     def close(self) -> None:
         """Lets go of the board, and finishes the log."""

@@ -2,8 +2,10 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gimbal.core.cost.online import OnlineStepCost
+from gimbal.core.cost.online import OnlineStepCost, smoothed
 
 BUDGET = 512
 
@@ -79,11 +81,88 @@ def test_the_group_explains_steps_that_others_made_slow():
     assert untold.prefill_us_per_token < 600
 
 
-@pytest.mark.parametrize("duration", [0.0, -5.0, float("nan"), float("inf")])
-def test_ignores_durations_that_are_none(duration):
+NAN, INFINITY = float("nan"), float("inf")
+NO_STEPS = [
+    {"duration_us": 0.0},
+    {"duration_us": -5.0},
+    {"duration_us": NAN},
+    {"duration_us": INFINITY},
+    {"duration_us": 1e300},
+    {"prefill_tokens": NAN},
+    {"prefill_tokens": INFINITY},
+    {"prefill_tokens": -1},
+    {"prefill_tokens": 1e6},
+    {"decode_requests": NAN},
+    {"decode_requests": -INFINITY},
+    {"decode_requests": -1},
+    {"decode_requests": 2.0**53},
+    {"group_prefill_tokens": NAN},
+    {"group_prefill_tokens": INFINITY},
+    {"group_prefill_tokens": -1.0},
+    {"group_prefill_tokens": 1e300},
+]
+
+
+@pytest.mark.parametrize("figures", NO_STEPS)
+def test_ignores_what_is_no_step(figures):
+    model = observe_steps(OnlineStepCost(BUDGET), 100)
+    before = model.predict_us(256, 20)
+    step = {"prefill_tokens": 10, "decode_requests": 1, "duration_us": 17_000.0, **figures}
+    for _ in range(50):
+        model.observe(**step)
+    assert (model.steps, model.predict_us(256, 20)) == (100, before)
+    observe_steps(model, 500, seed=2)
+    assert model.prefill_us_per_token == pytest.approx(900, rel=0.1)
+
+
+@pytest.mark.parametrize("part", ["_theta", "_p"])
+@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+def test_a_poisoned_estimate_starts_anew(part, index, value):
+    model = observe_steps(OnlineStepCost(BUDGET), 100)
+    values = getattr(model, part)
+    values[index % len(values)] = value
+    observe_steps(model, 500, seed=2)
+    assert model.prefill_us_per_token == pytest.approx(900, rel=0.1)
+    assert model.predict_us(0, 20) == pytest.approx(8000 + 120 * 20, rel=0.1)
+
+
+def test_a_poisoned_usual_residual_starts_anew():
+    model = observe_steps(OnlineStepCost(BUDGET), 100)
+    model._usual_residual = NAN
+    observe_steps(model, 500, seed=2)
+    assert model.prefill_us_per_token == pytest.approx(900, rel=0.1)
+
+
+@given(
+    st.lists(st.tuples(*[st.one_of(st.floats(), st.floats(0, 1e6))] * 3, st.none() | st.floats()))
+)
+def test_whatever_it_is_told_it_says_numbers(steps):
     model = OnlineStepCost(BUDGET)
-    model.observe(10, 1, duration)
-    assert model.steps == 0
+    for step in steps:
+        model.observe(*step)
+        said = model.prefill_us_per_token, model.decode_us_per_request, model.predict_us(100, 10)
+        assert all(0.0 <= value < INFINITY for value in said), said
+    observe_steps(model, 20)
+    assert all(0.0 <= value < INFINITY for value in (model.predict_us(100, 10),))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (0.0, 5.0, 5.0),
+        (10.0, 20.0, 12.0),
+        (10.0, NAN, 10.0),
+        (10.0, INFINITY, 10.0),
+        (10.0, -1.0, 10.0),
+        (NAN, 5.0, 5.0),
+        (INFINITY, 5.0, 5.0),
+        (-1.0, 5.0, 5.0),
+        (NAN, NAN, 0.0),
+    ],
+)
+def test_a_smoothed_value_takes_up_numbers_only(old, new, expected):
+    assert smoothed(old, new) == expected
 
 
 def test_never_negative():

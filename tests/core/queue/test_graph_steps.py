@@ -132,6 +132,20 @@ def test_a_large_step_is_let_through_when_none_was_seen_for_long():
     assert all(said(EXPLORE))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -1.0])
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("step", [(20, 10_700.0, 100, 120), (20, 25_000.0, 700, 720)])
+def test_a_step_with_a_figure_that_is_none_teaches_nothing(step, place, bad):
+    learned, untold = costs(25_000), costs(25_000)
+    for _ in range(50):
+        learned.observe(*(bad if i == place else figure for i, figure in enumerate(step)))
+    backlogs = range(0, 2048, 100)
+    assert [learned.small_steps_pay(b) for b in backlogs] == [
+        untold.small_steps_pay(b) for b in backlogs
+    ]
+    assert learned._small.steps == untold._small.steps
+
+
 def test_steps_that_could_not_have_been_small_are_not_remembered():
     learned, far = costs(25_000), FARTHEST * 512
     for _ in range(200):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gimbal.board.clock import now_us
 from gimbal.board.file import Board, board_path
+from gimbal.board.layout import BOARD_BYTES, MAX_ENGINES
 from gimbal.board.slots import BoardReader
-from gimbal.core.snapshot import ROW_WIDTH, Field
+from gimbal.core.snapshot import ROW_WIDTH, Field, ImplausibleRow, row_problem
 from gimbal.vllm_plugin.engine import remote
 
 ENGINE = """
@@ -70,7 +77,8 @@ def test_foreign_messages_and_local_slots_are_refused(board: Board) -> None:
         "import sys, numpy; from pathlib import Path;"
         "from gimbal.board.file import Board;"
         "from gimbal.board.slots import SlotWriter;"
-        f"SlotWriter(Board(Path(sys.argv[1])), 1).publish(numpy.full({ROW_WIDTH}, 4.0));"
+        "writer = SlotWriter(Board(Path(sys.argv[1])), 1);"
+        f"writer.publish(numpy.full({ROW_WIDTH}, 4.0));"
         "print('written', flush=True); sys.stdin.read()"
     )
     pipe = subprocess.PIPE
@@ -85,6 +93,236 @@ def test_foreign_messages_and_local_slots_are_refused(board: Board) -> None:
     assert BoardReader(board, 2).read()[1, 0] == 4.0
     local.communicate("")
     receiver.close()
+
+
+def message(engine: int = 1, **fields: float) -> bytes:
+    """A row of `engine` as it travels, with some of its columns."""
+    row = np.zeros(ROW_WIDTH)
+    row[Field.SEQUENCE] = 1.0
+    for name, value in fields.items():
+        row[Field[name]] = value
+    return remote._HEAD.pack(b"GBR1", engine, ROW_WIDTH) + row.tobytes()
+
+
+@pytest.fixture
+def receiver(board: Board) -> Iterator[remote.RowReceiver]:
+    made = remote.RowReceiver(board, "tcp://127.0.0.1:0")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sender(receiver: remote.RowReceiver) -> Iterator[Any]:
+    """A socket that is connected to the receiver and has been heard."""
+    socket = zmq.Context.instance().socket(zmq.PUB)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(receiver.address)
+    _until(lambda: socket.send(message(0)) or receiver.received)
+    yield socket
+    socket.close()
+
+
+def _until(reached: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"STEP_TIME_US": float("nan")}, "step_time_us is nan"),
+        ({"WAITING_REQUESTS": float("inf")}, "waiting_requests is inf"),
+        ({"STEP_PREFILL_TOKENS": -3.0}, "step_prefill_tokens is -3"),
+        ({"RUNNING_TOKENS": 1e17}, "running_tokens is 1e+17"),
+        ({"KV_BLOCKS_USED": 9.0, "KV_BLOCKS_TOTAL": 8.0}, "kv_blocks_used is 9 of 8"),
+    ],
+)
+def test_a_row_that_no_engine_can_mean_is_refused_and_said_once(
+    board: Board,
+    receiver: remote.RowReceiver,
+    sender: Any,
+    caplog: pytest.LogCaptureFixture,
+    fields: dict[str, float],
+    said: str,
+) -> None:
+    reader = BoardReader(board, 2)
+    _until(lambda: sender.send(message(1, DECODING_REQUESTS=4.0)) or reader.read()[1].any())
+    before = receiver.received
+    for _ in range(20):
+        sender.send(message(1, **fields))
+    _until(lambda: receiver.refused >= 20)
+    assert reader.read()[1, Field.DECODING_REQUESTS] == 4.0
+    lines = [record.message for record in caplog.records if "refused" in record.message]
+    assert len(lines) == 1
+    assert f"from 127.0.0.1: engine 1: {said};" in lines[0]
+    _until(lambda: sender.send(message(1, DECODING_REQUESTS=5.0)) or receiver.received > before)
+
+
+def test_another_version_says_so_once_and_on_one_line(
+    receiver: remote.RowReceiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = remote._HEAD.pack(b"GBR1", 3, ROW_WIDTH + 4)
+    for _ in range(10):
+        receiver._take(head + bytes(8 * (ROW_WIDTH + 4)), "10.0.0.7")
+    assert receiver.refused == 10
+    (line,) = [record.message for record in caplog.records if "refused" in record.message]
+    assert f"10.0.0.7: engine 3 sends {ROW_WIDTH + 4} numbers a row" in line
+    assert "one version of Gimbal" in line
+    assert "\n" not in line
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=700),
+        st.builds(
+            lambda engine, width, body: remote._HEAD.pack(b"GBR1", engine, width) + body,
+            st.integers(0, 65535),
+            st.sampled_from([0, ROW_WIDTH, ROW_WIDTH + 1, 65535]),
+            st.binary(max_size=700) | st.just(bytes(8 * ROW_WIDTH)),
+        ),
+        st.builds(
+            lambda engine, values: message(engine, **values),
+            st.integers(0, 300),
+            st.dictionaries(st.sampled_from([f.name for f in Field]), st.floats()),
+        ),
+    )
+)
+def test_any_message_is_a_plausible_row_or_refused(data: bytes) -> None:
+    try:
+        engine, row = remote.parse_row(data)
+    except remote.RefusedRow:
+        return
+    assert 0 <= engine < MAX_ENGINES
+    assert row.shape == (ROW_WIDTH,)
+    assert row_problem(row) is None
+
+
+@pytest.mark.parametrize("replacement", ["short file", "directory", "cut short"])
+def test_the_receiver_outlives_its_board(
+    board: Board, receiver: remote.RowReceiver, sender: Any, replacement: str
+) -> None:
+    """While rows arrive, the file goes; they arrive again once it can be made anew."""
+    path, reader = board.path, BoardReader(board, 2)
+    if replacement == "cut short":
+        os.truncate(path, 10)
+    else:
+        path.unlink()
+    if replacement == "short file":
+        path.write_text("short")
+        path.chmod(0o600)
+    if replacement == "directory":
+        path.mkdir()
+        _until(lambda: sender.send(message(1)) or receiver.failures >= 3)
+        path.rmdir()
+
+    sequence = 0
+
+    def send() -> bool:
+        nonlocal sequence
+        sequence += 1
+        sender.send(message(1, SEQUENCE=sequence))
+        fresh = BoardReader(Board(path), 2) if path.is_file() and _whole(path) else None
+        return fresh is not None and bool(fresh.read()[1, Field.SEQUENCE])
+
+    _until(send)
+    assert receiver._thread.is_alive()
+    _until(lambda: send() and reader.read()[1, Field.SEQUENCE] == sequence)
+
+
+def _whole(path: Path) -> bool:
+    return path.stat().st_size == BOARD_BYTES
+
+
+def test_the_receiver_outlives_whatever_a_row_raises(
+    receiver: remote.RowReceiver, sender: Any, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unforeseen(Exception):
+        pass
+
+    def fail(engine: int) -> bool:
+        raise Unforeseen("out of the blue")
+
+    monkeypatch.setattr(receiver._board, "written_by_another", fail)
+    _until(lambda: sender.send(message(1)) or receiver.failures >= 3)
+    monkeypatch.undo()
+    before = receiver.received
+    _until(lambda: sender.send(message(1)) or receiver.received > before)
+    assert sum("out of the blue" in record.message for record in caplog.records) == 1
+
+
+def test_an_oversized_message_costs_no_memory_and_no_rows(
+    receiver: remote.RowReceiver, sender: Any
+) -> None:
+    sender.send(bytes(64 << 20))
+    before = receiver.received
+    _until(lambda: sender.send(message(0)) or receiver.received > before)
+    assert receiver.refused == 0, "zmq cuts it off before it is taken in"
+
+
+def test_closing_is_bounded(board: Board, monkeypatch: Any) -> None:
+    receiver = remote.RowReceiver(board, "tcp://127.0.0.1:0")
+    stuck, go = threading.Event(), threading.Event()
+
+    def hang(*message: Any) -> None:
+        stuck.set()
+        go.wait(60)
+
+    monkeypatch.setattr(receiver, "_take", hang)
+    monkeypatch.setattr(remote, "CLOSE_S", 0.05)
+    socket = zmq.Context.instance().socket(zmq.PUB)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(receiver.address)
+    _until(lambda: socket.send(message(0)) or stuck.is_set())
+    receiver.close()
+    assert receiver._thread.is_alive(), "it waited for a thread that hangs"
+    go.set()
+    receiver._thread.join(60)
+    assert not receiver._thread.is_alive()
+    socket.close()
+
+
+def test_an_address_in_use_is_an_error_and_leaves_nothing(
+    board: Board, receiver: remote.RowReceiver
+) -> None:
+    with pytest.raises(zmq.ZMQError, match="in use"):
+        remote.RowReceiver(board, receiver.address)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("tcp://::1:18655", "tcp://[::1]:18655"),
+        ("tcp://[::1]:18655", "tcp://[::1]:18655"),
+        ("tcp://fe80::1%eth0:1", "tcp://[fe80::1%eth0]:1"),
+        ("tcp://10.0.0.1:5", "tcp://10.0.0.1:5"),
+        ("tcp://host.example:5", "tcp://host.example:5"),
+        ("tcp://*:5", "tcp://*:5"),
+    ],
+)
+def test_ipv6_hosts_get_brackets(address: str, expected: str) -> None:
+    assert remote.bracketed(address) == expected
+
+
+@pytest.mark.skipif(not remote.is_this_host("::1"), reason="no IPv6 here")
+@pytest.mark.parametrize("host", ["::1", "[::1]", "localhost"])
+def test_rows_travel_over_ipv6(board: Board, host: str) -> None:
+    receiver = remote.RowReceiver(board, f"tcp://{host}:0")
+    port = receiver.address.rpartition(":")[2]
+    sender = remote.RowSender(f"tcp://{host}:{port}", 1)
+    row = np.ones(ROW_WIDTH)
+    _until(lambda: sender.publish(row) or receiver.received)
+    assert BoardReader(board, 2).read()[1, Field.SEQUENCE] == 1.0
+    sender.close()
+    receiver.close()
+
+
+def test_a_sender_refuses_what_a_receiver_would() -> None:
+    sender = remote.RowSender("tcp://127.0.0.1:1", 0)
+    with pytest.raises(ImplausibleRow, match="sequence is nan"):
+        sender.publish(np.full(ROW_WIDTH, np.nan))
+    sender.close()
 
 
 @pytest.mark.parametrize(

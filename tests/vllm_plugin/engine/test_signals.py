@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field, check_row
 
 pytest.importorskip("vllm")
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -32,6 +32,7 @@ class Rows:
         self.count = 0
 
     def publish(self, row: np.ndarray, now_s: float | None = None) -> None:
+        check_row(row)
         self.row, self.count = row.copy(), self.count + 1
 
     def __getitem__(self, field: Field) -> float:
@@ -305,13 +306,74 @@ def test_a_step_is_as_large_as_the_fullest_of_its_group(engine: Any) -> None:
     signals.state.graph_costs = SimpleNamespace(observe=lambda *figures: seen.append(figures))
     scheduler.add_request(real_scheduler.request("a", 40))
     real_scheduler.finish_step(scheduler, scheduler.schedule())
-    columns = {
-        Field.STEP_PREFILL_TOKENS: [30.0, 90.0],
-        Field.STEP_TOKENS: [37.0, 95.0],
-        Field.SEQUENCE: [7.0, 0.0],
-    }
-    signals.state.group = SimpleNamespace(peek=lambda field: np.array(columns[field]))
+    rows = np.zeros((2, ROW_WIDTH))
+    rows[:, Field.STEP_PREFILL_TOKENS] = 30.0, 90.0
+    rows[:, Field.STEP_TOKENS] = 37.0, 95.0
+    rows[:, Field.SEQUENCE] = 7.0, 0.0
+    signals.state.group = SimpleNamespace(read=rows.copy)
     real_scheduler.finish_step(scheduler, scheduler.schedule())
-    columns[Field.SEQUENCE] = [7.0, 1.0]  # only now has everybody been heard
+    rows[:, Field.SEQUENCE] = 7.0, 1.0  # only now has everybody been heard
     real_scheduler.finish_step(scheduler, scheduler.schedule())
     assert [(figures[0], *figures[2:]) for figures in seen] == [(0, 40, 40.0), (7, 90.0, 95.0)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e300])
+def test_what_the_worker_cannot_mean_is_left_out(
+    engine: Any, caplog: pytest.LogCaptureFixture, value: float
+) -> None:
+    scheduler, rows = engine()
+    signals = scheduler.gimbal_signals
+    signals.worker_said(Field.EXPERT_PRESSURE_US, 12.0)
+    for _ in range(5):
+        signals.worker_said(Field.EXPERT_PRESSURE_US, value)
+        signals.publish(1.0)
+    assert rows[Field.EXPERT_PRESSURE_US] == 12.0
+    assert signals.mended == 5
+    said = [record.message for record in caplog.records if "left out" in record.message]
+    assert len(said) == 1
+    assert "expert_pressure_us" in said[0]
+
+
+def test_a_number_that_none_can_have_costs_its_column_and_no_snapshot(engine: Any) -> None:
+    """As of an ordering of somebody else's, whose bound is no number."""
+    scheduler, rows = engine()
+    signals = scheduler.gimbal_signals
+    scheduler.add_request(real_scheduler.request("a", 40))
+    signals.row[Field.QUEUE_OLDEST_BOUND_US] = float("nan")
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    assert rows[Field.QUEUE_OLDEST_BOUND_US] == 0.0
+    check(scheduler, rows)
+    assert signals.mended == 1
+    assert not signals.needs_recount
+    assert scheduler._gimbal_guard.counts == {}
+
+
+def test_a_count_below_zero_is_recounted(engine: Any) -> None:
+    scheduler, rows = engine()
+    signals = scheduler.gimbal_signals
+    scheduler.add_request(real_scheduler.request("a", 40))
+    output = scheduler.schedule()
+    signals._running_tokens = -7
+    real_scheduler.finish_step(scheduler, output)
+    scheduler.add_request(real_scheduler.request("b", 50))
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    check(scheduler, rows)
+    assert signals.mended > 0
+    assert scheduler._gimbal_guard.counts == {}
+
+
+def test_rows_that_tell_nonsense_do_not_poison_what_a_step_costs(engine: Any) -> None:
+    """An engine of another host in the same group, before it was refused."""
+    scheduler, rows = engine(budget=512)
+    bad = np.full((2, ROW_WIDTH), float("nan"))
+    scheduler.gimbal_signals.state.group = SimpleNamespace(read=bad.copy)
+    for number in range(5):
+        scheduler.add_request(real_scheduler.request(f"a{number}", 700))
+        real_scheduler.finish_step(scheduler, scheduler.schedule())
+    assert scheduler.gimbal_signals.cost.steps == 0
+    scheduler.gimbal_signals.state.group = None
+    for number in range(20):
+        scheduler.add_request(real_scheduler.request(f"b{number}", 700))
+        real_scheduler.finish_step(scheduler, scheduler.schedule())
+    assert scheduler.gimbal_signals.cost.steps > 10
+    assert np.isfinite(rows.row).all()
