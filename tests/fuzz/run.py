@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import resource
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from gimbal.core.errors import InputError
 
 Case = Callable[[random.Random], None]
 SHOWN_FAILURES = 3
+MOST_BYTES = 6 * 2**30
+"""Address space beyond what the process has: importing PyTorch takes most of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +74,24 @@ def input_of(seed: int, target: str, index: int) -> random.Random:
     return random.Random(f"{seed}/{target}/{index}")
 
 
+@contextlib.contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """An input of a few bytes that asks for more than `MOST_BYTES` fails, not the machine."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MOST_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def run(target: Target, count: int, seed: int, first: int = 0) -> Outcome:
     """Gives `count` inputs, from number `first` on, to `target`."""
     outcome = Outcome(target.name)
     began = time.perf_counter()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _bounded_memory():
         warnings.simplefilter("ignore")  # numpy's, about overflow: the invariants look at results
         for index in range(first, first + count):
             _one(target, index, input_of(seed, target.name, index), outcome)
