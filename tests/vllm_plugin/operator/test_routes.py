@@ -14,7 +14,7 @@ import pytest
 
 from gimbal.core.config import parse_config
 from gimbal.core.errors import InputError
-from gimbal.core.snapshot import ROW_WIDTH
+from gimbal.core.snapshot import ROW_WIDTH, Field
 
 pytest.importorskip("vllm")
 from fastapi import FastAPI
@@ -348,15 +348,17 @@ def test_a_board_that_fails_is_one_line_and_no_fault_of_the_client(
 
 
 def test_status_survives_numbers_that_are_none(site: Any, monkeypatch: Any) -> None:
-    """A writer checks its rows, but who may write a file may write anything."""
-    monkeypatch.setattr("gimbal.board.slots.check_row", lambda row: None)
-    client, _, path = site({"levels": ["queue"]})
-    row = np.full(ROW_WIDTH, np.nan)
-    row[0] = 1.0
-    SlotWriter(Board(path), 1).publish(row)
+    client, _, _ = site({"levels": ["queue"]})
+    rows = np.zeros((2, ROW_WIDTH))
+    rows[1, Field.WAITING_REQUESTS] = np.nan
+    rows[1, Field.STEP_TIME_US] = np.inf
+    operator = client.app.state.gimbal_operator
+    monkeypatch.setattr(operator.reader, "read", lambda: rows)
     answer = client.get("/gimbal/status")
     assert answer.status_code == 200
-    assert answer.json()["engines"][1]["waiting_requests"] in (None, 0.0)
+    engine = answer.json()["engines"][1]
+    assert (engine["waiting_requests"], engine["step_time_us"]) == (None, None)
+    assert engine["running_requests"] == 0.0
 
 
 def test_two_launches_have_two_boards(monkeypatch: Any) -> None:
