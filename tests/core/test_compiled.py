@@ -42,7 +42,7 @@ def test_accounts_are_those_of_the_plain_function():
     assert ledger.OBSERVE.compiled
     assert ledger.ENTER.compiled
     for rng, engines, board in boards(200):
-        plain = rng.integers(0, 3, (13, engines)).astype(float)
+        plain = rng.integers(0, 3, (ledger._ROWS, engines)).astype(float)
         fast = plain.copy()
         board[:, Field.EPOCH] = rng.integers(1, 3, engines)
         board[:, [ACCEPTED_REQUESTS, ACCEPTED_TOKENS]] = rng.integers(0, 3, (engines, 2))
@@ -57,7 +57,7 @@ def test_accounts_are_those_of_the_plain_function():
 
 def test_a_call_with_other_types_is_refused_and_never_compiled():
     with pytest.raises(TypeError):
-        ledger.OBSERVE.call(np.zeros((2, ROW_WIDTH), dtype=np.float32), np.zeros((13, 2)), 0, 0.0)
+        ledger.OBSERVE.call(np.zeros((2, ROW_WIDTH), dtype=np.float32), np.zeros((ledger._ROWS, 2)), 0, 0.0)
 
 
 def test_a_kernel_serves_before_and_after_it_is_compiled(monkeypatch):

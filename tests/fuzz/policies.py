@@ -258,7 +258,8 @@ def online_cost(rng: random.Random) -> None:
     clean(500)
     expected = _BASE_US + 32 * _DECODE_US + 2048 * _PREFILL_US
     found = cost.predict_us(2048, 32)
-    check(0.5 < found / expected < 2.0, "a step of", expected, "us predicted as", found)
+    off = 2.0 if known > WARM_STEPS else 4.0  # an estimate that began with stalls keeps some of it
+    check(1 / off < found / expected < off, "a step of", expected, "us predicted as", found)
 
 
 @lru_cache(maxsize=1)
