@@ -22,9 +22,12 @@ MOST_MULTIPLIER = 1e9
 MOST_TOKENS = 10**9
 MOST_SECONDS = 1e12
 """Some 30,000 years; times since 1970 fit."""
+MOST_VOCABULARY = 2**24
+MOST_LAYERS = 1000
 MOST_EXPERTS = 2**13
 """Of one layer."""
 MOST_RANKS = 2**12
+MOST_REQUESTS = 10**8
 
 _NUMERAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 

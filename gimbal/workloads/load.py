@@ -11,11 +11,10 @@ import numpy as np
 
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.files import read_text, reading
-from gimbal.core.numbers import whole
+from gimbal.core.numbers import MOST_REQUESTS, whole
 from gimbal.workloads import azure, burstgpt, distributions, jsonl, lengths, mooncake, transform
 from gimbal.workloads.trace import Trace
 
-MOST_REQUESTS = 10**8
 DEFAULT_RATE_RPS = 1.0
 """Arrival rate of a set of lengths when neither a rate nor a load is asked for."""
 

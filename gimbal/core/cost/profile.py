@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from gimbal.core.errors import InputError, one_line
 from gimbal.core.named_yaml import packaged_names, read_named_yaml
-from gimbal.core.numbers import MOST_EXPERTS, shown
+from gimbal.core.numbers import MOST_EXPERTS, MOST_LAYERS, shown
 from gimbal.core.options import Count, NotNegative, PositiveCount, Ranks
 
 _STRICT = ConfigDict(extra="forbid")
@@ -28,7 +28,7 @@ Time = Annotated[float, Field(ge=0.0, le=MOST_US, allow_inf_nan=False)]
 Offset = Annotated[float, Field(ge=-MOST_US, le=MOST_US, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0.0, le=MOST_US, allow_inf_nan=False)]
 Norm = Annotated[float, Field(ge=1.0, le=8.0, allow_inf_nan=False)]
-Layers = Annotated[int, Field(ge=1, le=1000)]
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 Experts = Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
 
 
