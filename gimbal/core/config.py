@@ -17,10 +17,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.errors import InputError, nearest, one_line
+from gimbal.core.numbers import shown
 from gimbal.core.options import (
     AtLeastOne,
     Count,
-    Finite,
+    Multiplier,
     NotNegative,
     Port,
     Positive,
@@ -108,10 +109,10 @@ class PlacementConfig:
 
     placer: str = option("gimbal", f"placer: {', '.join(PLACERS)}, or module:Class")
     options: Mapping[str, Any] = policy_options("the placer's own options")
-    alpha: Finite = option(1.0, "multiplier of the load term")
-    beta: Finite = option(1.0, "multiplier of the communication term")
-    gamma: Finite = option(1.0, "multiplier of the migration term")
-    gate: NotNegative = option(1.0, "commit when the gain exceeds this many stalls; 0: any gain")
+    alpha: Multiplier = option(1.0, "multiplier of the load term")
+    beta: Multiplier = option(1.0, "multiplier of the communication term")
+    gamma: Multiplier = option(1.0, "multiplier of the migration term")
+    gate: Multiplier = option(1.0, "commit when the gain exceeds this many stalls; 0: any gain")
     backend: str = option(
         "auto", "all2all: bytes depend on placement; allgather_reducescatter: they do not"
     )
@@ -193,8 +194,8 @@ def parse_config(values: Mapping[str, Any], where: str = "configuration") -> Gim
         if first["type"] == "unexpected_keyword_argument":
             hint = nearest(path[-1], _keys_at(path))
             raise InputError(f"{where}: unknown key {dotted!r}{hint}") from None
-        got = first.get("input")
-        message = f"{where}: {dotted}: {one_line(first['msg'].lower())}, got {got!r}"
+        got = shown(first.get("input"))
+        message = f"{where}: {dotted}: {one_line(first['msg'].lower())}, got {got}"
         raise InputError(message) from None
     for level in config.levels:
         if level not in LEVELS:

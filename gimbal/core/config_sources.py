@@ -15,6 +15,7 @@ import yaml
 
 from gimbal.core.config import LEVELS, NAMED, GimbalConfig, modernized, parse_config
 from gimbal.core.errors import InputError
+from gimbal.core.yaml_reader import read_yaml
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -22,16 +23,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
     Raises InputError naming the file, and the line where YAML itself does not parse.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        raise InputError(
-            f"{path}{line}: not YAML ({getattr(error, 'problem', None) or error})"
-        ) from None
+    values = read_yaml(path)
     if values is None:
         return {}
     if isinstance(values, dict) and set(values) == {"gimbal"}:

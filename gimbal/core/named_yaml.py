@@ -6,9 +6,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gimbal.core.errors import InputError, nearest
+from gimbal.core.yaml_reader import parse_yaml, read_yaml
 
 _SUFFIXES = {".yaml", ".yml"}
 
@@ -20,14 +19,12 @@ def packaged_names(package: str, folder: str) -> list[str]:
 
 
 def read_named_yaml(kind: str, package: str, folder: str, name_or_path: str | Path) -> Any:
-    """What the file holds; raises InputError calling it a `kind` when there is none."""
+    """What the file holds; raises InputError calling it a `kind` for none, or a malformed one."""
     path, name = Path(name_or_path), str(name_or_path)
     if path.suffix in _SUFFIXES:
-        if not path.exists():
-            raise InputError(f"{kind} {path}: no such file")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return read_yaml(path, f"{kind} {path}")
     names = packaged_names(package, folder)
     if name not in names:
         raise InputError(f"unknown {kind} {name!r}{nearest(name, names)}")
     packaged = resources.files(package).joinpath(folder, f"{name}.yaml")
-    return yaml.safe_load(packaged.read_text(encoding="utf-8"))
+    return parse_yaml(packaged.read_text(encoding="utf-8"), f"{kind} {name}")

@@ -16,13 +16,16 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from gimbal.core.errors import InputError, nearest, one_line
+from gimbal.core.numbers import MOST, MOST_COUNT, MOST_MULTIPLIER, MOST_RANKS, shown
 
-NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-AtLeastOne = Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=2**53)]
-PositiveCount = Annotated[int, Field(ge=1, le=2**53)]
+NotNegative = Annotated[float, Field(ge=0.0, le=MOST, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, le=MOST, allow_inf_nan=False)]
+AtLeastOne = Annotated[float, Field(ge=1.0, le=MOST, allow_inf_nan=False)]
+Finite = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
+Multiplier = Annotated[float, Field(ge=0.0, le=MOST_MULTIPLIER, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
+PositiveCount = Annotated[int, Field(ge=1, le=MOST_COUNT)]
+Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -47,7 +50,7 @@ def parse_options(options: type, values: Mapping[str, Any], where: str) -> Any:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{where}.{key}: {one_line(first['msg'].lower())}, got {first.get('input')!r}"
+            f"{where}.{key}: {one_line(first['msg'].lower())}, got {shown(first.get('input'))}"
         ) from None
     except ValueError as error:  # from the dataclass's own __post_init__
         raise InputError(f"{where}: {one_line(error)}") from None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gimbal.core.errors import InputError, nearest
+from gimbal.core.errors import InputError, nearest, one_line
+from gimbal.core.json_text import read_json
 from gimbal.demo.sizes import DemoSizes
 from gimbal.demo.vocabulary import DemoVocabulary
 
@@ -54,19 +54,21 @@ def manifest_values(sizes: DemoSizes, words: DemoVocabulary) -> dict[str, Any]:
 def load_manifest(model: Path) -> DemoManifest:
     """Reads the manifest beside a demo model; raises InputError when there is none."""
     path = model / MANIFEST
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise InputError(
             f"{model}: no {MANIFEST}; make the model with `gimbal model demo --out {model}`"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+        )
+    values = read_json(path)
     try:
         domains = {}
         for name, entry in values["domains"].items():
             weights = np.asarray(entry["weights"], dtype=np.float64)
-            domains[name] = (np.asarray(entry["token_ids"]), weights / weights.sum())
+            ids = np.asarray(entry["token_ids"], dtype=np.int64)
+            if ids.ndim != 1 or ids.shape != weights.shape or not 1e-9 < weights.sum() < np.inf:
+                raise ValueError(f"token_ids and weights of {name} do not fit together")
+            if weights.min() < 0.0:
+                raise ValueError(f"a negative weight of {name}")
+            domains[name] = (ids, weights / weights.sum())
         return DemoManifest(int(values["seed"]), dict(values["sizes"]), domains)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: malformed ({error!r})") from None
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: malformed ({one_line(repr(error))})") from None

@@ -7,7 +7,16 @@ run fill the same fields, so a report never asks which one it reads.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from gimbal.core.numbers import MOST_RANKS, MOST_REQUESTS
+from gimbal.core.options import Count, Finite, NotNegative
+
+# What a field may hold when it is read back; whoever fills a record is not checked.
+Rank = Annotated[int, Field(ge=0, lt=MOST_RANKS)]
+Index = Annotated[int, Field(ge=0, le=MOST_REQUESTS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,58 +41,58 @@ class RequestRecord:
 
     request_id: str
     arm: str
-    repeat: int
-    arrival_s: float  # when the trace says it arrives
-    sent_s: float  # when the client really sent it
-    prompt_tokens: int
-    output_tokens: int  # received
-    expected_output_tokens: int
-    first_token_s: float | None
-    last_token_s: float | None
-    token_times_s: tuple[float, ...] = ()  # one per streamed token, empty unless kept
-    engine: int | None = None
+    repeat: Index
+    arrival_s: Finite  # when the trace says it arrives
+    sent_s: Finite  # when the client really sent it
+    prompt_tokens: Count
+    output_tokens: Count  # received
+    expected_output_tokens: Count
+    first_token_s: Finite | None
+    last_token_s: Finite | None
+    token_times_s: tuple[Finite, ...] = ()  # one per streamed token, empty unless kept
+    engine: Rank | None = None
     session: str | None = None
     domain: str | None = None
     status: str = "ok"  # ok | rejected | failed | aborted
     error: str | None = None
-    index: int = 0  # position in the repeat's trace: the same request in every arm
+    index: Index = 0  # position in the repeat's trace: the same request in every arm
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """One lock-step engine step, in a server's own ``steps-ENGINE.jsonl`` (key `step_records`)."""
 
-    time_s: float
-    engine: int
-    duration_us: float
-    prefill_tokens: int
-    decode_requests: int
-    waiting_requests: int
-    waiting_prefill_tokens: int
-    kv_usage: float
-    context_tokens: int = 0  # held by running requests after the step
-    prefill_pairs: float = 0.0  # sum over prefill chunks of n * (p + n/2), p computed before
+    time_s: Finite
+    engine: Rank
+    duration_us: NotNegative
+    prefill_tokens: Count
+    decode_requests: Count
+    waiting_requests: Count
+    waiting_prefill_tokens: Count
+    kv_usage: NotNegative
+    context_tokens: Count = 0  # held by running requests after the step
+    prefill_pairs: NotNegative = 0.0  # sum over prefill chunks of n * (p + n/2), p computed before
 
 
 @dataclass(frozen=True, slots=True)
 class RebalanceRecord:
     """One expert rearrangement, proposed or committed."""
 
-    time_s: float
+    time_s: Finite
     committed: bool
     reason: str
-    predicted_gain_us_per_step: float
-    predicted_stall_us: float
-    realized_gain_us_per_step: float | None
-    stall_us: float | None
-    moved_slots: int
-    received_experts: int
-    balance_before: float
-    balance_after: float
-    local_share_before: float | None
-    local_share_after: float | None
+    predicted_gain_us_per_step: Finite
+    predicted_stall_us: Finite
+    realized_gain_us_per_step: Finite | None
+    stall_us: Finite | None
+    moved_slots: Count
+    received_experts: Count
+    balance_before: Finite
+    balance_after: Finite
+    local_share_before: Finite | None
+    local_share_after: Finite | None
     arm: str = ""  # empty in a server's own file: it does not know what a benchmark calls it
-    repeat: int = 0
+    repeat: Index = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +102,10 @@ class PlacementRecord:
     Rows are layers, columns experts; a rank is that of the expert's first replica.
     """
 
-    time_s: float
+    time_s: Finite
     committed: bool
-    pairs: tuple[tuple[float, ...], ...]  # over the layer's mean
-    ranks_before: tuple[tuple[int, ...], ...]
-    ranks_after: tuple[tuple[int, ...], ...]
+    pairs: tuple[tuple[NotNegative, ...], ...]  # over the layer's mean
+    ranks_before: tuple[tuple[Rank, ...], ...]
+    ranks_after: tuple[tuple[Rank, ...], ...]
     arm: str = ""
-    repeat: int = 0
+    repeat: Index = 0

@@ -7,12 +7,18 @@ they do not know and default those that are absent: records outlive versions.
 from __future__ import annotations
 
 import dataclasses
-import json
+import io
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from gimbal.core.errors import InputError
+from pydantic import TypeAdapter, ValidationError
+
+from gimbal.core.errors import InputError, one_line
+from gimbal.core.files import read_text, write_text, writing
+from gimbal.core.json_text import parse_json, read_json, to_json
+from gimbal.core.numbers import shown
 from gimbal.records.schema import (
     PlacementRecord,
     RebalanceRecord,
@@ -27,8 +33,18 @@ FILES: dict[type, str] = {
     RebalanceRecord: "rebalances.jsonl",
     PlacementRecord: "placements.jsonl",
 }
+PLACES = ("pairs", "ranks_before", "ranks_after")
+"""Fields of a `PlacementRecord` that are [layers, experts]."""
 
 Record = TypeVar("Record", RequestRecord, StepRecord, RebalanceRecord, PlacementRecord)
+
+
+def make_directory(directory: Path) -> None:
+    """Makes a run's directory; raises InputError when it cannot be, or holds a run already."""
+    with writing(f"--out {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / RUN_FILE).exists():
+            raise InputError(f"--out {directory}: holds a run already; choose another one")
 
 
 class RunWriter:
@@ -41,31 +57,27 @@ class RunWriter:
         self.directory = directory
         self._files: dict[type, IO[str]] = {}
         self._fields: dict[type, list[str]] = {}
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if (directory / RUN_FILE).exists():
-                raise InputError(f"--out {directory}: holds a run already; choose another one")
-            self.write_info(info)
-        except OSError as error:
-            raise InputError(f"--out {directory}: cannot be written: {error.strerror}") from None
+        make_directory(directory)
+        self.write_info(info)
 
     def write_info(self, info: RunInfo) -> None:
         """Writes or replaces ``run.json``."""
-        text = json.dumps(dataclasses.asdict(info), indent=2)
-        (self.directory / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+        text = to_json(dataclasses.asdict(info), indent=2)
+        write_text(self.directory / RUN_FILE, text + "\n")
 
     def write(self, records: Iterable[Record]) -> None:
-        """Appends records, each to the file of its type."""
-        for record in records:
-            kind = type(record)
-            if kind not in self._files:
-                path = self.directory / FILES[kind]
-                self._files[kind] = path.open("a", encoding="utf-8")
-                self._fields[kind] = [f.name for f in dataclasses.fields(kind)]
-            values = {name: getattr(record, name) for name in self._fields[kind]}
-            self._files[kind].write(json.dumps(values, separators=(",", ":")) + "\n")
-        for file in self._files.values():
-            file.flush()
+        """Appends records, each to the file of its type; InputError where that is not possible."""
+        with writing(self.directory):
+            for record in records:
+                kind = type(record)
+                if kind not in self._files:
+                    path = self.directory / FILES[kind]
+                    self._files[kind] = path.open("a", encoding="utf-8")
+                    self._fields[kind] = [f.name for f in dataclasses.fields(kind)]
+                values = {name: getattr(record, name) for name in self._fields[kind]}
+                self._files[kind].write(to_json(values, separators=(",", ":")) + "\n")
+            for file in self._files.values():
+                file.flush()
 
     def close(self) -> None:
         """Closes the files; the writer may be used again."""
@@ -89,11 +101,9 @@ class RunReader:
     def info(self) -> RunInfo:
         """Raises InputError when the directory is no run."""
         path = self.directory / RUN_FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: not a run: {error}") from None
-        return _build(RunInfo, values, path, 1)
+        if not path.is_file():
+            raise InputError(f"{self.directory}: not a run: no {RUN_FILE} in it")
+        return _build(RunInfo, read_json(path), str(path))
 
     def requests(self) -> list[RequestRecord]:
         return list(self._read(RequestRecord))
@@ -110,26 +120,33 @@ class RunReader:
 
 
 def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
-    """The records of one JSON-lines file; raises InputError naming file and line."""
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, start=1):
-            try:
-                values = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{line}: not JSON: {error.msg}") from None
-            yield _build(kind, values, path, line)
+    """The records of one JSON-lines file; raises InputError naming file, line and field."""
+    for line, text in enumerate(io.StringIO(read_text(path)), start=1):
+        yield _build(kind, parse_json(text, str(path), line), f"{path}:{line}")
 
 
 Built = TypeVar("Built")
 
 
-def _build(kind: type[Built], values: Any, path: Path, line: int) -> Built:
-    """A record from its JSON object; lists become tuples."""
+def _build(kind: type[Built], values: Any, where: str) -> Built:
+    """A record from its JSON object."""
     if not isinstance(values, dict):
-        raise InputError(f"{path}:{line}: expected a JSON object")
-    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        raise InputError(f"{where}: expected a JSON object")
     try:
-        return kind(**kept)
-    except TypeError as error:
-        raise InputError(f"{path}:{line}: {error}") from None
+        record: Built = _adapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        got = "" if first["type"] == "missing" else f", got {shown(first.get('input'))}"
+        raise InputError(f"{where}: {field}: {one_line(first['msg'].lower())}{got}") from None
+    if isinstance(record, PlacementRecord):
+        widths = [len(row) for name in PLACES for row in getattr(record, name)]
+        layers = {len(getattr(record, name)) for name in PLACES}
+        if len(layers) > 1 or len(set(widths)) != 1 or not widths[0]:
+            raise InputError(f"{where}: {', '.join(PLACES)}: expected one number per expert")
+    return record
+
+
+@lru_cache(maxsize=8)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gimbal.core.config import LEVELS, modernized, parse_config
 from gimbal.core.config_sources import overlay, read_config_file
-from gimbal.core.errors import InputError, nearest, one_line
+from gimbal.core.errors import InputError, nearest
 from gimbal.core.options import parse_options
+from gimbal.core.yaml_reader import read_yaml
 from gimbal.report.arms import ARMS, SIGNALS, Arm, Simulated, get_arm
 
 DEFAULT_ARMS = ("vllm", "gimbal")
@@ -88,12 +87,7 @@ def read_arms(file: Path) -> dict[str, Arm]:
 
     Raises InputError naming the file, the arm and the key.
     """
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--arms-file {file}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--arms-file {file}: not YAML: {one_line(error)}") from None
+    document = read_yaml(file, f"--arms-file {file}")
     if not isinstance(document, dict):
         raise InputError(f"--arms-file {file}: expected a mapping of arm names")
     return {

@@ -97,7 +97,7 @@ def cdf(title: str, unit: str, samples: Mapping[str, FloatArray], names: Sequenc
 
 def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round values in low..high, at most `about` + 2 of them."""
-    if not high > low:
+    if not (high - low) / about > 0:
         return [low]
     raw = (high - low) / about
     scale = 10.0 ** math.floor(math.log10(raw))

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gimbal.core.errors import InputError
+from gimbal.core.errors import InputError, one_line
+from gimbal.core.files import writing
 
 SHOWN_STEPS = 800
 FIT_BINS = 14
@@ -32,9 +33,12 @@ def pyplot() -> Any:
 def save_figure(figure: Any, path: Path) -> None:
     """Writes and closes a figure; raises InputError for a file it cannot write."""
     try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: an ending that names no format
-        raise InputError(f"{path}: cannot be written: {error}") from None
+        with writing(path):
+            figure.savefig(path, dpi=150)
+    except ValueError as error:  # an ending that names no format
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be written: {one_line(error)}") from None
     finally:
         pyplot().close(figure)
 

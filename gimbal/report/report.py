@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from gimbal.core.errors import InputError
+from gimbal.core.files import write_text
 from gimbal.records.schema import RunInfo
-from gimbal.records.store import RunReader
+from gimbal.records.store import RUN_FILE, RunReader
 from gimbal.report.charts import Chart
 from gimbal.report.page import figures, page, table
+from gimbal.report.result import check_result
 from gimbal.report.run_charts import run_charts
 from gimbal.report.svg import save_charts
 from gimbal.report.table import COUNTS, LATENCIES, RATES, STATISTICS
@@ -21,11 +23,12 @@ from gimbal.report.table import COUNTS, LATENCIES, RATES, STATISTICS
 def write_report(directory: Path, target: Path | None = None) -> Path:
     """Writes ``report.html`` and ``plots/`` for a run directory; returns the page's path.
 
-    Raises InputError when the directory is no run, or holds no result yet.
+    Raises InputError when the directory is no run, or holds no result yet, and for a page that
+    cannot be written.
     """
     info, charts = read_run(directory)
     path = target or directory / "report.html"
-    path.write_text(render(info, charts), encoding="utf-8")
+    write_text(path, render(info, charts))
     save_charts([c for own in charts.values() for c in own], path.parent / "plots")
     return path
 
@@ -36,6 +39,7 @@ def read_run(directory: Path) -> tuple[RunInfo, dict[str, list[Chart]]]:
     info = reader.info()
     if info.result is None:
         raise InputError(f"{directory}: the run has no result: it was stopped before its report")
+    check_result(info.result, f"{directory / RUN_FILE}: result")
     return info, run_charts(reader, list(info.result["arms"]))
 
 

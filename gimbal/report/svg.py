@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gimbal.core.files import write_text, writing
 from gimbal.report.charts import (
     COLOURS,
     Bars,
@@ -71,15 +72,17 @@ def standalone(chart: Chart) -> str:
 def save_charts(charts: Sequence[Chart], directory: Path) -> list[Path]:
     """Writes every chart as an SVG file named after its title; returns the paths.
 
-    Files of an earlier report in `directory` are replaced by name.
+    Files of an earlier report in `directory` are replaced by name. Raises InputError where they
+    cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for chart in charts:
         path = directory / (re.sub(r"[^a-z0-9.]+", "-", chart.title.lower()).strip("-") + ".svg")
         while path in written:
             path = path.with_name(f"{path.stem}-more.svg")
-        path.write_text(standalone(chart), encoding="utf-8")
+        write_text(path, standalone(chart))
         written.append(path)
     return written
 

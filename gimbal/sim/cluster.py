@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from gimbal.core.contracts import Topology
 from gimbal.core.cost.profile import Profile, load_profile
-from gimbal.core.errors import InputError, nearest
+from gimbal.core.errors import InputError, nearest, one_line
 from gimbal.core.named_yaml import packaged_names, read_named_yaml
+from gimbal.core.numbers import MOST_EXPERTS, shown
+from gimbal.core.options import Count, NotNegative, PositiveCount, Ranks
+from gimbal.core.placement.problem import validate_topology
+
+Slots = Annotated[int, Field(ge=0, le=MOST_EXPERTS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +44,21 @@ class Cluster:
 
     name: str
     profile: str
-    dp: int
-    tp: int = 1
-    ranks_per_node: int = 8
-    slots_per_rank: int = 0
-    max_num_batched_tokens: int = 8192
-    max_num_seqs: int = 1024
-    block_size: int = 16
-    kv_tokens: int = 0
+    dp: Ranks
+    tp: Ranks = 1
+    ranks_per_node: Ranks = 8
+    slots_per_rank: Slots = 0
+    max_num_batched_tokens: PositiveCount = 8192
+    max_num_seqs: PositiveCount = 1024
+    block_size: PositiveCount = 16
+    kv_tokens: Count = 0
     enable_prefix_caching: bool = True
-    prefill_schedule_interval: int = 1
-    long_prefill_token_threshold: int = 0
+    prefill_schedule_interval: PositiveCount = 1
+    long_prefill_token_threshold: Count = 0
     async_scheduling: bool = True
-    stats_interval_ms: float = 100.0
+    stats_interval_ms: NotNegative = 100.0
     enable_eplb: bool = True
-    eplb_step_interval: int = 3000
+    eplb_step_interval: PositiveCount = 3000
     eplb_async: bool = True
     routing: str = "domains"
 
@@ -86,12 +92,23 @@ def load_cluster(name_or_path: str | Path) -> tuple[Cluster, Profile]:
         hint = ""
         if first["type"] == "unexpected_keyword_argument":
             hint = nearest(dotted, [f.name for f in dataclasses.fields(Cluster)])
-        message = first["msg"].lower()
+        message = f"{one_line(first['msg'].lower())}, got {shown(first.get('input'))}"
         raise InputError(f"cluster {name_or_path}: {dotted}: {message}{hint}") from None
-    profile = load_profile(cluster.profile)
-    if profile.model.experts % cluster.ranks and not cluster.slots_per_rank:
+    return cluster, _fitting(cluster, load_profile(cluster.profile))
+
+
+def _fitting(cluster: Cluster, profile: Profile) -> Profile:
+    """`profile`; raises InputError where its experts do not fit on the cluster's ranks."""
+    experts = profile.model.experts
+    if experts % cluster.ranks and not cluster.slots_per_rank:
         raise InputError(
-            f"cluster {cluster.name}: {profile.model.experts} experts do not divide over "
+            f"cluster {cluster.name}: {experts} experts do not divide over "
             f"{cluster.ranks} ranks; set slots_per_rank"
         )
-    return cluster, profile
+    slots = cluster.slots_per_rank or experts // cluster.ranks
+    topology = Topology(cluster.ranks, slots, cluster.tp, cluster.ranks_per_node)
+    try:
+        validate_topology(topology, (cluster.dp, profile.model.layers, experts))
+    except InputError as error:
+        raise InputError(f"cluster {cluster.name}: {error}") from None
+    return profile

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from gimbal.core.config import DispatchConfig, FeedbackConfig, PlacementConfig, QueueConfig
 from gimbal.core.errors import InputError
+from gimbal.core.numbers import whole
 from gimbal.report.arms import Arm, Simulated
 from gimbal.sim.cluster import Cluster
 
@@ -88,9 +89,7 @@ def with_flags(cluster: Cluster, arm: Arm) -> Cluster:
         if flag in _NUMBERS:
             field_name, least = _NUMBERS[flag]
             text = text if equals else next(words, "")
-            if not (text.isdecimal() and int(text) >= least):
-                raise InputError(f"{where}: expected a whole number >= {least}, got {text!r}")
-            changes[field_name] = int(text)
+            changes[field_name] = whole(text, f"{where} ", least)
         elif flag in FLAGS and not equals:
             on = flag in _SWITCHES
             changes[_SWITCHES[flag if on else f"--{flag[5:]}"]] = on

@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
+from gimbal.core.numbers import as_real
 from gimbal.workloads.fields import Row, csv_rows
 from gimbal.workloads.trace import Trace, TraceRequest, make_trace
 
@@ -18,18 +19,21 @@ def _timestamp_s(row: Row) -> float:
     """Seconds since the epoch. The trace has 7 decimals, one more than `datetime` reads."""
     value = row.get("TIMESTAMP")
     whole, _, fraction = str(value).partition(".")
+    part = as_real("0." + fraction) if fraction.isdecimal() or not fraction else None
     try:
         seconds = (datetime.fromisoformat(whole) - datetime(1970, 1, 1)).total_seconds()
-        return seconds + (float("0." + fraction) if fraction else 0.0)
     except (TypeError, ValueError):
-        raise row.fail("TIMESTAMP", value, "a date and time") from None
+        part = None
+    if part is None:
+        raise row.fail("TIMESTAMP", value, "a date and time")
+    return seconds + part
 
 
 def read(path: Path) -> Trace:
     """Reads an Azure 2023 CSV file; raises InputError naming file, line, field and value."""
     requests = [
         TraceRequest(
-            _timestamp_s(row), row.integer("ContextTokens", 1), row.integer("GeneratedTokens", 1)
+            _timestamp_s(row), row.tokens("ContextTokens", 1), row.tokens("GeneratedTokens", 1)
         )
         for row in csv_rows(path, COLUMNS)
     ]

@@ -20,8 +20,8 @@ def read(path: Path) -> Trace:
     """Reads a BurstGPT CSV file; raises InputError naming file, line, field and value."""
     requests = []
     for row in csv_rows(path, COLUMNS):
-        prompt = row.integer("Request tokens")
-        output = row.integer("Response tokens")
+        prompt = row.tokens("Request tokens")
+        output = row.tokens("Response tokens")
         arrival = row.seconds("Timestamp")
         if prompt and output:
             requests.append(TraceRequest(arrival, prompt, output, row.text("Session ID")))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
-import json
-import math
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gimbal.core.errors import InputError, nearest
+from gimbal.core.files import read_text
+from gimbal.core.json_text import parse_json
+from gimbal.core.numbers import MOST_SECONDS, MOST_TOKENS, real, shown, whole
+
+MOST_HASH_ID = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +25,13 @@ class Row:
     line: int
     values: Mapping[str, Any]
 
+    def place(self, field: str) -> str:
+        """What a complaint about `field` begins with: file, line number, field."""
+        return f"{self.path}:{self.line}: {field}="
+
     def fail(self, field: str, value: object, expected: str) -> InputError:
         """The error for `field`: file, line number, field, value."""
-        return InputError(f"{self.path}:{self.line}: {field}={value!r}: expected {expected}")
+        return InputError(f"{self.place(field)}{shown(value)}: expected {expected}")
 
     def get(self, field: str) -> Any:
         """The raw value; raises InputError when it is missing or empty."""
@@ -32,30 +40,13 @@ class Row:
             raise self.fail(field, value, "a value")
         return value
 
-    def integer(self, field: str, minimum: int = 0) -> int:
-        """A whole number of at least `minimum`; "12" and 12.0 count, true and 1.5 do not."""
-        value = self.get(field)
-        expected = f"a whole number >= {minimum}"
-        if isinstance(value, bool):
-            raise self.fail(field, value, expected)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise self.fail(field, value, expected) from None
-        if not math.isfinite(number) or number != int(number) or number < minimum:
-            raise self.fail(field, value, expected)
-        return int(number)
+    def tokens(self, field: str, least: int = 0) -> int:
+        """A number of tokens, at least `least`; see `numbers.whole`."""
+        return whole(self.get(field), self.place(field), least, MOST_TOKENS)
 
     def seconds(self, field: str) -> float:
-        """A finite number of at least zero."""
-        value = self.get(field)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise self.fail(field, value, "a number >= 0") from None
-        if isinstance(value, bool) or not math.isfinite(number) or number < 0:
-            raise self.fail(field, value, "a number >= 0")
-        return number
+        """A time of at least zero."""
+        return real(self.get(field), self.place(field), 0.0, MOST_SECONDS)
 
     def text(self, field: str) -> str | None:
         """The value as text, or None when it is absent or empty."""
@@ -63,53 +54,44 @@ class Row:
         return None if value is None or value == "" else str(value)
 
     def hash_ids(self, field: str) -> tuple[int, ...]:
-        """A list of whole numbers, empty when the field is absent."""
+        """A list of whole numbers of up to 64 bits, empty when the field is absent."""
         value = self.values.get(field)
         if value is None:
             return ()
+        expected = "a list of whole numbers from 0 to 2**64 - 1"
         if not isinstance(value, list):
-            raise self.fail(field, value, "a list of whole numbers")
+            raise self.fail(field, value, expected)
         for item in value:
-            if isinstance(item, bool) or not isinstance(item, int):
-                raise self.fail(field, item, "a list of whole numbers")
+            if type(item) is not int or not 0 <= item <= MOST_HASH_ID:
+                raise self.fail(field, item, expected)
         return tuple(value)
-
-
-def open_text(path: Path) -> str:
-    """The file's text; raises InputError when it cannot be read as UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"{path}: cannot be read: {reason}") from None
 
 
 def csv_rows(path: Path, required: tuple[str, ...]) -> Iterator[Row]:
     """Rows of a CSV file with a header; raises InputError when a required column is missing."""
-    reader = csv.DictReader(open_text(path).splitlines())
-    columns = [name.strip() for name in reader.fieldnames or ()]
-    reader.fieldnames = columns
-    for name in required:
-        if name not in columns:
-            hint = nearest(name, columns) if columns else ""
-            raise InputError(f"{path}:1: column {name!r} is missing{hint}")
-    for values in reader:
-        row = Row(path, reader.line_num, values)
-        if None in values:
-            raise row.fail("row", values[None], f"{len(columns)} columns")
-        yield row
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    try:
+        columns = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        for name in required:
+            if name not in columns:
+                hint = nearest(name, columns) if columns else ""
+                raise InputError(f"{path}:1: column {name!r} is missing{hint}")
+        for values in reader:
+            row = Row(path, reader.line_num, values)
+            if None in values:
+                raise row.fail("row", values[None], f"{len(columns)} columns")
+            yield row
+    except csv.Error as error:  # a field of more than 128 KiB, say
+        raise InputError(f"{path}:{max(1, reader.line_num)}: not CSV: {error}") from None
 
 
 def json_rows(path: Path) -> Iterator[Row]:
     """Rows of a JSON-lines file; blank lines are skipped."""
-    for line, text in enumerate(open_text(path).splitlines(), start=1):
+    for line, text in enumerate(io.StringIO(read_text(path)), start=1):
         if not text.strip():
             continue
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            place = Row(path, line, {})
-            raise place.fail("row", text[:60], f"a JSON object ({error.msg})") from None
+        values = parse_json(text, str(path), line)
         if not isinstance(values, dict):
-            raise Row(path, line, {}).fail("row", text[:60], "a JSON object")
+            raise Row(path, line, {}).fail("row", text.strip(), "a JSON object")
         yield Row(path, line, values)

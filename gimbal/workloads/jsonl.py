@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gimbal.core.errors import nearest
+from gimbal.core.files import writing
+from gimbal.core.json_text import to_json
 from gimbal.workloads.fields import Row, json_rows
 from gimbal.workloads.trace import Trace, TraceRequest, make_trace
 
@@ -24,7 +25,7 @@ def read(path: Path) -> Trace:
     requests: list[TraceRequest] = []
     for row in json_rows(path):
         if "prefix_block_tokens" in row.values and not requests:
-            block_tokens = row.integer("prefix_block_tokens", 1)
+            block_tokens = row.tokens("prefix_block_tokens", 1)
             continue
         requests.append(_request(row, block_tokens))
     return make_trace(path.stem, requests, block_tokens)
@@ -34,14 +35,14 @@ def _request(row: Row, block_tokens: int) -> TraceRequest:
     for key, value in row.values.items():
         if key not in FIELDS:
             raise row.fail(key, value, f"a known field{nearest(key, FIELDS)}")
-    prompt = row.integer("prompt_tokens", 1)
+    prompt = row.tokens("prompt_tokens", 1)
     blocks = row.hash_ids("prefix_blocks")
     if len(blocks) > -(-prompt // block_tokens):
         raise row.fail("prefix_blocks", len(blocks), f"at most {-(-prompt // block_tokens)} ids")
     return TraceRequest(
         row.seconds("arrival_s"),
         prompt,
-        row.integer("output_tokens", 1),
+        row.tokens("output_tokens", 1),
         row.text("session"),
         row.text("domain"),
         blocks,
@@ -50,10 +51,10 @@ def _request(row: Row, block_tokens: int) -> TraceRequest:
 
 def write(trace: Trace, path: Path) -> None:
     """Writes `trace` so that `read` returns it; unset fields are left out."""
-    with path.open("w", encoding="utf-8") as file:
+    with writing(path), path.open("w", encoding="utf-8") as file:
         if trace.prefix_block_tokens:
-            file.write(json.dumps({"prefix_block_tokens": trace.prefix_block_tokens}) + "\n")
+            file.write(to_json({"prefix_block_tokens": trace.prefix_block_tokens}) + "\n")
         for request in trace.requests:
             values = {name: getattr(request, name) for name in FIELDS}
             kept = {key: value for key, value in values.items() if value not in (None, ())}
-            file.write(json.dumps(kept) + "\n")
+            file.write(to_json(kept) + "\n")

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from gimbal.core.errors import InputError, nearest
+from gimbal.core.files import read_text, reading
+from gimbal.core.numbers import MOST_REQUESTS, whole
 from gimbal.workloads import azure, burstgpt, distributions, jsonl, lengths, mooncake, transform
-from gimbal.workloads.fields import open_text
 from gimbal.workloads.trace import Trace
 
 DEFAULT_RATE_RPS = 1.0
@@ -52,8 +53,11 @@ def find_trace(name_or_file: str) -> Path:
     builtin = BUILTIN_TRACES.get(name_or_file)
     if builtin is None:
         path = Path(name_or_file)
-        if path.is_file():
-            return path
+        with reading(f"--trace {name_or_file}"):  # a name may be too long for a file
+            if path.is_file():
+                return path
+            if path.exists():
+                raise InputError(f"--trace {name_or_file}: it is no file")
         hint = nearest(name_or_file, BUILTIN_TRACES)
         raise InputError(f"--trace {name_or_file}: no such file or built-in trace{hint}")
     for directory in data_directories():
@@ -77,7 +81,7 @@ def _reader_of(path: Path) -> Callable[[Path], Trace]:
     """The reader that fits the file's suffix and first line."""
     if path.suffix == ".json":
         return lengths.read_json
-    first = next((line for line in open_text(path).splitlines() if line.strip()), "")
+    first = next((line for line in read_text(path).split("\n") if line.strip()), "")
     if path.suffix == ".jsonl" or first.startswith("{"):
         return mooncake.read if '"input_length"' in first else jsonl.read
     for columns, reader in _CSV_FORMATS:
@@ -140,8 +144,7 @@ def build_workload(
     """
     rng = np.random.default_rng([seed, 0x617272])
     count = len(trace) if options.requests is None else options.requests
-    if count < 1:
-        raise InputError(f"--requests {count}: expected a whole number >= 1")
+    count = whole(count, "--requests ", 1, MOST_REQUESTS)
     if options.distribution is not None:
         if options.distribution not in distributions.DISTRIBUTIONS:
             distributions.weights(options.distribution, trace.prompt_tokens)

@@ -20,7 +20,7 @@ def read(path: Path) -> Trace:
 
 
 def _request(row: Row) -> TraceRequest:
-    prompt = row.integer("input_length", 1)
+    prompt = row.tokens("input_length", 1)
     blocks = row.hash_ids("hash_ids")
     # The last block of a prompt is usually partial, so one id may cover fewer than 512 tokens.
     if len(blocks) > -(-prompt // BLOCK_TOKENS):
@@ -28,6 +28,6 @@ def _request(row: Row) -> TraceRequest:
     return TraceRequest(
         row.seconds("timestamp") / 1000.0,
         prompt,
-        row.integer("output_length", 1),
+        row.tokens("output_length", 1),
         prefix_blocks=blocks,
     )

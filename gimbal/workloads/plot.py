@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gimbal.core.errors import InputError
+from gimbal.core.errors import InputError, one_line
+from gimbal.core.files import writing
 from gimbal.workloads.distributions import DISTRIBUTIONS
 from gimbal.workloads.load import WorkloadOptions, build_workload
 from gimbal.workloads.trace import Trace
@@ -57,4 +58,8 @@ def plot_traces(traces: Mapping[str, Trace], path: Path) -> None:
         )
     axes[-1][0].set_xlabel("prompt tokens")
     axes[-1][1].set_xlabel("arrival (s)")
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        try:
+            figure.savefig(path, dpi=120)
+        except ValueError as error:  # an ending that names no format
+            raise InputError(f"{path}: cannot be written: {one_line(error)}") from None

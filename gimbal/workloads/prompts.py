@@ -7,7 +7,6 @@ so a second run, or the next arm on the same server, finds nothing in the prefix
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gimbal.core.errors import InputError
+from gimbal.core.json_text import read_json
+from gimbal.core.numbers import MOST, MOST_VOCABULARY, as_whole, whole
 from gimbal.workloads.trace import Trace
 
 TokenArray = npt.NDArray[np.int64]
 
 DEMO_FILE = "gimbal_demo.json"
+LEAST_WEIGHT = 1e-200
+"""Of all words together; less cannot be divided by."""
 SHARED, UNIQUE = 1, 2  # separates the two kinds of content in the seed
 
 
@@ -85,8 +88,7 @@ def read_vocabulary(model: Path) -> Vocabulary:
     if not config.is_file():
         raise InputError(f"{model}: no {DEMO_FILE} and no config.json: not a model directory")
     size = _read_json(config).get("vocab_size")
-    if not isinstance(size, int) or size < 1:
-        raise InputError(f"{config}: vocab_size={size!r}: expected a whole number >= 1")
+    size = whole(size, f"{config}: vocab_size=", 1, MOST_VOCABULARY)
     return uniform_vocabulary(0, size, _special_tokens(model))
 
 
@@ -96,28 +98,29 @@ def _demo_pool(path: Path, domain: object, value: object) -> TokenPool:
     try:
         ids = np.array(entry["token_ids"], dtype=np.int64)
         weights = np.array(entry.get("weights", np.ones(len(ids))), dtype=np.float64)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: domains.{domain}: malformed ({error!r})") from None
-    if not len(ids) or ids.shape != weights.shape or not (weights >= 0).all() or not weights.any():
+    if ids.ndim != 1 or not ids.size or ids.shape != weights.shape:
         raise InputError(f"{path}: domains.{domain}: token_ids and weights do not fit together")
+    if not 0 <= ids.min() <= ids.max() <= MOST_VOCABULARY:
+        raise InputError(f"{path}: domains.{domain}: token_ids: expected 0 to {MOST_VOCABULARY}")
+    if not ((weights >= 0) & (weights <= MOST)).all() or not weights.sum() >= LEAST_WEIGHT:
+        raise InputError(f"{path}: domains.{domain}: weights: expected numbers >= 0, not all 0")
     return token_pool(ids, weights)
 
 
 def _special_tokens(model: Path) -> set[int]:
-    tokenizer = model / "tokenizer.json"
-    added = _read_json(tokenizer).get("added_tokens", []) if tokenizer.is_file() else []
-    special = {int(token["id"]) for token in added if "id" in token}
-    decoder_file = model / "tokenizer_config.json"
-    if decoder_file.is_file():
-        special |= {int(i) for i in _read_json(decoder_file).get("added_tokens_decoder", {})}
-    return special
+    """Ids of tokens that the tokenizer adds to the model's words."""
+    tokenizer, decoder = model / "tokenizer.json", model / "tokenizer_config.json"
+    added = _read_json(tokenizer).get("added_tokens") if tokenizer.is_file() else None
+    ids = [t.get("id") for t in added if isinstance(t, dict)] if isinstance(added, list) else []
+    by_id = _read_json(decoder).get("added_tokens_decoder") if decoder.is_file() else None
+    ids += list(by_id) if isinstance(by_id, dict) else []
+    return {token for token in map(as_whole, ids) if token is not None and 0 <= token < 2**31}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+    document = read_json(path)
     if not isinstance(document, dict):
         raise InputError(f"{path}: expected a JSON object")
     return document

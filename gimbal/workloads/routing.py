@@ -14,7 +14,6 @@ file                              what is read
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,13 @@ from typing import IO, Any
 import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts
-from gimbal.core.errors import InputError
+from gimbal.core.errors import InputError, one_line
+from gimbal.core.files import writing
+from gimbal.core.json_text import parse_json, to_json
+from gimbal.core.numbers import MOST_EXPERTS, MOST_RANKS, whole
+from gimbal.core.placement.problem import validate_counts
+from gimbal.workloads.arrays import read_npy, read_npz
+from gimbal.workloads.torch_archive import load_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +60,11 @@ _OPTIONAL = ("active", "decode", "physical_to_logical")
 
 
 def save_routing(path: Path, routing: RoutingFile) -> None:
-    """Writes the format that `read_routing` and ``gimbal place --routing`` read."""
-    with path.open("wb") as file:
+    """Writes the format that `read_routing` and ``gimbal place --routing`` read.
+
+    Raises InputError for a file that cannot be written.
+    """
+    with writing(path), path.open("wb") as file:
         write_routing(file, routing)
 
 
@@ -67,7 +75,7 @@ def write_routing(file: IO[bytes], routing: RoutingFile) -> None:
         file,
         counts=routing.counts,
         steps=np.asarray(routing.steps),
-        metadata=np.asarray(json.dumps(routing.metadata)),
+        metadata=np.asarray(to_json(routing.metadata)),
         **arrays,
     )
 
@@ -101,40 +109,82 @@ def read_routing(paths: Path | Sequence[Path], experts: int | None = None) -> Ro
 
 
 def _read(path: Path, experts: int | None) -> RoutingFile:
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as data:
-                return _from_npz(path, {name: data[name] for name in data.files}, experts)
-        if path.suffix == ".npy":
-            return _from_vllm(path, np.load(path, allow_pickle=False), experts)
-        if path.suffix == ".pt":
-            from gimbal.workloads.torch_archive import load_tensors
+    if path.suffix == ".npz":
+        recording = _from_npz(path, read_npz(path), experts)
+    elif path.suffix == ".npy":
+        recording = _from_vllm(path, read_npy(path), experts)
+    elif path.suffix == ".pt":
+        recording = _from_sglang(path, load_tensors(path), experts)
+    else:
+        raise InputError(f"{path}: expected .npz, .npy or .pt")
+    _check(path, recording)
+    return recording
 
-            return _from_sglang(path, load_tensors(path), experts)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    raise InputError(f"{path}: expected .npz, .npy or .pt")
+
+def _check(path: Path, recording: RoutingFile) -> None:
+    """Raises InputError that names the first array and index that cannot be."""
+    counts = recording.counts
+    validate_counts(counts, f"{path}: counts")
+    _, layers, experts = counts.shape
+    whole(experts, f"{path}: experts of counts: ", 1, MOST_EXPERTS)
+    for name in ("active", "decode"):
+        array = getattr(recording, name)
+        if array is None:
+            continue
+        if array.shape != counts.shape:
+            raise InputError(f"{path}: {name}: shape {array.shape}, counts have {counts.shape}")
+        validate_counts(array, f"{path}: {name}")
+    placement = recording.physical_to_logical
+    if placement is not None and (
+        placement.ndim != 2
+        or len(placement) != layers
+        or not placement.size
+        or not np.issubdtype(placement.dtype, np.integer)
+        or not -1 <= placement.min() <= placement.max() < experts
+    ):
+        raise InputError(
+            f"{path}: physical_to_logical: expected experts from -1 to {experts - 1} as integers "
+            f"[layer, slot] of {layers} layer(s)"
+        )
+
+
+def _numbers(path: Path, name: str, array: np.ndarray) -> FloatArray:
+    """`array` as float64; raises InputError when it holds no real numbers."""
+    if array.dtype.kind not in "iufb":
+        raise InputError(f"{path}: {name}: expected numbers, got {array.dtype}")
+    return np.asarray(array, dtype=np.float64)
 
 
 def _from_npz(path: Path, data: dict[str, np.ndarray], experts: int | None) -> RoutingFile:
     if "counts" in data:
-        counts = data["counts"].astype(np.float64)
-        if counts.ndim != 3:
-            raise InputError(
-                f"{path}: counts: expected [source, layer, expert], got {counts.shape}"
-            )
-        optional = {name: data[name] for name in _OPTIONAL if name in data}
-        metadata = json.loads(str(data["metadata"])) if "metadata" in data else {}
-        return RoutingFile(counts, steps=int(data.get("steps", 1)), metadata=metadata, **optional)
+        optional: dict[str, Any] = {
+            n: _numbers(path, n, data[n]) for n in ("active", "decode") if n in data
+        }
+        if "physical_to_logical" in data:
+            optional["physical_to_logical"] = data["physical_to_logical"]
+        return RoutingFile(
+            _numbers(path, "counts", data["counts"]),
+            steps=whole(data.get("steps", np.asarray(1)).tolist(), f"{path}: steps=", 1),
+            metadata=_metadata(path, data),
+            **optional,
+        )
     if "topk_idx" in data:
         counts = count_choices(data["topk_idx"], experts, str(path))
-        steps = len(data["seq_len"]) if "seq_len" in data else 1
+        steps = max(1, data["seq_len"].size) if "seq_len" in data else 1
         return RoutingFile(counts[None], steps=steps, metadata={"source": path.stem})
     raise InputError(f"{path}: holds neither counts nor topk_idx, but {', '.join(sorted(data))}")
+
+
+def _metadata(path: Path, data: dict[str, np.ndarray]) -> dict[str, Any]:
+    if "metadata" not in data:
+        return {}
+    metadata = parse_json(str(data["metadata"]), f"{path}: metadata")
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path}: metadata: expected a JSON object")
+    for name in ("ranks", "ranks_per_source"):
+        if metadata.get(name) is not None:
+            whole(metadata[name], f"{path}: metadata.{name}=", 1, MOST_RANKS)
+    return metadata
 
 
 def _from_vllm(path: Path, choices: np.ndarray, experts: int | None) -> RoutingFile:
@@ -148,14 +198,25 @@ def _from_sglang(path: Path, data: Any, experts: int | None) -> RoutingFile:
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a dictionary, got {type(data).__name__}")
     if "logical_count" in data:
-        counts = np.asarray(data["logical_count"], dtype=np.float64)
-        if counts.ndim not in (2, 3):
+        counts = _numbers(path, "logical_count", np.asarray(data["logical_count"]))
+        if counts.ndim not in (2, 3) or not counts.size:
             raise InputError(f"{path}: logical_count: unexpected shape {counts.shape}")
         passes = counts.reshape(-1, *counts.shape[-2:])
         used = max(1, int(passes.any(axis=(1, 2)).sum()))
         return RoutingFile(passes.sum(axis=0)[None], steps=used, metadata={"source": path.stem})
-    if "records" not in data or not data["records"]:
+    if not data.get("records"):
         raise InputError(f"{path}: holds neither logical_count nor records")
+    try:
+        return _from_passes(path, data, experts)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{path}: not what SGLang records: {what}") from None
+
+
+def _from_passes(path: Path, data: dict[str, Any], experts: int | None) -> RoutingFile:
+    """Modes ``per_pass`` and ``per_token``; what is missing in `data` raises whatever it does."""
     # Recorded ids are physical: SGLang records after it has chosen a replica.
     table = np.asarray(data["last_physical_to_logical_map"])
     logical = experts or int(table.max()) + 1
@@ -163,7 +224,7 @@ def _from_sglang(path: Path, data: Any, experts: int | None) -> RoutingFile:
     passes_of: dict[int, int] = {}
     for record in data["records"]:
         ids = np.asarray(record["topk_ids_of_layer"])
-        rank = int(record["rank"])
+        rank = whole(record["rank"], f"{path}: rank=", 0, MOST_RANKS)
         chosen = np.full(ids.shape, -1, dtype=np.int64)
         for layer in range(len(ids)):
             known = ids[layer] >= 0
@@ -182,11 +243,12 @@ def count_choices(choices: np.ndarray, experts: int | None, where: str) -> Float
     """
     if choices.ndim != 3 or not np.issubdtype(choices.dtype, np.integer):
         raise InputError(f"{where}: choices: expected integers [layers, tokens, top_k]")
-    flat = choices.reshape(len(choices), -1).astype(np.int64)
-    highest = int(flat.max(initial=-1))
+    highest = int(choices.max()) if choices.size else -1
     width = experts or highest + 1
     if highest >= width:
         raise InputError(f"{where}: expert {highest} is chosen, but there are {width}")
-    if width < 1:
+    if highest < 0:
         raise InputError(f"{where}: no expert is chosen")
+    whole(width, f"{where}: experts chosen among: ", 1, MOST_EXPERTS)
+    flat = choices.reshape(len(choices), -1).astype(np.int64)
     return np.stack([np.bincount(row[row >= 0], minlength=width) for row in flat]).astype(float)

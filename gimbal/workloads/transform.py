@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from gimbal.core.errors import InputError
-from gimbal.workloads.arrivals import arrival_times_s
+from gimbal.core.numbers import MOST_SECONDS, MOST_TOKENS, real, whole
+from gimbal.workloads.arrivals import LEAST_RPS, arrival_times_s
 from gimbal.workloads.distributions import draw
 from gimbal.workloads.trace import Trace, TraceRequest
 
@@ -58,19 +59,21 @@ def generate_arrivals(
 
 def scale_time(trace: Trace, factor: float) -> Trace:
     """Arrival times multiplied by `factor` (2 halves the rate)."""
-    if not factor > 0:
-        raise InputError(f"--scale-time {factor!r}: expected a number > 0")
+    return _stretched(trace, real(factor, "--scale-time ", above=0.0))
+
+
+def _stretched(trace: Trace, factor: float) -> Trace:
     rows = tuple(replace(r, arrival_s=r.arrival_s * factor) for r in trace.requests)
+    real(rows[-1].arrival_s if rows else 0.0, "arrival of the last request, s ", most=MOST_SECONDS)
     return replace(trace, requests=rows)
 
 
 def set_rate(trace: Trace, rate_rps: float) -> Trace:
     """Time scaled so that the mean arrival rate is `rate_rps`; the pattern of bursts stays."""
-    if not rate_rps > 0:
-        raise InputError(f"--rate {rate_rps!r}: expected a number > 0")
+    rate_rps = real(rate_rps, "--rate ", LEAST_RPS)
     if trace.rate_rps == 0:
         return trace
-    return scale_time(trace, trace.rate_rps / rate_rps)
+    return _stretched(trace, trace.rate_rps / rate_rps)
 
 
 def scale_lengths(trace: Trace, factor: float) -> Trace:
@@ -78,8 +81,9 @@ def scale_lengths(trace: Trace, factor: float) -> Trace:
 
     Shared fractions of prompts stay what they were, which cutting would not keep.
     """
-    if not factor > 0:
-        raise InputError(f"--scale-length {factor!r}: expected a number > 0")
+    factor = real(factor, "--scale-length ", above=0.0)
+    longest = max((max(r.prompt_tokens, r.output_tokens) for r in trace.requests), default=0)
+    whole(round(longest * factor), "--scale-length: longest of the trace ", most=MOST_TOKENS)
     block = max(1, round(trace.prefix_block_tokens * factor)) if trace.prefix_block_tokens else 0
 
     def scaled(request: TraceRequest) -> TraceRequest:
@@ -103,8 +107,8 @@ def limit_lengths(
     is left.
     """
     for name, value in (("--max-prompt", max_prompt), ("--max-output", max_output)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} {value}: expected a whole number >= 1")
+        if value is not None:
+            whole(value, f"{name} ", 1)
 
     def limited(request: TraceRequest) -> TraceRequest:
         prompt, output = request.prompt_tokens, request.output_tokens

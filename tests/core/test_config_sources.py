@@ -51,7 +51,7 @@ def test_later_sources_win_key_by_key() -> None:
 
 def test_files(tmp_path: Path) -> None:
     file = tmp_path / "g.yaml"
-    with pytest.raises(InputError, match=r"g\.yaml: No such file"):
+    with pytest.raises(InputError, match=r"g\.yaml: no such file"):
         read_config_file(file)
     file.write_text("admin: true\n  levels: [")
     with pytest.raises(InputError, match=r"g\.yaml:2: not YAML"):

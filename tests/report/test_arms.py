@@ -100,10 +100,10 @@ def test_bad_arm_files_are_refused(tmp_path: Path, text: str, message: str) -> N
 def test_binary_files_are_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "arms.yaml"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="not YAML") as caught:
+    with pytest.raises(InputError, match=r"arms\.yaml.*: not (UTF-8 text|a text file)$") as caught:
         read_arms(path)
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no such file"):
         read_arms(tmp_path / "none.yaml")
 
 

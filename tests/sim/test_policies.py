@@ -89,8 +89,8 @@ def test_flags_change_the_cluster():
     [
         (("--block-size", "32"), "arm a: the simulator does not understand '--block-size'"),
         (("--enable-eplb=true",), "does not understand '--enable-eplb=true'"),
-        (("--max-num-seqs",), "--max-num-seqs: expected a whole number >= 1, got ''"),
-        (("--max-num-seqs", "x"), "got 'x'"),
+        (("--max-num-seqs",), "--max-num-seqs '': expected a whole number >= 1"),
+        (("--max-num-seqs", "x"), "--max-num-seqs 'x': expected"),
         (("--max-num-batched-tokens", "0"), "expected a whole number >= 1"),
     ],
 )

@@ -80,7 +80,7 @@ BAD = [
     ("azure.csv", AZURE + "2023-11-16 18:15:46.68,374\n", ":2: GeneratedTokens=None"),
     ("moon.jsonl", MOON + "[0, 1, 2]}\n", ":1: hash_ids=3"),
     ("moon.jsonl", MOON + "[0, true]}\n", ":1: hash_ids=True"),
-    ("moon.jsonl", MOON + "[0]}\n" + MOON + "[0\n", ":2: row="),
+    ("moon.jsonl", MOON + "[0]}\n" + MOON + "[0\n", ":2: not JSON"),
     ("own.jsonl", OWN + "}\n[1]\n", ":2: row="),
     ("own.jsonl", OWN + ', "sesion": "a"}\n', "did you mean 'session'"),
     ("own.jsonl", OWN + ', "prefix_blocks": [1, 2, 3]}\n', ":1: prefix_blocks=3"),

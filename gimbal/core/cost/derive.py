@@ -7,7 +7,7 @@ more on small steps, where launches and the host decide; `gimbal calibrate` repl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from gimbal.core.cost.profile import (
     load_profile,
 )
 from gimbal.core.errors import InputError, nearest
+from gimbal.core.numbers import MOST_EXPERTS, MOST_LAYERS, MOST_VOCABULARY, shown, whole
 
 MEMORY, COMPUTE, LINK = 0.85, 0.72, 0.75
 KERNEL_US = 5.0
@@ -59,26 +60,49 @@ EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_
 
 def model_shape(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
     """What a Hugging Face configuration fixes; raises InputError when it is no MoE model's."""
-    experts = next((config[key] for key in EXPERT_KEYS if config.get(key)), None)
-    if experts is None:
+    if not isinstance(config, Mapping):
+        raise InputError(f"{where}: expected an object, got {shown(config)}")
+    if not any(config.get(key) for key in EXPERT_KEYS):
         raise InputError(f"{where}: none of {', '.join(EXPERT_KEYS)}: not a MoE model")
-    try:
-        heads = config["num_attention_heads"]
-        kv = config.get("num_key_value_heads", heads)
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        layers = config["num_hidden_layers"] - config.get("first_k_dense_replace", 0)
-        # Models without dense layers (Mixtral) have one width only.
-        width = config.get("moe_intermediate_size") or config["intermediate_size"]
-        return ModelShape(
-            layers=layers,
-            experts=experts,
-            top_k=config["num_experts_per_tok"],
-            hidden=config["hidden_size"],
-            expert_bytes=3 * config["hidden_size"] * width * BF16_BYTES,
-            kv_bytes_per_token=config["num_hidden_layers"] * 2 * kv * head_dim * BF16_BYTES,
-        )
-    except KeyError as error:
-        raise InputError(f"{where}: no {error.args[0]}") from None
+    _, kv_heads, head_dim = _attention_heads(config, where)
+    hidden = _size(config, where, ("hidden_size",))
+    layers = _size(config, where, ("num_hidden_layers",), most=MOST_LAYERS)
+    dense = _size(config, where, ("first_k_dense_replace",), 0, least=0, most=layers - 1)
+    # Models without dense layers (Mixtral) have one width only.
+    width = _size(config, where, ("moe_intermediate_size", "intermediate_size"))
+    return ModelShape(
+        layers=layers - dense,
+        experts=_size(config, where, EXPERT_KEYS, most=MOST_EXPERTS),
+        top_k=_size(config, where, ("num_experts_per_tok",), most=MOST_EXPERTS),
+        hidden=hidden,
+        expert_bytes=3 * hidden * width * BF16_BYTES,
+        kv_bytes_per_token=layers * 2 * kv_heads * head_dim * BF16_BYTES,
+    )
+
+
+def _attention_heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+    """Query heads, key/value heads, channels of one."""
+    heads = _size(config, where, ("num_attention_heads",))
+    kv_heads = _size(config, where, ("num_key_value_heads",), heads)
+    narrow = max(1, _size(config, where, ("hidden_size",)) // heads)
+    return heads, kv_heads, _size(config, where, ("head_dim",), narrow)
+
+
+def _size(
+    config: Mapping[str, Any],
+    where: str,
+    keys: Sequence[str],
+    default: int | None = None,
+    least: int = 1,
+    most: int = 2**20,
+) -> int:
+    """The first of `keys` that says something, as a whole number; raises InputError."""
+    for key in keys:
+        if config.get(key):
+            return whole(config[key], f"{where}: {key}=", least, most)
+    if default is None:
+        raise InputError(f"{where}: no {keys[0]}")
+    return default
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +166,7 @@ def derive_profile(
     flop_per_us, byte_per_us = sheet.tflops * 1e6 * COMPUTE, sheet.memory_gbps * 1e3 * MEMORY
     roofline = _Roofline(flop_per_us, byte_per_us, link_per_us, source)
     tp, hidden, token_bytes = layout.tp, model.hidden, model.hidden * BF16_BYTES
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads", heads)
-    head_dim = config.get("head_dim") or hidden // heads
+    heads, kv_heads, head_dim = _attention_heads(config, where)
     per_rank = [
         roofline.gemm(hidden, (heads + 2 * kv_heads) * head_dim / tp),
         roofline.gemm(hidden, heads * head_dim / tp),
@@ -154,8 +176,9 @@ def derive_profile(
     if tp > 1:
         per_rank += [roofline.transfer(2 * token_bytes * (tp - 1) / tp)]
     gathers = 2 if layout.ep > 1 else 0  # dispatch and combine
-    kv_layer = model.kv_bytes_per_token / config["num_hidden_layers"] / tp
-    head_us = config.get("vocab_size", 0) * token_bytes / tp / byte_per_us
+    kv_layer = 2 * kv_heads * head_dim * BF16_BYTES / tp
+    vocabulary = _size(config, where, ("vocab_size",), 0, most=MOST_VOCABULARY)
+    head_us = vocabulary * token_bytes / tp / byte_per_us
     weights = model.layers * model.experts / layout.ep * model.expert_bytes
     free = max(0.0, sheet.memory_gb * 1e9 * 0.9 - 1.15 * weights)
     return replace(

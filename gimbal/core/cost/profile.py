@@ -10,15 +10,26 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from gimbal.core.errors import InputError
+from gimbal.core.errors import InputError, one_line
 from gimbal.core.named_yaml import packaged_names, read_named_yaml
+from gimbal.core.numbers import MOST_EXPERTS, MOST_LAYERS, shown
+from gimbal.core.options import Count, NotNegative, PositiveCount, Ranks
 
 _STRICT = ConfigDict(extra="forbid")
+
+# Bounds that no machine comes near and within which no sum, product or power overflows.
+MOST_US = 1e9
+Time = Annotated[float, Field(ge=0.0, le=MOST_US, allow_inf_nan=False)]
+Offset = Annotated[float, Field(ge=-MOST_US, le=MOST_US, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0.0, le=MOST_US, allow_inf_nan=False)]
+Norm = Annotated[float, Field(ge=1.0, le=8.0, allow_inf_nan=False)]
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+Experts = Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +41,11 @@ class Term:
         error: mean absolute relative error on rows held out of the fit, or None when unknown.
     """
 
-    per_unit_us: float = 0.0
-    base_us: float = 0.0
-    floor_us: float = 0.0
+    per_unit_us: Time = 0.0
+    base_us: Offset = 0.0
+    floor_us: Time = 0.0
     source: str = "estimate"
-    error: float | None = None
+    error: NotNegative | None = None
 
     def at(self, x: float) -> float:
         """Microseconds at `x` units."""
@@ -50,14 +61,14 @@ class AttentionTerm:
     shares its kernel with prefill loses the packed decode path, so KV has a second, mixed rate.
     """
 
-    floor_us: float = 0.0
-    base_us: float = 0.0
-    per_decode_kv_token_us: float = 0.0
-    per_mixed_decode_kv_token_us: float = 0.0
-    per_prefill_pair_us: float = 0.0
-    per_prefill_kv_token_us: float = 0.0
+    floor_us: Time = 0.0
+    base_us: Offset = 0.0
+    per_decode_kv_token_us: Time = 0.0
+    per_mixed_decode_kv_token_us: Time = 0.0
+    per_prefill_pair_us: Time = 0.0
+    per_prefill_kv_token_us: Time = 0.0
     source: str = "estimate"
-    error: float | None = None
+    error: NotNegative | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +80,33 @@ class MoeTerm:
     Decode is bound by A (weights are read once per expert), prefill by P.
     """
 
-    base_us: float
-    per_active_expert_us: float
-    per_pair_us: float
-    per_group_token_us: float
-    norm: float
+    base_us: Offset
+    per_active_expert_us: Time
+    per_pair_us: Time
+    per_group_token_us: Time
+    norm: Norm
     source: str = "estimate"
-    error: float | None = None
+    error: NotNegative | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """What the model fixes."""
 
-    layers: int
-    experts: int
-    top_k: int
-    hidden: int
-    expert_bytes: int
-    kv_bytes_per_token: int
+    layers: Layers
+    experts: Experts
+    top_k: Experts
+    hidden: PositiveCount
+    expert_bytes: PositiveCount
+    kv_bytes_per_token: Count
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the profile's model is spread: EP ranks = dp * tp."""
 
-    dp: int
-    tp: int = 1
+    dp: Ranks
+    tp: Ranks = 1
 
     @property
     def ep(self) -> int:
@@ -106,10 +117,10 @@ class Layout:
 class Interconnect:
     """Bytes per microsecond by tier (1 GB/s = 1,000 bytes/us), for routed all-to-all."""
 
-    same_node_bytes_per_us: float
-    other_node_bytes_per_us: float
-    migration_bytes_per_us: float
-    migration_layer_us: float
+    same_node_bytes_per_us: Rate
+    other_node_bytes_per_us: Rate
+    migration_bytes_per_us: Rate
+    migration_layer_us: Time
     source: str = "estimate"
 
 
@@ -146,15 +157,15 @@ class Profile:
     moe: MoeTerm
     per_step: tuple[Term, ...]
     interconnect: Interconnect
-    host_us: float = 0.0
-    host_per_request_us: float = 0.0
-    host_per_group_request_us: float = 0.0
-    host_prefill_us: float = 0.0
-    launch_layer_us: float = 0.0
-    graph_tokens: int = 0
-    api_us: float = 0.0
-    api_token_us: float = 0.0
-    kv_tokens: int = 0
+    host_us: Time = 0.0
+    host_per_request_us: Time = 0.0
+    host_per_group_request_us: Time = 0.0
+    host_prefill_us: Time = 0.0
+    launch_layer_us: Time = 0.0
+    graph_tokens: Count = 0
+    api_us: Time = 0.0
+    api_token_us: Time = 0.0
+    kv_tokens: Count = 0
     backend: str = "allgather_reducescatter"
     estimated: bool = False
     notes: tuple[str, ...] = field(default=())
@@ -187,7 +198,9 @@ def parse_profile(values: Any, where: str) -> Profile:
     except ValidationError as error:
         first = error.errors()[0]
         dotted = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"profile {where}: {dotted}: {first['msg'].lower()}") from None
+        got = shown(first.get("input"))
+        reason = f"{one_line(first['msg'].lower())}, got {got}"
+        raise InputError(f"profile {where}: {dotted}: {reason}") from None
 
 
 def slowed(profile: Profile, factor: float) -> Profile:

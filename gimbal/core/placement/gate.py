@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from gimbal.core.placement.heuristic import PlacementPlan
+
+LEAST_GAIN_US_PER_STEP = 1e-9
+"""Less is rounding: costs are differences of sums of microseconds."""
+
+
+NO_NUMBER = "its gain or stall is not a finite number"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,12 @@ class GateDecision:
 
 
 def ungated(decision: GateDecision, moved_slots: int) -> GateDecision:
-    """`decision` of a placer that declares ``gated = False``: whatever moves is committed."""
+    """`decision` of a placer that declares ``gated = False``: whatever moves is committed.
+
+    Unless nobody can say what it does: a gain that is not a number is refused here as well.
+    """
+    if decision.reason == NO_NUMBER:
+        return decision
     return replace(decision, commit=moved_slots > 0, reason=f"not gated: {decision.reason}")
 
 
@@ -36,7 +48,7 @@ def decide(
     safety: float = 1.0,
     stall_us: float | None = None,
 ) -> GateDecision:
-    """Commits `plan` only if ``gain > safety * stall`` over `horizon_steps`.
+    """Commits `plan` only if ``gain > safety * stall`` over `horizon_steps`, both finite.
 
     Args:
         plan: its migration term is the stall amortized over the horizon it was planned with.
@@ -47,11 +59,14 @@ def decide(
     """
     per_step = plan.before.load + plan.before.comm - plan.after.load - plan.after.comm
     gain_us = per_step * horizon_steps
-    if stall_us is None:
-        stall_us = plan.after.migration * horizon_steps / gamma if gamma > 0 else 0.0
+    predicted_us = plan.after.migration * horizon_steps / gamma if gamma > 0 else 0.0
+    stall_us = predicted_us if stall_us is None else stall_us
     if plan.moved_slots == 0:
         return GateDecision(False, 0.0, 0.0, 0.0, "nothing to move")
-    commit = gain_us > safety * stall_us and gain_us > 0
+    numbers = (gain_us, predicted_us, safety * stall_us)
+    if not all(map(math.isfinite, numbers)) or min(predicted_us, stall_us) < 0.0:
+        return GateDecision(False, 0.0, 0.0, 0.0, NO_NUMBER)
+    commit = gain_us > safety * stall_us and per_step > LEAST_GAIN_US_PER_STEP
     sign = "exceeds" if commit else "does not exceed"
     reason = f"gain {gain_us:.0f} us {sign} {safety:g} x stall {stall_us:.0f} us"
     return GateDecision(commit, per_step, gain_us, stall_us, reason)

@@ -14,6 +14,7 @@ import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
 from gimbal.core.errors import InputError
+from gimbal.core.numbers import MOST, MOST_MULTIPLIER, real
 from gimbal.core.placement.backends import BACKENDS, ROUTED_BACKEND
 from gimbal.core.placement.forecast import Forecast
 
@@ -189,6 +190,8 @@ def _first(bad: np.ndarray) -> str:
 def validate_counts(counts: FloatArray, name: str) -> FloatArray:
     """Raises InputError unless `counts` is [sources, layers, experts], finite, not negative.
 
+    Their sum over sources may be `numbers.MOST` at most: costs and squares of it stay finite.
+
     Returns the sum over sources, [layers, experts].
     """
     if counts.ndim != 3:
@@ -209,6 +212,8 @@ def validate_counts(counts: FloatArray, name: str) -> FloatArray:
     if least < 0:
         where = _first(counts < 0)
         raise InputError(f"{name}{where}: negative ({counts[counts < 0][0]:g})")
+    if not (most := total.max()) <= MOST:
+        raise InputError(f"{name}: {most:g} for one expert: expected a sum <= {MOST:g}")
     return total
 
 
@@ -275,9 +280,7 @@ def validate_placement(
 def _validate_options(problem: PlacementProblem) -> None:
     p = problem
     for name in ("alpha", "beta", "gamma"):
-        value = getattr(p, name)
-        if not (np.isfinite(value) and value >= 0.0):
-            raise InputError(f"{name}: must be finite and not negative, got {value}")
+        real(float(getattr(p, name)), f"{name}: ", 0.0, MOST_MULTIPLIER)
     if p.horizon_steps < 1:
         raise InputError(f"horizon_steps: must be at least 1, got {p.horizon_steps}")
     if p.routing.steps < 1:

@@ -11,6 +11,7 @@ from enum import Enum
 import numpy as np
 
 from gimbal.core.contracts import FloatArray, RoutingCounts
+from gimbal.core.errors import InputError
 from gimbal.core.placement.kinds import MEAN_STEP, StepKind, step_kinds, typical_share
 
 PLANES = 4
@@ -19,6 +20,9 @@ decayed number of steps in which the expert was active."""
 SCALARS = 4
 """Numbers behind a row's planes: decayed steps, recorded steps, the last rearrangement's stall,
 decayed sum over steps of squared pairs."""
+
+MOST_IN_ROW = 1e30
+"""Far beyond a row's squares, the largest of its numbers; their own squares are still finite."""
 
 
 class Sources(Enum):
@@ -59,7 +63,15 @@ def row_length(layers: int, experts: int) -> int:
 
 
 def split_rows(gathered: FloatArray, layers: int, experts: int) -> RankRows:
-    """`gathered` is [ranks, row_length(layers, experts)]."""
+    """`gathered` is [ranks, row_length(layers, experts)].
+
+    Raises InputError for a number that no count, step or time can be; every rank sees the same.
+    """
+    # NaN is the least and the largest of what it stands among.
+    if not (gathered.min() >= 0.0 and gathered.max() <= MOST_IN_ROW):
+        bad = np.argwhere(~((gathered >= 0.0) & (gathered <= MOST_IN_ROW)))[0]
+        value = gathered[tuple(bad)]
+        raise InputError(f"row of rank {bad[0]}, number {bad[1]}: {value:g} is no count")
     ranks = gathered.shape[0]
     planes = gathered[:, :-SCALARS].reshape(ranks, PLANES, layers, experts)
     return RankRows(*(planes[:, p] for p in range(PLANES)), *gathered[:, -SCALARS:].T)

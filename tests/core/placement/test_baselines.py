@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from gimbal.core.errors import InputError
 from gimbal.core.placement import PLACERS, formats, gate, heuristic, verify
 from gimbal.core.placement.eplb import eplb_placement
 from gimbal.core.placement.forecast import falling, observe, predict
-from gimbal.core.placement.objective import balance
+from gimbal.core.placement.objective import CostTerms, balance
 from gimbal.testing import placement
 from tests.core.placement.problems import make
 
@@ -118,6 +120,45 @@ def test_gate_weighs_gain_against_stall(horizon: int, stall_us: float, commit: b
     assert decision.commit is commit
     per_step = plan.before.load + plan.before.comm - plan.after.load - plan.after.comm
     assert decision.gain_us == pytest.approx(per_step * horizon)
+
+
+@pytest.mark.parametrize(
+    ("before_us", "after_us", "migration_us", "safety", "commit"),
+    [
+        (2.0, 1.0, 0.0, 0.0, True),
+        (1e-300, 0.0, 0.0, 0.0, False),  # rounding, no gain
+        (1.0, 2.0, 0.0, 0.0, False),
+        (math.inf, 1.0, 0.0, 0.0, False),
+        (math.inf, math.inf, 0.0, 0.0, False),
+        (math.nan, 1.0, 0.0, 0.0, False),
+        (2.0, 1.0, math.inf, 0.0, False),
+        (2.0, 1.0, math.nan, 1.0, False),
+        (2.0, 1.0, -1.0, 1.0, False),
+        (1e308, 1.0, 0.0, 1.0, False),  # times the horizon
+    ],
+)
+@pytest.mark.parametrize("stall_scale", [None, 1.0, math.inf, math.nan])
+def test_no_gain_that_is_not_a_finite_number_is_committed(
+    before_us: float,
+    after_us: float,
+    migration_us: float,
+    safety: float,
+    commit: bool,
+    stall_scale: float | None,
+) -> None:
+    plan = replace(
+        heuristic.plan(make()),
+        before=CostTerms(before_us, 0.0, 0.0),
+        after=CostTerms(after_us, 0.0, migration_us),
+    )
+    decision = gate.decide(plan, 1000, 1.0, safety)
+    if stall_scale is not None:  # as the planner corrects it by what the last one took
+        commit = commit and math.isfinite(stall_scale)
+        decision = gate.decide(plan, 1000, 1.0, safety, decision.stall_us * stall_scale)
+    assert decision.commit is commit
+    assert all(map(math.isfinite, (decision.gain_us, decision.stall_us)))
+    if not math.isfinite(before_us * 1000):
+        assert not gate.ungated(decision, plan.moved_slots).commit
 
 
 def test_gate_passes_nothing_when_nothing_moves() -> None:

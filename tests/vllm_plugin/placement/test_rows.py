@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
+from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.placement.rows import (
     PLANES,
     SCALARS,
@@ -82,6 +86,39 @@ def test_decayed_steps_are_rounded_without_changing_pairs_per_step():
     counts = per_source(rows([ONE, OTHER], [2.4, 1.0]), 1)
     assert counts.routing.steps == 2
     np.testing.assert_allclose(counts.routing.counts[0] / 2, 2 * ONE / 2.4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1.0, 1e31])
+@pytest.mark.parametrize("number", [0, 7, 13, 20, 24, 25, 26, 27])
+def test_numbers_that_are_no_counts_are_refused(number: int, value: float):
+    gathered = np.ones((3, row_length(2, 3)))
+    split_rows(gathered, 2, 3)
+    gathered[1, number] = value
+    with pytest.raises(InputError, match=f"row of rank 1, number {number}: .* is no count"):
+        split_rows(gathered, 2, 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4]).flatmap(
+        lambda ranks: hnp.arrays(
+            np.float64, (ranks, row_length(2, 3)), elements=st.floats(allow_nan=True)
+        )
+    ),
+    st.sampled_from([1, 2]),
+)
+def test_whatever_comes_becomes_finite_counts_or_one_error(gathered, ranks_per_source):
+    if len(gathered) % ranks_per_source:
+        ranks_per_source = 1
+    try:
+        counts = per_source(split_rows(gathered, 2, 3), ranks_per_source)
+    except InputError:
+        assert not (gathered >= 0.0).all() or gathered.max() > 1e30
+        return
+    assert np.isfinite(counts.routing.counts).all()
+    assert np.isfinite(counts.decode).all()
+    assert counts.routing.steps >= 1
+    assert all(np.isfinite([kind.share, kind.size]).all() for kind in counts.kinds)
 
 
 # 100 steps; a rank's pairs (twice its raw counts) lie in ten of them, evenly.

@@ -1,0 +1,105 @@
+"""What a page needs of a run's result: checked before anything is drawn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from gimbal.core.errors import InputError, one_line
+from gimbal.core.numbers import MOST, MOST_COUNT, shown
+
+# The page prints what is there, so that text which reads as a number will not do.
+Number = Annotated[float, Field(strict=True, ge=-MOST, le=MOST, allow_inf_nan=False)]
+Whole = Annotated[int, Field(strict=True, ge=0, le=MOST_COUNT)]
+
+
+@dataclass(frozen=True)
+class _Ratio:
+    ratio: Number | None
+    low: Number | None
+    high: Number | None
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    mean: Number | None
+    p50: Number | None
+    p90: Number | None
+    p99: Number | None
+
+
+@dataclass(frozen=True)
+class _RatioStatistics:
+    mean: _Ratio
+    p50: _Ratio
+    p90: _Ratio
+    p99: _Ratio
+
+
+@dataclass(frozen=True)
+class _Ratios:
+    ttft_ms: _RatioStatistics
+    tpot_ms: _RatioStatistics
+    itl_ms: _RatioStatistics
+    e2e_ms: _RatioStatistics
+    throughput_rps: _Ratio
+    output_tokens_per_s: _Ratio
+    goodput_rps: _Ratio
+
+
+@dataclass(frozen=True)
+class _Balance:
+    max_over_mean: Number | None
+
+
+@dataclass(frozen=True)
+class _Arm:
+    ttft_ms: _Statistics
+    tpot_ms: _Statistics
+    itl_ms: _Statistics
+    e2e_ms: _Statistics
+    throughput_rps: Number
+    output_tokens_per_s: Number
+    goodput_rps: Number
+    requests: Whole
+    completed: Whole
+    rejected: Whole
+    failed: Whole
+    aborted: Whole
+    balance: _Balance
+
+
+@dataclass(frozen=True)
+class _Client:
+    core_share: Number
+    cpu_us_per_token: Number
+
+
+@dataclass(frozen=True)
+class _Result:
+    arms: dict[str, _Arm]
+    ratios: dict[str, _Ratios]
+    rate_rps: Number | None = None
+    load: Number | None = None
+    capacity_rps: Number | None = None
+    client: _Client | None = None
+
+
+@lru_cache(maxsize=1)
+def _adapter() -> TypeAdapter[_Result]:
+    return TypeAdapter(_Result)
+
+
+def check_result(result: Mapping[str, Any], where: str) -> None:
+    """Raises InputError that begins with `where` and names the key; more keys may be there."""
+    try:
+        _adapter().validate_python(result)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        got = "" if first["type"] == "missing" else f", got {shown(first.get('input'))}"
+        raise InputError(f"{where}: {key}: {one_line(first['msg'].lower())}{got}") from None

@@ -1,0 +1,67 @@
+"""Arrays from numpy's files, whatever those hold: an array or an error of one line."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gimbal.core.errors import InputError, one_line
+from gimbal.core.files import reading, require_file
+
+MOST_BYTES = 1 << 32
+"""Of all arrays of a file once unpacked: a compressed one of a megabyte can hold a terabyte."""
+
+Result = TypeVar("Result")
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Every array of an ``.npz`` file; raises InputError that names the file."""
+    return guarded(path, lambda: _npz(path))
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an ``.npy`` file; raises InputError that names the file."""
+    return guarded(path, lambda: _npy(path))
+
+
+def guarded(path: Path, read: Callable[[], Result]) -> Result:
+    """What `read` returns; raises InputError that names `path`, whatever goes wrong in it.
+
+    Parsers of binary formats check little: what they raise for a damaged file is any exception.
+    """
+    require_file(path, path)
+    try:
+        with reading(path):
+            return read()
+    except InputError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{path}: cannot be read: {what}") from None
+
+
+def _npz(path: Path) -> dict[str, np.ndarray]:
+    check_archive(path)
+    with np.load(path, allow_pickle=False) as data:
+        return {name: data[name] for name in data.files}
+
+
+def _npy(path: Path) -> np.ndarray:
+    array: Any = np.load(path, mmap_mode="r", allow_pickle=False)  # claims no memory by its header
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: cannot be read: no .npy file")
+    return np.array(array)
+
+
+def check_archive(path: Path) -> None:
+    """Raises InputError unless `path` is a zip archive of bounded size."""
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: cannot be read: no zip archive, or not all of one")
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > MOST_BYTES:
+        raise InputError(f"{path}: {size} bytes once unpacked, more than {MOST_BYTES}")
