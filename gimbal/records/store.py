@@ -133,7 +133,7 @@ def _build(kind: type[Built], values: Any, where: str) -> Built:
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected a JSON object")
     try:
-        record: Built = _adapter(kind).validate_python(values)
+        record: Built = _adapter(kind).validate_python(values)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

@@ -112,9 +112,9 @@ def test_the_list_describes_every_arm(command: click.Command, tmp_path: Path) ->
         (("--seed", "-1"), "--seed -1: expected a whole number >= 0"),
         (("--repeat", "0"), "--repeat 0: expected a whole number >= 1"),
         (("--load", "nan"), "--load nan"),
-        (("--arms-file", "BINARY"), "not YAML"),
-        (("--arms-file", "none.yaml"), "cannot be read"),
-        (("--gimbal-config", "BINARY"), "not YAML"),
+        (("--arms-file", "BINARY"), "not UTF-8"),
+        (("--arms-file", "none.yaml"), "no such file"),
+        (("--gimbal-config", "BINARY"), "not UTF-8"),
         (("--gimbal-config", "BAD"), "did you mean 'queue'"),
     ],
 )

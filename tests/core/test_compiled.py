@@ -57,7 +57,8 @@ def test_accounts_are_those_of_the_plain_function():
 
 def test_a_call_with_other_types_is_refused_and_never_compiled():
     with pytest.raises(TypeError):
-        ledger.OBSERVE.call(np.zeros((2, ROW_WIDTH), dtype=np.float32), np.zeros((ledger._ROWS, 2)), 0, 0.0)
+        board = np.zeros((2, ROW_WIDTH), dtype=np.float32)
+        ledger.OBSERVE.call(board, np.zeros((ledger._ROWS, 2)), 0, 0.0)
 
 
 def test_a_kernel_serves_before_and_after_it_is_compiled(monkeypatch):
