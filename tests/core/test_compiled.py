@@ -56,8 +56,8 @@ def test_accounts_are_those_of_the_plain_function():
 
 
 def test_a_call_with_other_types_is_refused_and_never_compiled():
+    board = np.zeros((2, ROW_WIDTH), dtype=np.float32)
     with pytest.raises(TypeError):
-        board = np.zeros((2, ROW_WIDTH), dtype=np.float32)
         ledger.OBSERVE.call(board, np.zeros((ledger._ROWS, 2)), 0, 0.0)
 
 
