@@ -243,8 +243,9 @@ def modernized(values: Mapping[str, Any], where: str, warn: bool = True) -> dict
         name = rest.get(key, "gimbal")
         for option_name, value in moved.items():
             owner = MOVED[section, option_name]
-            if name == owner:
-                rest["options"] = {option_name: value} | dict(rest.get("options") or {})
+            given = rest.get("options") or {}
+            if name == owner and isinstance(given, Mapping):  # what else it is shows later
+                rest["options"] = {option_name: value, **given}
             say(
                 "Gimbal: %s: %s.%s is now %s.options.%s of %s %r%s",
                 where, section, option_name, section, option_name, registry.kind, owner,

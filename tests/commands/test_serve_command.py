@@ -35,7 +35,7 @@ def dense(tmp_path: Path) -> str:
         (["serve", "DENSE", "-tp", "3"], "does not divide the model's 8 heads"),
         (["serve", "DENSE", "--levels", "dispach"], "did you mean 'dispatch'?"),
         (["serve", "--demo", "-dp", "3"], "do not divide over DP 3"),
-        (["serve", "DENSE", "--gimbal-config", "/no/such.yaml"], "/no/such.yaml: No such file"),
+        (["serve", "DENSE", "--gimbal-config", "/no/such.yaml"], "/no/such.yaml: no such file"),
         (["config", "--levels", "none,queue"], "unknown level 'none'"),
         (["doctor", "--vllm-source", "."], "no vLLM sources"),
     ],
