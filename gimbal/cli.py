@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
@@ -54,6 +55,7 @@ def gimbal() -> None:
 def main() -> None:
     """Runs the command line; bad input is one line on standard error and exit code 2.
 
+    So is what a file system refuses of a named file, with exit code 1; bugs keep their traceback.
     Policies named ``module:Class`` are also looked for in the current directory, after all else.
     """
     with contextlib.suppress(OSError):  # the directory may be gone
@@ -61,8 +63,17 @@ def main() -> None:
     try:
         gimbal.main(prog_name="gimbal", standalone_mode=True)
     except InputError as error:
-        print(f"gimbal: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error, 2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", 1)
+
+
+def _fail(reason: object, code: int) -> NoReturn:
+    """Ends the process with one line."""
+    print(f"gimbal: {' '.join(str(reason).splitlines())}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

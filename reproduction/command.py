@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -11,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gimbal.commands.options import OutFolder, Whole
+from gimbal.commands.output import notes
+from gimbal.core.files import write_text, writing
+from gimbal.core.json_text import to_json
+from gimbal.core.numbers import MOST_REQUESTS
 from reproduction.command_live import live, resumable
 
 
@@ -29,14 +32,14 @@ command.add_command(live)
 @click.option("--quick", is_flag=True, help="fewer loads, seeds and requests: minutes, not hours")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OutFolder(),
     default=Path("runs/reproduction"),
     show_default=True,
     help="directory of finished cells and the report; a stopped run continues from it",
 )
-@click.option("--jobs", type=click.IntRange(1), help="processes (default: all CPUs)")
-@click.option("--seeds", type=click.IntRange(1), help="seeds per cell (default: 8; quick: 4)")
-@click.option("--requests", type=click.IntRange(10), help="requests per cell")
+@click.option("--jobs", type=Whole(1, 1024), help="processes (default: all CPUs)")
+@click.option("--seeds", type=Whole(1, 10_000), help="seeds per cell (default: 8; quick: 4)")
+@click.option("--requests", type=Whole(10, MOST_REQUESTS), help="requests per cell")
 @click.option("--scenarios", help="comma-separated; default: all (see reproduction/README.md)")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
 def paper(**values: Any) -> None:
@@ -55,7 +58,9 @@ def paper(**values: Any) -> None:
     matrix = _matrix(values)
     out: Path = values["out"]
     jobs = values["jobs"] or len(os.sched_getaffinity(0))
-    console = Console(stderr=True)
+    console = notes()
+    with writing(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
@@ -67,12 +72,12 @@ def paper(**values: Any) -> None:
             results = list(reproduce.run_matrix(matrix, out, jobs, on_done))
     result = tables.report(results, values["quick"], describe_environment())
     text = render(result)
-    (out / "report.md").write_text(text, encoding="utf-8")
-    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_text(out / "report.md", text)
+    write_text(out / "result.json", to_json(result, indent=1))
     _write_runs(out, results)
     if len(result["code"]) > 1:
         click.echo(f"warning: cells come from {len(result['code'])} versions of the code", err=True)
-    click.echo(json.dumps(result) if values["as_json"] else text)
+    click.echo(to_json(result) if values["as_json"] else text)
 
 
 def _matrix(values: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -14,17 +13,34 @@ from typing import Any
 import click
 from rich.console import Console
 
-from gimbal.commands.workload_options import MAX_OUTPUT, MAX_PROMPT
+from gimbal.commands.options import OutFolder
+from gimbal.commands.output import echo_json, notes, tables
+from gimbal.commands.workload_options import (
+    MAX_OUTPUT,
+    MAX_PROMPT,
+    RATE,
+    SECONDS,
+    SEED,
+    SERVERS,
+    TURNS,
+)
+from gimbal.core.files import writing
+from gimbal.core.numbers import real
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--loads", default="0.9", show_default=True, help="shares of the capacity of vllm")
 @click.option("--arms", "arm_names", help="comma-separated (default: the paper's ablation)")
-@click.option("--repeat", default=1, show_default=True, help="turns of every arm and load")
-@click.option("--duration", default=60.0, show_default=True, help="seconds of arrivals per turn")
-@click.option("--capacity", type=float, help="requests per second; measured first if not given")
+@click.option(
+    "--repeat", type=TURNS, default=1, show_default=True, help="turns of every arm and load"
+)
+@click.option(
+    "--duration", type=SECONDS, default=60.0, show_default=True, help="seconds of arrivals per turn"
+)
+@click.option("--capacity", type=RATE, help="requests per second; measured first if not given")
 @click.option(
     "--resident",
+    type=SERVERS,
     default=1,
     show_default=True,
     help="servers alive at once; with one per group of arms (4 of the default arms, some 4 GB each "
@@ -32,10 +48,10 @@ from gimbal.commands.workload_options import MAX_OUTPUT, MAX_PROMPT
 )
 @MAX_PROMPT
 @MAX_OUTPUT
-@click.option("--seed", default=2000, show_default=True, help="of every random choice")
+@click.option("--seed", type=SEED, default=2000, show_default=True, help="of every random choice")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OutFolder(),
     default=Path("runs/reproduction-live"),
     show_default=True,
     help="one run directory per load; a stopped run continues from it",
@@ -50,15 +66,19 @@ def live(**values: Any) -> None:
     of a few seconds comparable. Finished turns are kept: interrupted and started again, it
     continues. Each load is a run for `gimbal report OUT/live-LOAD`.
     """
+    from gimbal.bench.run import check_vocabulary
     from gimbal.bench.servers import ServerPool
     from gimbal.records.store import RunReader
     from gimbal.report.table import print_report
     from gimbal.workloads.prompts import read_vocabulary
 
     matrix, info = _matrix(values)
+    arguments = values["server_arguments"] or ("--demo",)
+    check_vocabulary(arguments)
     out: Path = values["out"]
-    out.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
+    with writing(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+    console = notes()
 
     def say(text: str) -> None:
         console.print(text, highlight=False)
@@ -71,7 +91,6 @@ def live(**values: Any) -> None:
 
     from reproduction.live import LiveRun
 
-    arguments = values["server_arguments"] or ("--demo",)
     pool = ServerPool(arguments, out, values["resident"], say)
     run = LiveRun(matrix, out, pool, vocabulary, info, say)
     try:
@@ -81,11 +100,10 @@ def live(**values: Any) -> None:
         raise click.ClickException(str(error)) from error
     results = {path.name: RunReader(path).info().result for path in paths}
     if values["as_json"]:
-        click.echo(json.dumps(results))
+        echo_json(results)
         return
-    terminal = Console()
     for result in filter(None, results.values()):
-        print_report(result, terminal if terminal.is_terminal else Console(width=160))
+        print_report(result, tables())
 
 
 @contextmanager
@@ -105,24 +123,16 @@ def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:
 
     from gimbal.bench.arms import refuse_simulated
     from gimbal.bench.session import BenchOptions
-    from gimbal.core.errors import InputError
     from gimbal.records.environment import describe_environment
     from gimbal.records.schema import RunInfo
     from gimbal.report.arms_file import select_arms
     from gimbal.workloads import WorkloadOptions, load_trace
     from reproduction.live import ARMS, LiveMatrix
 
-    try:
-        loads = tuple(float(text) for text in values["loads"].split(","))
-    except ValueError:
-        raise InputError(f"--loads {values['loads']!r}: expected numbers") from None
-    for name, number in (("duration", values["duration"]), *(("loads", x) for x in loads)):
-        if not number > 0:
-            raise InputError(f"--{name} {number:g}: expected a number > 0")
-    for name in ("repeat", "resident", "max_prompt", "max_output"):
-        if values[name] is not None and values[name] < 1:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} {values[name]}: expected a whole number >= 1")
+    loads = tuple(
+        real(text.strip(), "--loads ", most=1000.0, above=0.0)
+        for text in values["loads"].split(",")
+    )
     names = (
         tuple(n.strip() for n in values["arm_names"].split(",")) if values["arm_names"] else ARMS
     )

@@ -9,7 +9,6 @@ one is started.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -22,6 +21,9 @@ from gimbal.bench.endpoint import Endpoint
 from gimbal.bench.servers import ServerPool
 from gimbal.bench.session import BenchOptions, BenchSession
 from gimbal.bench.turns import Turn
+from gimbal.core.files import structured, write_text
+from gimbal.core.json_text import read_json, to_json
+from gimbal.core.numbers import real
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord, RunInfo
 from gimbal.records.store import FILES, RUN_FILE, RunReader, RunWriter, read_records
 from gimbal.report.arms import Arm
@@ -154,12 +156,13 @@ class LiveRun:
         """Measured once per directory, on the arm `vllm`."""
         path = self._directory / CAPACITY_FILE
         if path.exists():
-            return float(json.loads(path.read_text(encoding="utf-8"))["capacity_rps"])
+            with structured(path):
+                return real(read_json(path)["capacity_rps"], f"{path}: capacity_rps=", above=0.0)
         arm = select_arms(["vllm"])[0]
         session.switches = True
         session.settle_rate(server_spec(arm, True), arm)
         assert session.capacity_rps is not None
-        path.write_text(json.dumps({"capacity_rps": session.capacity_rps}), encoding="utf-8")
+        write_text(path, to_json({"capacity_rps": session.capacity_rps}))
         return session.capacity_rps
 
     def _recorded(self, spec: ServerSpec) -> dict[type, int]:
@@ -178,7 +181,8 @@ def _finished(path: Path) -> tuple[list[dict[str, Any]], list[RequestRecord]]:
         return [], []
     reader = RunReader(path)
     rows = list(reader.info().runs)
-    done = {(row["arm"], row["repeat"]) for row in rows}
+    with structured(path / RUN_FILE):
+        done = {(row["arm"], row["repeat"]) for row in rows}
     return rows, [r for r in reader.requests() if (r.arm, r.repeat) in done]
 
 

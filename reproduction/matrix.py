@@ -25,6 +25,8 @@ import numpy as np
 
 import gimbal
 from gimbal.core.config_sources import to_mapping
+from gimbal.core.files import writing
+from gimbal.core.json_text import read_json, to_json
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.report.arms import Arm, get_arm
 from gimbal.sim.capacity import capacity_rps
@@ -156,15 +158,16 @@ def run_task(task: Task) -> dict[str, Any]:
     """
     path = task.path
     if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kept: dict[str, Any] = read_json(path)
         return kept
     result = _capacity(task) if not task.arm else _cell(task)
     result["code"] = code_digest()
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
-    text = json.dumps(result)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    text = to_json(result)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
     written: dict[str, Any] = json.loads(text)  # as it is read back: keys have become text
     return written
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gimbal.core.errors import InputError
+from gimbal.core.files import read_text, structured, write_text
+from gimbal.core.json_text import read_json
 from gimbal.records.store import RUN_FILE
 from gimbal.report.charts import Bars, Chart, Lines
 from gimbal.report.page import figures, markdown, page, table
@@ -33,12 +34,20 @@ def write_reproduction(directory: Path, target: Path | None = None) -> Path:
 
     Raises InputError when there is no finished reproduction in `directory`.
     """
-    try:
-        text = (directory / TEXT_FILE).read_text(encoding="utf-8")
-        result = json.loads((directory / RESULT_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{directory}: not a finished reproduction: {error}") from None
+    text = read_text(directory / TEXT_FILE, f"{directory}: not a finished reproduction")
+    result = read_json(directory / RESULT_FILE)
     path = target or directory / "report.html"
+    with structured(directory / RESULT_FILE):
+        sections, charts = _sections(text, result, directory, path.parent / "plots")
+    write_text(path, page(*_titled(sections)))
+    save_charts(charts, path.parent / "plots")
+    return path
+
+
+def _sections(
+    text: str, result: Mapping[str, Any], directory: Path, plots: Path
+) -> tuple[list[str], list[Chart]]:
+    """The page's sections and its own charts; those of its runs are written to `plots`."""
     charts: list[Chart] = []
     sections = []
     for part in ("\n" + text).split("\n## "):
@@ -48,13 +57,14 @@ def write_reproduction(directory: Path, target: Path | None = None) -> Path:
             own = scenario_charts(name, result["scenarios"][name], result["paper_ablation"])
             charts += own
             sections += [figures(own[:4]), figures(own[4:])]
-            sections.append(_run(directory / name, path.parent / "plots" / name))
-    sections += ["<h2>Environment and seeds</h2>", _environment(result)]
+            sections.append(_run(directory / name, plots / name))
+    return [*sections, "<h2>Environment and seeds</h2>", _environment(result)], charts
+
+
+def _titled(sections: list[str]) -> tuple[str, list[str]]:
+    """The title, which the first section begins with, and the sections without it."""
     title = sections[0].partition("<h1>")[2].partition("</h1>")[0]
-    sections[0] = sections[0].replace(f"<h1>{title}</h1>", "", 1)
-    path.write_text(page(title, sections), encoding="utf-8")
-    save_charts(charts, path.parent / "plots")
-    return path
+    return title, [sections[0].replace(f"<h1>{title}</h1>", "", 1), *sections[1:]]
 
 
 def scenario_charts(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gimbal.core.cost.calibrate import StepSample
+from gimbal.core.options import Count, Finite
 from gimbal.workloads.trace import Trace, TraceRequest, make_trace
 
 SEED = 20
@@ -55,11 +56,11 @@ class PhaseTimes:
         requests: how many the means are over.
     """
 
-    ttft_us: float
-    engine_us: float
-    began_s: float
-    ended_s: float
-    requests: int
+    ttft_us: Finite
+    engine_us: Finite
+    began_s: Finite
+    ended_s: Finite
+    requests: Count
 
 
 def front_end_us(phases: Sequence[PhaseTimes], samples: Sequence[StepSample]) -> float:
@@ -72,7 +73,7 @@ def front_end_us(phases: Sequence[PhaseTimes], samples: Sequence[StepSample]) ->
     total = requests = 0.0
     for phase in phases:
         own = [s for s in samples if phase.began_s <= s.time_s <= phase.ended_s]
-        span_us = (phase.ended_s - phase.began_s) * 1e6
+        span_us = max(1.0, (phase.ended_s - phase.began_s) * 1e6)
         wait_us = sum(s.duration_us**2 for s in own) / (2 * span_us)
         total += phase.requests * (phase.ttft_us - phase.engine_us - wait_us)
         requests += phase.requests

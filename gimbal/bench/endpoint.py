@@ -11,9 +11,11 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
-from gimbal.core.errors import InputError
+from gimbal.core.errors import InputError, one_line
+from gimbal.core.numbers import whole
 
 COUNTERS = (
     "vllm:request_success_total",
@@ -67,7 +69,7 @@ class Endpoint:
         """Whether ``/health`` answers."""
         try:
             self._call("/health")
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):
             return False
         return True
 
@@ -75,15 +77,23 @@ class Endpoint:
         """The first served model; raises InputError when the server cannot be asked."""
         try:
             model = json.loads(self._call("/v1/models"))["data"][0]
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise InputError(f"--url {self.url}: no OpenAI server answers there: {error}") from None
-        return ServedModel(model["id"], model.get("root") or "", model.get("max_model_len"))
+            length = model.get("max_model_len")
+            return ServedModel(
+                str(model["id"]),
+                str(model.get("root") or ""),
+                None if length is None else whole(length, "max_model_len=", 1),
+            )
+        except (
+            OSError, ValueError, LookupError, TypeError, AttributeError, HTTPException
+        ) as error:  # fmt: skip
+            what = one_line(error)
+            raise InputError(f"--url {self.url}: no OpenAI server answers there: {what}") from None
 
     def counters(self, names: tuple[str, ...] = COUNTERS) -> Counters:
         """Values of `names` by engine, summed over other labels; empty when there are none."""
         try:
             text = self._call("/metrics").decode()
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):
             return {}
         found: Counters = defaultdict(lambda: defaultdict(float))
         for line in text.splitlines():
@@ -115,8 +125,8 @@ class Endpoint:
                 f"{self.url}/gimbal/control: HTTP {error.code}: {text}; arms share a server only "
                 "with Gimbal's `admin: true`; try --no-share"
             ) from None
-        except OSError as error:
-            raise InputError(f"{self.url}/gimbal/control: {error}") from None
+        except (OSError, HTTPException) as error:
+            raise InputError(f"{self.url}/gimbal/control: {one_line(error)}") from None
 
 
 def counter_differences(before: Counters, after: Counters) -> Counters:

@@ -29,9 +29,9 @@ class TurnBar:
 def turn_bar(console: Console) -> Iterator[TurnBar]:
     """Shows a bar on `console` while the context lasts; nothing where it is no terminal."""
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[state]}"),
+        TextColumn("{task.fields[state]}", markup=False),
         TimeElapsedColumn(),
         console=console,
         disable=not console.is_terminal,

@@ -92,7 +92,7 @@ def run_bench(
             options,
             setup.arms,
             server_of=_server_of(setup.url, pool),
-            vocabulary_of=_vocabulary_of(setup.model_dir),
+            vocabulary_of=vocabulary_of(setup.model_dir),
             writer=writer,
             info=info,
             switch=setup.switch,
@@ -113,7 +113,10 @@ def run_bench(
             say(f"interrupted: what has been measured is in {setup.directory}")
         finally:
             pool.close()
-            _keep_rearrangements(pool, setup, writer)
+            try:
+                _keep_rearrangements(pool, setup, writer)
+            except InputError as error:  # what was measured is worth its report
+                say(f"rearrangements are left out: {error}")
         return session.report(), interrupted
 
 
@@ -133,15 +136,49 @@ def _estimate_s(session: BenchSession, plan: Sequence[Turn], starts: int) -> flo
     return starts * START_S + len(plan) * float(turn_s)
 
 
+def endpoint_of(url: str) -> Endpoint:
+    """The server at `url`, which may end in the API's ``/v1``."""
+    return Endpoint(url.rstrip("/").removesuffix("/v1"))
+
+
 def _server_of(url: str | None, pool: ServerPool) -> Callable[[ServerSpec], Endpoint]:
     if url:
-        endpoint = Endpoint(url.rstrip("/").removesuffix("/v1"))
+        endpoint = endpoint_of(url)
         return lambda spec: endpoint
     return lambda spec: pool.get(spec).endpoint
 
 
-def _vocabulary_of(model_dir: Path | None) -> Callable[[Endpoint], Vocabulary]:
-    """Token ids of the served model, read once from its directory."""
+def check_vocabulary(server_arguments: Sequence[str], model_dir: Path | None = None) -> None:
+    """Raises InputError, before a server is started, where its model's token ids cannot be read.
+
+    Args:
+        server_arguments: of ``gimbal serve``.
+        model_dir: the model's folder; None: it is what is served.
+    """
+    if model_dir is None and "--demo" not in server_arguments:
+        model = _served_model(server_arguments)
+        if model is None:  # vLLM's own --config may name it
+            return
+        if not Path(model).is_dir():
+            raise InputError(f"{model}: token ids come from a folder: give it by --model-dir")
+        model_dir = Path(model)
+    if model_dir is not None:
+        read_vocabulary(model_dir)
+
+
+def _served_model(words: Sequence[str]) -> str | None:
+    """The model that ``gimbal serve`` is given, where it stands first or after ``--model``."""
+    if words and not words[0].startswith("-"):
+        return words[0]
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name == "--model":
+            return value if equals else following
+    return None
+
+
+def vocabulary_of(model_dir: Path | None) -> Callable[[Endpoint], Vocabulary]:
+    """Token ids of the served model, read once from its directory; raises InputError."""
     read: dict[str, Vocabulary] = {}
 
     def vocabulary(endpoint: Endpoint) -> Vocabulary:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -13,11 +12,18 @@ import click
 from rich.console import Console
 
 from gimbal.commands.arm_options import arm_options, arms_given, list_arms, read_arm_options
+from gimbal.commands.options import FIGURES, OutFile, OutFolder, Whole
+from gimbal.commands.output import echo_json, notes, tables
 from gimbal.commands.workload_options import (
+    LOAD,
+    RATE,
+    SECONDS,
+    SERVERS,
     check_run_options,
     read_workload_options,
     workload_options,
 )
+from gimbal.core.numbers import MOST_COUNT, MOST_RANKS
 
 if TYPE_CHECKING:
     from gimbal.bench.run import BenchSetup
@@ -32,15 +38,19 @@ if TYPE_CHECKING:
 @arm_options
 @click.option(
     "--duration",
+    type=SECONDS,
     default=60.0,
     show_default=True,
     help="seconds of arrivals per turn when --requests is not given",
 )
-@click.option("--load", type=float, help="rate as a fraction of the capacity measured first")
-@click.option("--capacity", type=float, help="requests per second that --load is a fraction of")
-@click.option("--warm-up", default=16, show_default=True, help="requests before each turn")
+@click.option("--load", type=LOAD, help="rate as a fraction of the capacity measured first")
+@click.option("--capacity", type=RATE, help="requests per second that --load is a fraction of")
+@click.option(
+    "--warm-up", type=Whole(), default=16, show_default=True, help="requests before each turn"
+)
 @click.option(
     "--pin-domains",
+    type=Whole(0, MOST_RANKS),
     default=0,
     metavar="ENGINES",
     help="send each domain of the demo model to one of so many engines, past dispatch",
@@ -52,13 +62,21 @@ if TYPE_CHECKING:
     show_default=True,
     help="let arms that can be switched at run time share a server",
 )
-@click.option("--resident", default=1, show_default=True, help="servers alive at once")
-@click.option("--timeout", default=600.0, show_default=True, help="seconds for one request")
+@click.option(
+    "--resident", type=SERVERS, default=1, show_default=True, help="servers alive at once"
+)
+@click.option(
+    "--timeout", type=SECONDS, default=600.0, show_default=True, help="seconds for one request"
+)
 @click.option("--model-dir", type=click.Path(path_type=Path), help="where token ids come from")
-@click.option("--salt", type=int, help="prompts of another salt share no prefix (default: time)")
-@click.option("--out", type=click.Path(path_type=Path), help="run directory (default: runs/...)")
+@click.option(
+    "--salt",
+    type=Whole(-MOST_COUNT),
+    help="prompts of another salt share no prefix (default: time)",
+)
+@click.option("--out", type=OutFolder(), help="run directory (default: runs/...)")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
-@click.option("--plot-trace", type=click.Path(path_type=Path), help="plot the workload and stop")
+@click.option("--plot-trace", type=OutFile(FIGURES), help="plot the workload and stop")
 @click.option("--check-client", is_flag=True, help="measure the client alone and stop")
 @click.argument("server_arguments", nargs=-1, type=click.UNPROCESSED)
 def command(**values: Any) -> None:
@@ -70,7 +88,7 @@ def command(**values: Any) -> None:
     if values["list_names"]:
         list_arms(values)
         return
-    console = Console(stderr=True)
+    console = notes()
     if values.pop("check_client"):
         _check_client(values["as_json"])
         return
@@ -81,9 +99,11 @@ def command(**values: Any) -> None:
         return
     from gimbal.bench.progress import turn_bar
     from gimbal.bench.run import run_bench
+    from gimbal.records.store import require_no_run
     from gimbal.report.table import print_report
 
     setup = _setup(values, workload)
+    require_no_run(setup.directory)
 
     def say(text: str) -> None:
         console.print(text, highlight=False)
@@ -95,10 +115,9 @@ def command(**values: Any) -> None:
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
     if values["as_json"]:
-        click.echo(json.dumps(report))
+        echo_json(report)
     else:
-        out = Console()
-        print_report(report, out if out.is_terminal else Console(width=160))
+        print_report(report, tables())
     if interrupted:
         sys.exit(1)
 
@@ -116,7 +135,7 @@ def _check_client(as_json: bool) -> None:
         "send_lag_p99_ms": usage.send_lag_p99_ms,
     }
     if as_json:
-        click.echo(json.dumps(figures))
+        echo_json(figures)
         return
     click.echo(
         f"client: {usage.peak_streams} streams, {usage.events} tokens: "
@@ -135,16 +154,22 @@ def _plot(values: dict[str, Any], workload: WorkloadOptions, console: Console) -
 
 def _setup(values: dict[str, Any], workload: WorkloadOptions) -> BenchSetup:
     """What is measured, everything that can be refused refused before a server starts."""
-    from gimbal.bench.run import BenchSetup
+    from gimbal.bench.run import BenchSetup, check_vocabulary, endpoint_of, vocabulary_of
     from gimbal.bench.session import BenchOptions
     from gimbal.report.metrics import parse_slo
     from gimbal.workloads import build_workload, load_trace
 
     _check(values)
+    if not values["url"]:
+        check_vocabulary(_server_arguments(values), values["model_dir"])
     trace = load_trace(values["trace_name"])
     build_workload(trace, workload, values["seed"])
     as_it_is = bool(values["url"]) and not arms_given(values)
     arms = _arms(values, as_it_is)
+    if values["url"]:
+        server = endpoint_of(values["url"])
+        server.model()  # who does not answer is refused before anything is written
+        vocabulary_of(values["model_dir"])(server)
     share = bool(values["url"]) or (values["share"] and len(arms) > 1)
     options = BenchOptions(
         trace=trace,
@@ -166,12 +191,16 @@ def _setup(values: dict[str, Any], workload: WorkloadOptions) -> BenchSetup:
         arms,
         directory=values["out"] or Path("runs") / time.strftime("bench-%Y%m%d-%H%M%S"),
         url=values["url"],
-        server_arguments=(*(("--demo",) if values["demo"] else ()), *values["server_arguments"]),
+        server_arguments=_server_arguments(values),
         resident=values["resident"],
         switch=share and not as_it_is,
         model_dir=values["model_dir"],
         command=tuple(sys.argv[1:]),
     )
+
+
+def _server_arguments(values: dict[str, Any]) -> tuple[str, ...]:
+    return (*(("--demo",) if values["demo"] else ()), *values["server_arguments"])
 
 
 def _check(values: dict[str, Any]) -> None:
@@ -181,13 +210,6 @@ def _check(values: dict[str, Any]) -> None:
     started = bool(values["server_arguments"]) and not values["demo"]
     if sum([bool(values["demo"]), bool(values["url"]), started]) != 1:
         raise InputError("give one of --demo, --url URL, or a model: gimbal bench [..] -- MODEL")
-    for name in ("capacity", "timeout", "duration"):
-        if values[name] is not None and not values[name] > 0:
-            raise InputError(f"--{name} {values[name]:g}: expected a number > 0")
-    for name, least in (("resident", 1), ("warm_up", 0), ("pin_domains", 0)):
-        if values[name] < least:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} {values[name]}: expected a whole number >= {least}")
 
 
 def _arms(values: dict[str, Any], as_it_is: bool) -> list[Arm]:

@@ -18,18 +18,25 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from gimbal.commands.options import FIGURES, OutFile, OutFolder, Real, Whole
+from gimbal.commands.output import echo_json, notes
+from gimbal.core.errors import InputError, one_line
+from gimbal.core.numbers import MOST_RANKS
+
 if TYPE_CHECKING:
     from gimbal.bench.calibration_load import PhaseTimes
     from gimbal.bench.client import Replay
     from gimbal.bench.client_process import ReplayJob
     from gimbal.bench.endpoint import Endpoint
     from gimbal.core.cost.calibrate import StepFit, StepSample
+    from gimbal.core.cost.profile import Profile
     from gimbal.workloads.trace import Trace
 
 UNSTEADY = 1.6
 """Ratio of slowest to fastest tenth beyond which something else ran on the machine."""
 PHASES = "phases.json"
 """Beside the step records of a calibration: where its requests spent their time."""
+RANKS = Whole(1, MOST_RANKS)
 ENGINE_TIMES = ("vllm:request_queue_time_seconds_sum", "vllm:request_prefill_time_seconds_sum")
 
 
@@ -43,24 +50,26 @@ ENGINE_TIMES = ("vllm:request_queue_time_seconds_sum", "vllm:request_prefill_tim
 @click.option("--estimate", help="no measurement: derive from the model and this GPU's data sheet")
 @click.option("--model-dir", type=click.Path(path_type=Path), help="model (config.json) served")
 @click.option("--name", default="cpu-demo", show_default=True, help="name of the profile")
+@click.option("--out", type=OutFile(), help="profile to write (default: NAME.yaml)")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="profile to write (default: NAME.yaml)"
+    "--dp", type=RANKS, default=2, show_default=True, help="data-parallel size of the server"
 )
-@click.option("--dp", default=2, show_default=True, help="data-parallel size of the server")
-@click.option("--tp", default=1, show_default=True, help="tensor-parallel size of the server")
-@click.option("--kv-tokens", default=0, help="KV cache of one engine in tokens, if known")
+@click.option(
+    "--tp", type=RANKS, default=1, show_default=True, help="tensor-parallel size of the server"
+)
+@click.option(
+    "--kv-tokens", type=Whole(), default=0, help="KV cache of one engine in tokens, if known"
+)
 @click.option(
     "--span",
     "span_s",
     default=14.0,
     show_default=True,
-    type=click.FloatRange(min=2.0),
+    type=Real(2.0, 1e6),
     help="seconds of each mixed load; fewer make a quicker, coarser calibration",
 )
-@click.option(
-    "--keep-steps", type=click.Path(path_type=Path), help="folder to keep the step records in"
-)
-@click.option("--plot", type=click.Path(path_type=Path), help="predicted against measured steps")
+@click.option("--keep-steps", type=OutFolder(), help="folder to keep the step records in")
+@click.option("--plot", type=OutFile(FIGURES), help="predicted against measured steps")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 @click.argument("server_arguments", nargs=-1, type=click.UNPROCESSED)
 def command(**values: Any) -> None:
@@ -72,13 +81,13 @@ def command(**values: Any) -> None:
     """
     from gimbal.core.cost.calibrate import fit_steps, profile_from_fit
     from gimbal.core.cost.derive import model_shape
-    from gimbal.core.cost.profile import Layout, dump_profile
-    from gimbal.core.errors import InputError
+    from gimbal.core.cost.profile import Layout
 
     if values["estimate"] is not None:
         _estimate(values)
         return
-    console = Console(stderr=True)
+    out = _target(values)
+    console = notes()
     sources = (values["from_steps"] is not None, values["demo"], bool(values["server_arguments"]))
     if sum(sources) != 1:
         raise InputError("give one of --from-steps DIR, --demo, or a model after `--`")
@@ -86,7 +95,6 @@ def command(**values: Any) -> None:
         directory, model_dir = values["from_steps"], values["model_dir"]
         if directory is None:
             directory = values["keep_steps"] or Path(scratch)
-            directory.mkdir(parents=True, exist_ok=True)
             model_dir = _drive(values, directory, console)
         if model_dir is None:
             raise InputError("--from-steps: give the served model's folder by --model-dir")
@@ -99,10 +107,9 @@ def command(**values: Any) -> None:
         try:
             fit = fit_steps(samples, model, layout.ep)
         except ValueError as error:
-            raise InputError(f"{directory}: {error}") from None
+            raise InputError(f"{directory}: {one_line(error)}") from None
     profile = profile_from_fit(fit, values["name"], _machine(), layout, values["kv_tokens"], api_us)
-    out = values["out"] or Path(f"{values['name']}.yaml")
-    out.write_text(dump_profile(profile), encoding="utf-8")
+    _write_profile(profile, out)
     if values["plot"] is not None:
         from gimbal.report.plots import plot_fit
 
@@ -123,7 +130,7 @@ def _tell(fit: StepFit, out: Path, as_json: bool) -> None:
             "p90_error": fit.p90_error,
             "slowness": fit.slowness,
         }
-        click.echo(json.dumps(report))
+        echo_json(report)
         return
     for name, value in fit.coefficients_us.items():
         click.echo(f"{name:16s} {value:12.4g} us")
@@ -139,7 +146,6 @@ def _tell(fit: StepFit, out: Path, as_json: bool) -> None:
 
 
 def _samples(directory: Path) -> list[StepSample]:
-    from gimbal.core.errors import InputError
     from gimbal.records.schema import StepRecord
     from gimbal.records.steps import join_steps
     from gimbal.records.store import read_records
@@ -153,11 +159,16 @@ def _samples(directory: Path) -> list[StepSample]:
 def _front_end_us(directory: Path, samples: list[StepSample]) -> float:
     """Time outside the engine, from the requests of a calibration; 0 for other records."""
     from gimbal.bench.calibration_load import PhaseTimes, front_end_us
+    from gimbal.core.json_text import read_json
+    from gimbal.records.store import build
 
     path = directory / PHASES
     if not path.exists():
         return 0.0
-    phases = [PhaseTimes(**row) for row in json.loads(path.read_text())]
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a JSON list")
+    phases = [build(PhaseTimes, row, f"{path}: phase {n}") for n, row in enumerate(rows, start=1)]
     return round(front_end_us(phases, samples), 1)
 
 
@@ -185,20 +196,17 @@ def _gpus() -> str:
 
 
 def _read_config(model_dir: Path) -> dict[str, Any]:
-    from gimbal.core.errors import InputError
+    from gimbal.core.json_text import read_json
 
-    path = model_dir / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a model's configuration: {error}") from None
+    config = read_json(model_dir / "config.json")
+    if not isinstance(config, dict):
+        raise InputError(f"{model_dir / 'config.json'}: expected a JSON object")
     return config
 
 
 def _estimate(values: dict[str, Any]) -> None:
     from gimbal.core.cost.derive import derive_profile
-    from gimbal.core.cost.profile import Layout, dump_profile
-    from gimbal.core.errors import InputError
+    from gimbal.core.cost.profile import Layout
 
     if values["model_dir"] is None:
         raise InputError("--estimate: give the model's folder (its config.json) by --model-dir")
@@ -206,19 +214,62 @@ def _estimate(values: dict[str, Any]) -> None:
     layout = Layout(values["dp"], values["tp"])
     config = _read_config(values["model_dir"])
     profile = derive_profile(values["name"], config, values["estimate"], layout, where)
-    out = values["out"] or Path(f"{values['name']}.yaml")
-    out.write_text(dump_profile(profile), encoding="utf-8")
-    click.echo(f"wrote {out}: an estimate from data sheets, not a measurement")
+    out = _target(values)
+    _write_profile(profile, out)
+    if values["as_json"]:
+        echo_json({"profile": str(out), "estimated": True})
+    else:
+        click.echo(f"wrote {out}: an estimate from data sheets, not a measurement")
+
+
+def _write_profile(profile: Profile, out: Path) -> None:
+    """Raises InputError for a fit that no profile can hold, or a file that cannot be written."""
+    from gimbal.core.cost.profile import dump_profile, parse_profile
+    from gimbal.core.files import write_text
+    from gimbal.core.yaml_reader import parse_yaml
+
+    text = dump_profile(profile)
+    parse_profile(parse_yaml(text, str(out)), str(out))
+    write_text(out, text)
+
+
+def _target(values: dict[str, Any]) -> Path:
+    """The profile's file; raises InputError for a name that cannot be one's."""
+    out: Path = values["out"] or Path(f"{values['name']}.yaml")
+    if values["out"] is None and out.name != str(out):
+        raise InputError(f"--name {values['name']!r}: expected a word; a file is given by --out")
+    return out
 
 
 def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
+    """`_measure` with what can be refused refused first; a server's failure ends the command."""
+    from gimbal.bench.run import check_vocabulary
+    from gimbal.core.cost.derive import model_shape
+    from gimbal.core.files import writing
+
+    arguments = (*(("--demo",) if values["demo"] else ()), *values["server_arguments"])
+    check_vocabulary(arguments, values["model_dir"])
+    if values["model_dir"] is not None:
+        model_shape(_read_config(values["model_dir"]), str(values["model_dir"] / "config.json"))
+    with writing(f"--keep-steps {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        return _measure(values, arguments, directory, console)
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _measure(
+    values: dict[str, Any], arguments: tuple[str, ...], directory: Path, console: Console
+) -> Path:
     """Serves, sends the phases of `calibration_load`, stops; returns the model's folder."""
     from gimbal.bench.arms import ServerSpec
     from gimbal.bench.client_process import ReplayJob, run_replay
     from gimbal.bench.servers import ServerPool
+    from gimbal.core.files import write_text
+    from gimbal.core.json_text import to_json
     from gimbal.workloads.prompts import read_vocabulary
 
-    arguments = (*(("--demo",) if values["demo"] else ()), *values["server_arguments"])
     # FCFS and vLLM's own placement: a step's cost must not depend on Gimbal's choices.
     config = {"levels": ["dispatch"], "step_records": str(directory)}
     pool = ServerPool(arguments, directory, 1, lambda text: console.print(text, highlight=False))
@@ -242,8 +293,8 @@ def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
 
         context = model.max_model_len or 4096
         phases = _send(endpoint, context, values["span_s"], job, replay, say)
-        text = json.dumps([dataclasses.asdict(phase) for phase in phases])
-        (directory / PHASES).write_text(text, encoding="utf-8")
+        text = to_json([dataclasses.asdict(phase) for phase in phases])
+        write_text(directory / PHASES, text)
     finally:
         pool.close()
     return folder

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from gimbal.commands.output import echo_json
 from gimbal.core.config_sources import (
     merge_config,
     parse_levels,
@@ -34,6 +34,6 @@ def command(file: Path | None, levels: str | None, as_json: bool) -> None:
         sources.append(("--levels", {"levels": parse_levels(levels)}))
     config = merge_config(sources)
     if as_json:
-        click.echo(json.dumps(to_mapping(config), indent=2))
+        echo_json(to_mapping(config), indent=2)
     else:
         click.echo(to_yaml(config), nl=False)

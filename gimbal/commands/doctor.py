@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from gimbal.commands.output import echo_json
 from gimbal.vllm_plugin.doctor.findings import Finding, report
 from gimbal.vllm_plugin.doctor.machine import check_machine
 from gimbal.vllm_plugin.doctor.seams_report import check_levels, check_source_version, source_root
@@ -40,7 +41,7 @@ def command(vllm_source: Path | None, as_json: bool) -> None:
         findings += check_machine()
     result = report(findings)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        echo_json(result, indent=2)
     else:
         _show(findings)
     sys.exit(0 if result["ok"] else 1)
@@ -51,7 +52,7 @@ def _show(findings: list[Finding]) -> None:
     for finding in findings:
         colour = _COLOURS[finding.status]
         found = finding.found + (f"\n-> {finding.advice}" if finding.advice else "")
-        table.add_row(f"[{colour}]{finding.status}[/]", finding.check, found)
+        table.add_row(Text(finding.status, style=colour), finding.check, found)
     # A pipe has no width: rich would cut lines at 80 columns there.
     console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
+    Console(width=None if console.is_terminal else 200, markup=False).print(table)

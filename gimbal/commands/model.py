@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from gimbal.commands.options import OutFolder, Real, Whole
+from gimbal.commands.output import echo_json
 from gimbal.demo.sizes import DemoSizes
 
 if TYPE_CHECKING:
     from gimbal.vllm_plugin.cpu_backend.model_stats import ModelStats
 
+TOKENS = Whole(1, 1 << 20)
 _DEFAULTS = DemoSizes()
 _HELP = {
     "seed": "seed of every random draw; the same seed gives the same bytes",
@@ -37,7 +39,7 @@ def _size_options(function: Callable[..., None]) -> Callable[..., None]:
         default = getattr(_DEFAULTS, name)
         function = click.option(
             "--" + name.replace("_", "-"),
-            type=type(default),
+            type=Whole() if isinstance(default, int) else Real(),
             default=default,
             show_default=True,
             help=_HELP[name],
@@ -51,7 +53,7 @@ def command() -> None:
 
 
 @command.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="folder to write")
+@click.option("--out", type=OutFolder(), required=True, help="folder to write")
 @_size_options
 def demo(out: Path, **sizes: Any) -> None:
     """Writes a tiny Qwen3-MoE whose routing depends on the prompt's domain."""
@@ -65,17 +67,23 @@ def demo(out: Path, **sizes: Any) -> None:
 @command.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
-@click.option("--seed", default=0, show_default=True, help="seed of the prompts")
-@click.option("--prompts", default=8, show_default=True, help="prompts per domain (even)")
-@click.option("--prompt-tokens", default=512, show_default=True, help="tokens per prompt")
-@click.option("--continuation-tokens", default=64, show_default=True, help="greedy tokens each")
+@click.option("--seed", type=Whole(), default=0, show_default=True, help="seed of the prompts")
+@click.option(
+    "--prompts", type=Whole(2, 10_000), default=8, show_default=True, help="per domain (even)"
+)
+@click.option(
+    "--prompt-tokens", type=TOKENS, default=512, show_default=True, help="tokens per prompt"
+)
+@click.option(
+    "--continuation-tokens", type=TOKENS, default=64, show_default=True, help="greedy tokens each"
+)
 def stats(model: Path, as_json: bool, **options: Any) -> None:
     """Runs the demo model over prompts of each domain and prints how its tokens route."""
     from gimbal.vllm_plugin.cpu_backend.model_stats import measure
 
     measured = measure(model, **options)
     if as_json:
-        click.echo(json.dumps(measured.as_json()))
+        echo_json(measured.as_json())
         return
     _print(measured)
 

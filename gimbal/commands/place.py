@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import click
 import numpy as np
+
+from gimbal.commands.options import FIGURES, OutFile, Real, Whole
+from gimbal.commands.output import echo_json
+from gimbal.core.numbers import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    MOST_MULTIPLIER,
+    MOST_RANKS,
+    MOST_TOKENS,
+)
 
 if TYPE_CHECKING:
     from gimbal.core.contracts import FloatArray, IntArray, Placer
@@ -20,13 +28,16 @@ if TYPE_CHECKING:
 ROUTING_HELP = "counts [source, layer, expert], .npz; or one recording per source, in order"
 STEP_TOKENS_HELP = "tokens per source and step, where the file does not count its steps"
 PLACER_HELP = "a baseline, an installed placer, or module:Class"
-FILE = click.Path(path_type=Path, dir_okay=False)
+FILE = click.Path(path_type=Path)
+RANKS, SLOTS = Whole(1, MOST_RANKS), Whole(1, MOST_EXPERTS)
+STEPS, TOKENS, SECONDS = Whole(1, 10**9), Whole(1, MOST_TOKENS), Real(above=0.0, most=1e7)
+FACTOR = Real(0.0, MOST_MULTIPLIER)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--routing", type=FILE, required=True, multiple=True, help=ROUTING_HELP)
-@click.option("--ranks", type=int, required=True, help="expert-parallel ranks")
-@click.option("--slots-per-rank", type=int, help="default: as --current, else no redundancy")
+@click.option("--ranks", type=RANKS, required=True, help="expert-parallel ranks")
+@click.option("--slots-per-rank", type=SLOTS, help="default: as --current, else no redundancy")
 @click.option("--current", type=FILE, help="physical_to_logical [layer, slot], .npz")
 @click.option("--next", "next_file", type=FILE, help="counts of a later window to score on")
 @click.option("--history", type=FILE, multiple=True, help="earlier windows, oldest first: forecast")
@@ -38,24 +49,39 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
     help="the second gathers every token anyway: no communication term",
 )
-@click.option("--ranks-per-source", "--tp", type=int, default=1, show_default=True, help="TP size")
-@click.option("--ranks-per-node", type=int, default=8, show_default=True)
-@click.option("--alpha", type=float, default=1.0, show_default=True, help="load multiplier")
-@click.option("--beta", type=float, default=1.0, show_default=True, help="communication multiplier")
-@click.option("--gamma", type=float, default=1.0, show_default=True, help="migration multiplier")
-@click.option("--horizon-steps", type=int, default=3000, show_default=True, help="pays for moves")
-@click.option("--step-tokens", type=int, default=2048, show_default=True, help=STEP_TOKENS_HELP)
-@click.option("--max-received", type=int, help="budget of experts that change rank")
-@click.option("--expert-groups", type=int, default=1, show_default=True, help="groups share a node")
+@click.option(
+    "--ranks-per-source", "--tp", type=RANKS, default=1, show_default=True, help="TP size"
+)
+@click.option("--ranks-per-node", type=RANKS, default=8, show_default=True)
+@click.option("--alpha", type=FACTOR, default=1.0, show_default=True, help="load multiplier")
+@click.option(
+    "--beta", type=FACTOR, default=1.0, show_default=True, help="communication multiplier"
+)
+@click.option("--gamma", type=FACTOR, default=1.0, show_default=True, help="migration multiplier")
+@click.option("--horizon-steps", type=STEPS, default=3000, show_default=True, help="pays for moves")
+@click.option("--step-tokens", type=TOKENS, default=2048, show_default=True, help=STEP_TOKENS_HELP)
+@click.option("--max-received", type=Whole(), help="budget of experts that change rank")
+@click.option(
+    "--expert-groups", type=SLOTS, default=1, show_default=True, help="groups share a node"
+)
 @click.option("--placer", default="gimbal", show_default=True, help=PLACER_HELP)
 @click.option("--placer-option", multiple=True, metavar="KEY=VALUE", help="one of its options")
 @click.option("--exact", is_flag=True, help="also solve to optimality (small instances)")
-@click.option("--time-limit", type=float, default=60.0, show_default=True, help="s per exact layer")
-@click.option("--exact-layers", type=int, help="solve only the first so many layers exactly")
-@click.option("--out", type=FILE, help="write the placement here")
+@click.option(
+    "--time-limit", type=SECONDS, default=60.0, show_default=True, help="s per exact layer"
+)
+@click.option("--exact-layers", type=Whole(1), help="solve only the first so many layers exactly")
+@click.option("--out", type=OutFile(), help="write the placement here")
 @click.option("--format", "form", type=click.Choice(["npz", "sglang", "trtllm"]), default="npz")
-@click.option("--first-layer", type=int, default=0, help="model layer of the first MoE layer")
-@click.option("--plot", type=FILE, help="figure to write: rank loads, who asks for what")
+@click.option(
+    "--first-layer",
+    type=Whole(0, MOST_LAYERS),
+    default=0,
+    help="model layer of the first MoE layer",
+)
+@click.option(
+    "--plot", type=OutFile(FIGURES), help="figure to write: rank loads, who asks for what"
+)
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 def command(**values: Any) -> None:
     """Plan where experts should live, and say what it costs, gains and moves.
@@ -83,7 +109,7 @@ def command(**values: Any) -> None:
         counts, current = problem.routing.counts, problem.current
         plot_placement(counts, current, plan.physical_to_logical, problem.topology, values["plot"])
     if values["as_json"]:
-        click.echo(json.dumps(report))
+        echo_json(report)
     else:
         _print(report, problem)
 
@@ -152,23 +178,25 @@ def _slots(
                 f"--slots-per-rank is {wanted}"
             )
     per_rank = slots_per_rank(experts, ranks) if wanted is None else wanted
-    first = np.arange(max(per_rank, 0) * ranks, dtype=np.int32) % experts
+    if per_rank > experts:
+        raise InputError(f"--slots-per-rank {per_rank}: there are only {experts} experts")
+    first = np.arange(per_rank * ranks, dtype=np.int32) % experts
     return np.tile(first, (layers, 1)), per_rank
 
 
 def _read_placement(path: Path) -> IntArray:
     """`physical_to_logical` [layer, slot] of an ``.npz``; raises InputError naming the file."""
     from gimbal.core.errors import InputError
+    from gimbal.workloads.arrays import read_npz
 
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            placement = np.asarray(file["physical_to_logical"])
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise InputError(f"{path}: no array physical_to_logical ({error})") from None
+    arrays = read_npz(path)
+    if "physical_to_logical" not in arrays:
+        raise InputError(f"{path}: no array physical_to_logical, but {', '.join(sorted(arrays))}")
+    placement = arrays["physical_to_logical"]
     if not np.issubdtype(placement.dtype, np.integer):
         raise InputError(f"{path}: physical_to_logical must be integers, is {placement.dtype}")
+    if not np.array_equal(placement, placement.astype(np.int32)):
+        raise InputError(f"{path}: physical_to_logical: an expert beyond 32 bits")
     return placement.astype(np.int32)
 
 
@@ -193,9 +221,8 @@ def _plan(problem: PlacementProblem, values: dict[str, Any]) -> tuple[PlacementP
 
 def _options(words: tuple[str, ...]) -> dict[str, Any]:
     """``key=value`` words as options, values read as YAML."""
-    import yaml
-
     from gimbal.core.errors import InputError
+    from gimbal.core.yaml_reader import parse_yaml
 
     options: dict[str, Any] = {}
     for word in words:
@@ -203,8 +230,8 @@ def _options(words: tuple[str, ...]) -> dict[str, Any]:
         if not equals or not key:
             raise InputError(f"--placer-option {word!r}: expected key=value")
         try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            options[key] = parse_yaml(value, "")
+        except InputError:
             options[key] = value
     return options
 
@@ -266,14 +293,15 @@ def _report(
 
 
 def _write(placement: IntArray, values: dict[str, Any]) -> None:
+    from gimbal.core.files import write_text, writing
     from gimbal.core.placement.formats import FORMATS
 
     if values["form"] == "npz":
-        with open(values["out"], "wb") as file:  # savez would add a suffix to the name
+        # savez would add a suffix to the name
+        with writing(values["out"]), values["out"].open("wb") as file:
             np.savez(file, physical_to_logical=placement)
         return
-    text = FORMATS[values["form"]](placement, values["first_layer"])
-    values["out"].write_text(text, encoding="utf-8")
+    write_text(values["out"], FORMATS[values["form"]](placement, values["first_layer"]))
 
 
 def _print(report: dict[str, Any], problem: PlacementProblem) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
+from gimbal.commands.options import OutFile
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="file to write (default: DIRECTORY/report.html)"
-)
+@click.option("--out", type=OutFile(), help="file to write (default: DIRECTORY/report.html)")
 def command(directory: Path, out: Path | None) -> None:
     """Write one self-contained HTML page with tables and charts for the run in DIRECTORY.
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from gimbal.commands.options import OutFolder
+
 
 @click.command(
     # Unknown options are vLLM's, among them short ones that contain an h.
@@ -17,7 +19,7 @@ from rich.console import Console
 @click.option("--demo", is_flag=True, help="make a tiny MoE and serve it with DP=2 and EP")
 @click.option(
     "--demo-dir",
-    type=click.Path(path_type=Path),
+    type=OutFolder(),
     help="folder of the demo model (default: a cache)",
 )
 @click.option("--levels", help="comma-separated levels, or all, or none (default: all)")

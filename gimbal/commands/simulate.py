@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gimbal.commands.arm_options import arm_options, list_arms, read_arm_options
+from gimbal.commands.options import OutFolder, Whole
+from gimbal.commands.output import echo_json, notes, tables
 from gimbal.commands.workload_options import (
+    LOAD,
     check_run_options,
     read_workload_options,
     workload_options,
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     help="named cluster, or a YAML file",
 )
 @arm_options
-@click.option("--load", type=float, help="rate as a fraction of the simulated capacity")
+@click.option("--load", type=LOAD, help="rate as a fraction of the simulated capacity")
 @click.option("--slo", default="", help="what goodput counts: ttft_ms=2000,tpot_ms=200,...")
-@click.option("--jobs", type=int, help="processes (default: all CPUs)")
-@click.option("--out", type=click.Path(path_type=Path), help="keep the records in this directory")
+@click.option("--jobs", type=Whole(1, 1024), help="processes (default: all CPUs)")
+@click.option("--out", type=OutFolder(), help="keep the records in this directory")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 def command(**values: Any) -> None:
     """Simulate a trace on a cluster under several arms: the report of `gimbal bench`, offline.
@@ -49,11 +49,14 @@ def command(**values: Any) -> None:
         click.echo("clusters: " + ", ".join(cluster_names()))
         list_arms(values)
         return
+    from gimbal.records.store import require_no_run
     from gimbal.report.table import print_report
     from gimbal.sim.comparison import keep_run, run_comparison
 
     options = _options(values)
-    console = Console(stderr=True)
+    if values["out"] is not None:
+        require_no_run(values["out"])  # what cannot be kept is not simulated
+    console = notes()
     columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
@@ -63,22 +66,18 @@ def command(**values: Any) -> None:
     if values["out"] is not None:
         keep_run(values["out"], options, report, results, sys.argv[1:])
     if values["as_json"]:
-        click.echo(json.dumps(report))
+        echo_json(report)
         return
-    out = Console()
-    print_report(report, out if out.is_terminal else Console(width=160))
+    print_report(report, tables())
 
 
 def _options(values: dict[str, Any]) -> ComparisonOptions:
-    from gimbal.core.errors import InputError
     from gimbal.report.metrics import parse_slo
     from gimbal.sim.comparison import ComparisonOptions
     from gimbal.workloads import load_trace
 
     workload = read_workload_options(values)
     check_run_options(values, workload)
-    if values["jobs"] is not None and values["jobs"] < 1:
-        raise InputError(f"--jobs {values['jobs']}: expected a whole number >= 1")
     return ComparisonOptions(
         cluster=values["cluster"],
         trace=load_trace(values["trace_name"]),

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
+from gimbal.commands.options import OutFile, Real, Whole
+from gimbal.commands.output import echo_json
 from gimbal.core.contracts import Topology
-from gimbal.core.errors import InputError
+from gimbal.core.errors import InputError, one_line
+from gimbal.core.json_text import parse_json
+from gimbal.core.numbers import MOST_EXPERTS, MOST_RANKS
 from gimbal.workloads.routing import RoutingFile, read_routing
+
+MOST_REPLY_BYTES = 1 << 30
 
 
 @click.command()
 @click.argument("source", nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), help="write the recording as .npz")
-@click.option("--ranks", type=int, help="EP ranks, where a recording does not say (balance)")
-@click.option("--experts", type=int, help="logical experts, where choices may not show them all")
+@click.option("--out", type=OutFile(), help="write the recording as .npz")
+@click.option(
+    "--ranks",
+    type=Whole(1, MOST_RANKS),
+    help="EP ranks, where a recording does not say (balance)",
+)
+@click.option(
+    "--experts",
+    type=Whole(1, MOST_EXPERTS),
+    help="logical experts, where choices may not show them all",
+)
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
-@click.option("--timeout", default=60.0, show_default=True, help="seconds to wait for a server")
+@click.option(
+    "--timeout",
+    type=Real(above=0.0, most=1e6),
+    default=60.0,
+    show_default=True,
+    help="seconds to wait for a server",
+)
 def command(
     source: tuple[str, ...],
     out: Path | None,
@@ -47,7 +67,7 @@ def command(
         save_routing(out, recording)
     summary = summarize(recording, ranks)
     if as_json:
-        click.echo(json.dumps(summary))
+        echo_json(summary)
     else:
         _print(summary)
 
@@ -59,20 +79,27 @@ def fetch(url: str, timeout_s: float) -> RoutingFile:
     address = url.rstrip("/").removesuffix("/v1") + "/gimbal/routing"
     try:
         with urllib.request.urlopen(address, timeout=timeout_s) as reply:
-            content = reply.read()
+            content = reply.read(MOST_REPLY_BYTES + 1)
     except urllib.error.HTTPError as error:
-        detail = error.read().decode(errors="replace")
-        try:
-            detail = json.loads(detail)["error"]
-        except (ValueError, KeyError, TypeError):
-            detail = f"HTTP {error.code}: no Gimbal routes (VLLM_PLUGINS must name gimbal)"
-        raise InputError(f"{url}: {detail}") from None
-    except OSError as error:
-        raise InputError(f"{url}: {getattr(error, 'reason', error)}") from None
+        raise InputError(f"{url}: {_reason(error)}") from None
+    except (OSError, ValueError, HTTPException) as error:  # ValueError: no URL
+        what = one_line(getattr(error, "reason", error))
+        raise InputError(f"{url}: {what}") from None
+    if len(content) > MOST_REPLY_BYTES:
+        raise InputError(f"{url}: an answer of more than {MOST_REPLY_BYTES} bytes")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "routing.npz"
         path.write_bytes(content)
         return read_routing(path)
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """Why the server gives no recording, in its own words where it has any."""
+    try:
+        text = error.read(1 << 16).decode(errors="replace")
+        return one_line(parse_json(text, "answer")["error"])
+    except (OSError, ValueError, KeyError, TypeError, HTTPException):
+        return f"HTTP {error.code}: no Gimbal routes (VLLM_PLUGINS must name gimbal)"
 
 
 def summarize(recording: RoutingFile, ranks: int | None = None) -> dict[str, Any]:
@@ -97,7 +124,7 @@ def summarize(recording: RoutingFile, ranks: int | None = None) -> dict[str, Any
     placement = recording.physical_to_logical
     ranks = ranks or recording.metadata.get("ranks")
     if placement is not None and ranks:
-        summary |= _placed(recording, np.asarray(placement, dtype=np.int32), int(ranks))
+        summary |= _placed(recording, np.asarray(placement, dtype=np.int32), ranks)
     return summary
 
 
@@ -105,7 +132,9 @@ def _placed(recording: RoutingFile, placement: np.ndarray, ranks: int) -> dict[s
     from gimbal.core.placement import objective
     from gimbal.core.placement.problem import slots_per_rank, validate_placement
 
-    per_source = int(recording.metadata.get("ranks_per_source", 1))
+    per_source = recording.metadata.get("ranks_per_source") or 1
+    if ranks % per_source:
+        raise InputError(f"{ranks} ranks are no whole sources of {per_source}")
     slots = slots_per_rank(placement.shape[1], ranks)
     topology = Topology(ranks, slots, per_source, ranks)
     layers, experts = recording.counts.shape[1:]
@@ -151,4 +180,4 @@ def _print(summary: dict[str, Any]) -> None:
             value = metadata[name]
             text = f"{value:.4g}" if isinstance(value, float) else str(value)
             table.add_row(shown.replace("_", " "), text)
-    Console().print(table)
+    Console(markup=False).print(table)

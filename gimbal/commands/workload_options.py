@@ -7,15 +7,29 @@ from typing import Any, TypeVar
 
 import click
 
+from gimbal.commands.options import Real, Whole
 from gimbal.core.errors import InputError
+from gimbal.core.numbers import MOST_REQUESTS, MOST_TOKENS
 from gimbal.workloads import BUILTIN_TRACES, WorkloadOptions
-from gimbal.workloads.arrivals import PROCESSES
+from gimbal.workloads.arrivals import LEAST_CV, LEAST_RPS, MOST_CV, PROCESSES
 from gimbal.workloads.distributions import DISTRIBUTIONS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-MAX_PROMPT = click.option("--max-prompt", type=int, help="cut longer prompts to this many tokens")
-MAX_OUTPUT = click.option("--max-output", type=int, help="cut longer outputs to this many tokens")
+RATE = Real(LEAST_RPS, 1e9)
+SEED = Whole()
+TURNS = Whole(1, 10_000)
+LOAD = Real(above=0.0, most=1000.0)
+SECONDS = Real(above=0.0, most=1e7)
+SERVERS = Whole(1, 256)
+_TOKENS, _FACTOR = Whole(1, MOST_TOKENS), Real(above=0.0, most=1e9)
+
+MAX_PROMPT = click.option(
+    "--max-prompt", type=_TOKENS, help="cut longer prompts to this many tokens"
+)
+MAX_OUTPUT = click.option(
+    "--max-output", type=_TOKENS, help="cut longer outputs to this many tokens"
+)
 
 _OPTIONS = [
     click.option(
@@ -27,7 +41,7 @@ _OPTIONS = [
     ),
     click.option(
         "--requests",
-        type=int,
+        type=Whole(1, MOST_REQUESTS),
         help="requests per run (default: whole trace; bench: see --duration)",
     ),
     click.option(
@@ -42,19 +56,32 @@ _OPTIONS = [
         show_default=True,
         help="arrival times; a trace without any gets gamma",
     ),
-    click.option("--cv", default=2.0, show_default=True, help="CV of gamma gaps (1: Poisson)"),
-    click.option("--rate", type=float, help="mean requests per second; bursts keep their shape"),
-    click.option("--scale-time", default=1.0, show_default=True, help="multiply arrival times"),
+    click.option(
+        "--cv",
+        type=Real(LEAST_CV, MOST_CV),
+        default=2.0,
+        show_default=True,
+        help="CV of gamma gaps (1: Poisson)",
+    ),
+    click.option("--rate", type=RATE, help="mean requests per second; bursts keep their shape"),
+    click.option(
+        "--scale-time",
+        type=_FACTOR,
+        default=1.0,
+        show_default=True,
+        help="multiply arrival times",
+    ),
     click.option(
         "--scale-length",
+        type=_FACTOR,
         default=1.0,
         show_default=True,
         help="multiply prompt, output and prefix-block lengths",
     ),
     MAX_PROMPT,
     MAX_OUTPUT,
-    click.option("--seed", default=0, show_default=True, help="of every random choice"),
-    click.option("--repeat", default=1, show_default=True, help="turns of every arm"),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="of every random choice"),
+    click.option("--repeat", type=TURNS, default=1, show_default=True, help="turns of every arm"),
 ]
 
 
@@ -81,12 +108,6 @@ def read_workload_options(values: dict[str, Any]) -> WorkloadOptions:
 
 
 def check_run_options(values: Mapping[str, Any], workload: WorkloadOptions) -> None:
-    """Raises InputError for a ``--load``, ``--repeat`` or ``--seed`` that says nothing."""
-    load = values["load"]
-    if load is not None and not 0 < load < float("inf"):
-        raise InputError(f"--load {load:g}: expected a number > 0")
-    if load is not None and workload.rate_rps is not None:
+    """Raises InputError for options that contradict each other."""
+    if values["load"] is not None and workload.rate_rps is not None:
         raise InputError("--load and --rate both set the arrival rate: give one")
-    for name, least in (("repeat", 1), ("seed", 0)):
-        if values[name] < least:
-            raise InputError(f"--{name} {values[name]}: expected a whole number >= {least}")

@@ -9,9 +9,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_CHARACTERS = 1000
+"""Of a message; names and values of the user's that stand in it may be longer."""
+
 
 class InputError(ValueError):
     """Bad argument or input; the message says what is wrong and where, on one line."""
+
+    def __init__(self, message: object = "") -> None:
+        text = " ".join(str(message).splitlines())
+        super().__init__(text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "...")
 
 
 class PolicyError(InputError):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gimbal.core.errors import InputError
+from gimbal.core.errors import InputError, one_line
 
 
 @contextmanager
@@ -36,6 +36,19 @@ def _named(name: str | Path, verb: str) -> Iterator[None]:
         raise InputError(f"{name}: cannot be {verb}: {error.strerror or error}") from None
     except UnicodeError:
         raise InputError(f"{name}: cannot be {verb}: not UTF-8 text") from None
+
+
+@contextmanager
+def structured(name: str | Path) -> Iterator[None]:
+    """Raises InputError that begins with `name` where its content is not made as the block takes
+    it to be: for documents of other programs, which no schema of ours describes."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{name}: not what is expected there ({what})") from None
 
 
 def read_text(path: Path, name: str | Path | None = None, most_bytes: int | None = None) -> str:

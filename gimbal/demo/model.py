@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gimbal.core.errors import InputError
+from gimbal.core.files import writing
 from gimbal.demo.manifest import MANIFEST, manifest_values
 from gimbal.demo.sizes import BYTE_TOKENS, FIRST_WORD_ID, HEAD_DIM, SPECIAL_TOKENS, DemoSizes
 from gimbal.demo.vocabulary import DemoVocabulary, build_vocabulary
@@ -35,16 +36,29 @@ def make_demo_model(out: Path, sizes: DemoSizes | None = None) -> Path:
     """Writes the model into `out` (made if need be) and returns it.
 
     Raises:
-        InputError: a size vLLM cannot take, a missing library, or `out` holding something else.
+        InputError: a size vLLM cannot take, a missing library, `out` holding something else or
+            that cannot be written.
     """
     sizes = sizes or DemoSizes()
     sizes.check()
     _require_libraries()
-    if out.exists() and (
-        not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())
-    ):
-        raise InputError(f"{out}: exists and is not a demo model; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    require_free(out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out, sizes)
+    return out
+
+
+def require_free(out: Path) -> None:
+    """Raises InputError when `out` holds something that is no demo model."""
+    with writing(out):
+        if out.exists() and (
+            not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())
+        ):
+            raise InputError(f"{out}: exists and is not a demo model; choose another folder")
+
+
+def _write(out: Path, sizes: DemoSizes) -> None:
     rng = np.random.Generator(np.random.PCG64(sizes.seed))
     words = build_vocabulary(sizes, rng)
     _write_tokenizer(out, sizes, words)
@@ -55,7 +69,6 @@ def make_demo_model(out: Path, sizes: DemoSizes | None = None) -> Path:
     )
     _save(out / "model.safetensors", tensors(sizes, words, rng))
     _write_json(out / MANIFEST, manifest_values(sizes, words))
-    return out
 
 
 def _require_libraries() -> None:

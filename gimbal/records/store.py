@@ -39,10 +39,9 @@ PLACES = ("pairs", "ranks_before", "ranks_after")
 Record = TypeVar("Record", RequestRecord, StepRecord, RebalanceRecord, PlacementRecord)
 
 
-def make_directory(directory: Path) -> None:
-    """Makes a run's directory; raises InputError when it cannot be, or holds a run already."""
+def require_no_run(directory: Path) -> None:
+    """Raises InputError when `directory` holds a run already."""
     with writing(f"--out {directory}"):
-        directory.mkdir(parents=True, exist_ok=True)
         if (directory / RUN_FILE).exists():
             raise InputError(f"--out {directory}: holds a run already; choose another one")
 
@@ -57,7 +56,9 @@ class RunWriter:
         self.directory = directory
         self._files: dict[type, IO[str]] = {}
         self._fields: dict[type, list[str]] = {}
-        make_directory(directory)
+        require_no_run(directory)
+        with writing(f"--out {directory}"):
+            directory.mkdir(parents=True, exist_ok=True)
         self.write_info(info)
 
     def write_info(self, info: RunInfo) -> None:
@@ -103,7 +104,7 @@ class RunReader:
         path = self.directory / RUN_FILE
         if not path.is_file():
             raise InputError(f"{self.directory}: not a run: no {RUN_FILE} in it")
-        return _build(RunInfo, read_json(path), str(path))
+        return build(RunInfo, read_json(path), str(path))
 
     def requests(self) -> list[RequestRecord]:
         return list(self._read(RequestRecord))
@@ -122,14 +123,17 @@ class RunReader:
 def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
     """The records of one JSON-lines file; raises InputError naming file, line and field."""
     for line, text in enumerate(io.StringIO(read_text(path)), start=1):
-        yield _build(kind, parse_json(text, str(path), line), f"{path}:{line}")
+        yield build(kind, parse_json(text, str(path), line), f"{path}:{line}")
 
 
 Built = TypeVar("Built")
 
 
-def _build(kind: type[Built], values: Any, where: str) -> Built:
-    """A record from its JSON object."""
+def build(kind: type[Built], values: Any, where: str) -> Built:
+    """A dataclass from its JSON object; keys it has not are ignored.
+
+    Raises InputError that begins with `where` and names the field.
+    """
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected a JSON object")
     try:

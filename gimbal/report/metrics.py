@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gimbal.core.errors import InputError, nearest
+from gimbal.core.numbers import real
 from gimbal.records.schema import RequestRecord
 
 FloatArray = npt.NDArray[np.float64]
@@ -45,12 +46,7 @@ def parse_slo(text: str) -> Slo:
         key, _, value = part.partition("=")
         if key.strip() not in SLO_KEYS:
             raise InputError(f"--slo {part!r}: unknown metric {key!r}{nearest(key, SLO_KEYS)}")
-        try:
-            limits[key.strip()] = float(value)
-        except ValueError:
-            raise InputError(f"--slo {part!r}: expected milliseconds, got {value!r}") from None
-        if not limits[key.strip()] > 0:
-            raise InputError(f"--slo {part!r}: expected milliseconds > 0")
+        limits[key.strip()] = real(value, f"--slo {key.strip()}=", above=0.0)
     return Slo(**limits)
 
 

@@ -94,21 +94,21 @@ def load_cluster(name_or_path: str | Path) -> tuple[Cluster, Profile]:
             hint = nearest(dotted, [f.name for f in dataclasses.fields(Cluster)])
         message = f"{one_line(first['msg'].lower())}, got {shown(first.get('input'))}"
         raise InputError(f"cluster {name_or_path}: {dotted}: {message}{hint}") from None
-    return cluster, _fitting(cluster, load_profile(cluster.profile))
+    try:
+        return cluster, _fitting_profile(cluster)
+    except InputError as error:
+        raise InputError(f"cluster {name_or_path}: {error}") from None
 
 
-def _fitting(cluster: Cluster, profile: Profile) -> Profile:
-    """`profile`; raises InputError where its experts do not fit on the cluster's ranks."""
+def _fitting_profile(cluster: Cluster) -> Profile:
+    """The cluster's profile; raises InputError where its experts do not fit on the ranks."""
+    profile = load_profile(cluster.profile)
     experts = profile.model.experts
     if experts % cluster.ranks and not cluster.slots_per_rank:
         raise InputError(
-            f"cluster {cluster.name}: {experts} experts do not divide over "
-            f"{cluster.ranks} ranks; set slots_per_rank"
+            f"{experts} experts do not divide over {cluster.ranks} ranks; set slots_per_rank"
         )
     slots = cluster.slots_per_rank or experts // cluster.ranks
     topology = Topology(cluster.ranks, slots, cluster.tp, cluster.ranks_per_node)
-    try:
-        validate_topology(topology, (cluster.dp, profile.model.layers, experts))
-    except InputError as error:
-        raise InputError(f"cluster {cluster.name}: {error}") from None
+    validate_topology(topology, (cluster.dp, profile.model.layers, experts))
     return profile

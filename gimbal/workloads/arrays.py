@@ -47,7 +47,11 @@ def guarded(path: Path, read: Callable[[], Result]) -> Result:
 def _npz(path: Path) -> dict[str, np.ndarray]:
     check_archive(path)
     with np.load(path, allow_pickle=False) as data:
-        return {name: data[name] for name in data.files}
+        arrays: dict[str, Any] = {name: data[name] for name in data.files}
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # its bytes, where they begin as no array does
+            raise InputError(f"{path}: {name}: no array")
+    return arrays
 
 
 def _npy(path: Path) -> np.ndarray:

@@ -83,7 +83,7 @@ def csv_rows(path: Path, required: tuple[str, ...]) -> Iterator[Row]:
                 raise row.fail("row", values[None], f"{len(columns)} columns")
             yield row
     except csv.Error as error:  # a field of more than 128 KiB, say
-        raise InputError(f"{path}:{max(1, reader.line_num)}: not CSV: {error}") from None
+        raise InputError(f"{path}:{max(1, reader.reader.line_num)}: not CSV: {error}") from None
 
 
 def json_rows(path: Path) -> Iterator[Row]:

@@ -22,8 +22,8 @@ from typing import IO, Any
 import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts
-from gimbal.core.errors import InputError, one_line
-from gimbal.core.files import writing
+from gimbal.core.errors import InputError
+from gimbal.core.files import structured, writing
 from gimbal.core.json_text import parse_json, to_json
 from gimbal.core.numbers import MOST_EXPERTS, MOST_RANKS, whole
 from gimbal.core.placement.problem import validate_counts
@@ -183,7 +183,7 @@ def _metadata(path: Path, data: dict[str, np.ndarray]) -> dict[str, Any]:
         raise InputError(f"{path}: metadata: expected a JSON object")
     for name in ("ranks", "ranks_per_source"):
         if metadata.get(name) is not None:
-            whole(metadata[name], f"{path}: metadata.{name}=", 1, MOST_RANKS)
+            metadata[name] = whole(metadata[name], f"{path}: metadata.{name}=", 1, MOST_RANKS)
     return metadata
 
 
@@ -206,13 +206,8 @@ def _from_sglang(path: Path, data: Any, experts: int | None) -> RoutingFile:
         return RoutingFile(passes.sum(axis=0)[None], steps=used, metadata={"source": path.stem})
     if not data.get("records"):
         raise InputError(f"{path}: holds neither logical_count nor records")
-    try:
+    with structured(path):
         return _from_passes(path, data, experts)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        what = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{path}: not what SGLang records: {what}") from None
 
 
 def _from_passes(path: Path, data: dict[str, Any], experts: int | None) -> RoutingFile:

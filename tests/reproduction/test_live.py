@@ -153,8 +153,8 @@ def test_arms_that_place_experts_have_servers_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--loads", "a"), "--loads 'a': expected numbers"),
-        (("--loads", "0"), "--loads 0: expected a number > 0"),
+        (("--loads", "a"), "--loads 'a': expected a number > 0"),
+        (("--loads", "0"), "--loads '0': expected a number > 0"),
         (("--repeat", "0"), "--repeat 0"),
         (("--resident", "0"), "--resident 0"),
         (("--max-output", "0"), "--max-output 0"),

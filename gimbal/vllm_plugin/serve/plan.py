@@ -17,6 +17,7 @@ from typing import Any
 from gimbal.core.config import GimbalConfig
 from gimbal.core.config_sources import merge_config, parse_levels, read_config_file, to_mapping
 from gimbal.core.errors import InputError
+from gimbal.core.files import writing
 from gimbal.vllm_plugin.cpu_backend.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve import checks
 from gimbal.vllm_plugin.serve.flags import VllmFlags, read_flags
@@ -168,11 +169,12 @@ def demo_model(folder: Path | None = None) -> Path:
     """The demo model's folder; made when `folder` (default: a cache) does not hold it yet.
 
     The cache's name carries a digest of sizes and seed and of the code that makes the model, so
-    a change of either makes a new one.
+    a change of either makes a new one. Raises InputError for a folder that cannot be written, or
+    holds something else.
     """
     from gimbal import demo
     from gimbal.demo.manifest import MANIFEST
-    from gimbal.demo.model import make_demo_model
+    from gimbal.demo.model import make_demo_model, require_free
     from gimbal.demo.sizes import DemoSizes
 
     sizes = DemoSizes()
@@ -184,9 +186,11 @@ def demo_model(folder: Path | None = None) -> Path:
         folder = Path(base) / "gimbal" / f"demo-{digest.hexdigest()[:12]}"
     if (folder / MANIFEST).exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    require_free(folder)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     # Built beside its place and renamed: a killed run leaves no half model behind.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = make_demo_model(Path(scratch) / "model", sizes)
         try:
             made.rename(folder)
