@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from gimbal.board import locks
-from gimbal.board.control import decoded_control, read_control, write_control
-from gimbal.board.control import encoded_control as encoded_control
+from gimbal.board.control import decoded_control, encoded_control, read_control, write_control
 from gimbal.board.layout import Nature
 from gimbal.board.storage import (
     FIRST_PATIENCE_S,

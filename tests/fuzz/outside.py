@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from gimbal.board.file import Board, encoded_control
+from gimbal.board.control import encoded_control
+from gimbal.board.file import Board
 from gimbal.board.slots import BoardReader, SlotWriter
 from gimbal.core.config import parse_config
 from gimbal.core.dispatch import POLICIES
@@ -147,10 +148,10 @@ def _site() -> tuple[Any, asyncio.AbstractEventLoop]:
     loop.run_until_complete(
         plugin.init_state(_Engine(), app.state, SimpleNamespace(api_key=[]))  # type: ignore[arg-type]
     )
-    board = app.state.gimbal_operator.board
-    board.close()  # the name only: nobody else opens it
-    app.state.gimbal_operator.board.path = Path(_folder().name) / "site.board"
-    board.check()
+    operator = app.state.gimbal_operator
+    operator.board.close()
+    operator.board = Board(Path(_folder().name) / "site.board")
+    operator.reader = BoardReader(operator.board, 2)
     return app, loop
 
 

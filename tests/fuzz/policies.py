@@ -248,7 +248,7 @@ def online_cost(rng: random.Random) -> None:
             cost.observe(prefill, decodes, us * rng.uniform(0.98, 1.02), float(prefill))
 
     clean(known := rng.choice((0, 5, 200)))
-    stall_us = 1e8 if known > WARM_STEPS else 2e5  # before that nothing tells a stall from a step
+    stall_us = 1e8 if known > WARM_STEPS else 1e5  # before that nothing tells a stall from a step
     for _ in range(rng.randrange(1, 5)):
         group = rng.choice((None, *_NO_NUMBERS, 0.0, 1e6))
         duration = rng.choice((_BASE_US, *_NO_NUMBERS, 5e-324, stall_us))

@@ -22,7 +22,8 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
 import gimbal
-from gimbal.board.file import Board, encoded_control
+from gimbal.board.control import encoded_control
+from gimbal.board.file import Board
 from gimbal.board.slots import BoardReader
 from gimbal.core.config import LEVELS, GimbalConfig, modernized, parse_config
 from gimbal.core.dispatch import POLICIES
