@@ -54,14 +54,6 @@ def test_what_became_of_each_input_is_counted() -> None:
     assert input_of(1, "t", index).randrange(3) == 1
 
 
-def test_a_refusal_of_several_lines_is_a_failure() -> None:
-    def case(rng: random.Random) -> None:
-        raise InputError("one\ntwo")
-
-    outcome = run(Target("t", 1.0, case), 5, seed=1)
-    assert (outcome.failed, outcome.refused, outcome.taken) == (5, 0, 0)
-
-
 def test_shares_add_up() -> None:
     targets = [Target(n, share, lambda rng: None) for n, share in (("a", 3), ("b", 1), ("c", 1e-9))]
     counts = shares_of(targets, 1_000_000)
