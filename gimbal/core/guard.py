@@ -1,22 +1,39 @@
-"""Fail open: a failing hook falls back to vLLM's behaviour, is counted and logged once."""
+"""Fail open: a failing hook falls back to vLLM's behaviour, is counted and logged once.
+
+Whatever vLLM calls into hands its work to `LevelGuard.run`, and calls vLLM's own function outside
+it, exactly once. What `run` could not do is answered by vLLM.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 from gimbal.core.errors import one_line
 
 logger = logging.getLogger("vllm.gimbal")
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class LevelGuard:
     """Counts one level's fallbacks and switches the level off after repeated failures.
 
+    Nothing here raises: neither a metric that fails nor an error that cannot be printed ends a
+    request.
+
     Args:
         level: name used in logs and in ``gimbal_fallback_total{level,reason}``.
-        max_consecutive: this many failures without a success between them end the level.
+        max_consecutive: this many failures for one reason, without a success of what failed between
+            them, end the level.
         on_fallback: called with (level, reason) for the metric.
+
+    Attributes:
+        counts: fallbacks by reason.
+        disabled: the level is off until the process ends. Hooks ask before they do anything.
     """
 
     def __init__(
@@ -30,18 +47,33 @@ class LevelGuard:
         self.on_fallback = on_fallback
         self.counts: dict[str, int] = {}
         self.disabled = False
-        self._consecutive = 0
+        self._failing: dict[str, int] = {}  # reason -> failures since its last success
 
-    def succeeded(self) -> None:
-        self._consecutive = 0
+    def run(
+        self, reason: str, action: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T | None:
+        """What `action` answers, or None where it raises, which is counted as `reason`."""
+        try:
+            answer = action(*args, **kwargs)
+        except Exception as error:
+            self.fell_back(reason, error)
+            return None
+        if self._failing:
+            self._failing.pop(reason, None)
+        return answer
+
+    def succeeded(self, reason: str) -> None:
+        """What failed for `reason` works again."""
+        self._failing.pop(reason, None)
 
     def fell_back(self, reason: str, error: BaseException | None = None) -> None:
         """Records one fallback. Only errors count towards switching the level off."""
         first = reason not in self.counts
-        said = reason if error is None else f"{reason}: {one_line(error)}"
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        if self.on_fallback is not None:
-            self.on_fallback(self.level, reason)
+        with contextlib.suppress(Exception):
+            if self.on_fallback is not None:
+                self.on_fallback(self.level, reason)
+        said = reason if error is None else f"{reason}: {_said(error)}"
         if first:
             logger.warning(
                 "Gimbal %s fell back to vLLM (%s); counted from now on, not logged again",
@@ -51,12 +83,20 @@ class LevelGuard:
             )
         if error is None:
             return
-        self._consecutive += 1
-        if self._consecutive >= self.max_consecutive and not self.disabled:
+        failures = self._failing[reason] = self._failing.get(reason, 0) + 1
+        if failures >= self.max_consecutive and not self.disabled:
             self.disabled = True
             logger.error(
                 "Gimbal switches its level %s off after %d consecutive failures (last: %s)",
                 self.level,
-                self._consecutive,
+                failures,
                 said,
             )
+
+
+def _said(error: BaseException) -> str:
+    """One line about `error`, whose own text may fail."""
+    try:
+        return one_line(error)
+    except Exception:
+        return type(error).__name__

@@ -51,6 +51,7 @@ class Field(IntEnum):
     PLACEMENT_FALLBACKS = 30  # the same of the placement level, in the worker that answers
     QUEUE_GRAPH_STEPS = 31  # steps whose prefill was cut to what a CUDA graph covers
     STEP_TOKENS = 32  # all tokens of the step that runs now
+    SIGNAL_FALLBACKS = 33  # events that the engine's signals missed because they failed
 
 
 SNAPSHOT_FIELDS = 36

@@ -54,8 +54,7 @@ def build(
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    from gimbal.core.config import parse_config
-    from gimbal.vllm_plugin.engine.scheduler import with_gimbal
+    from gimbal.vllm_plugin.engine.scheduler import _built_by_gimbal
 
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     scheduler_config = SchedulerConfig(
@@ -80,10 +79,8 @@ def build(
     )
     vllm_config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32)
-    cls: type = AsyncScheduler
-    if gimbal is not None:
-        cls = with_gimbal(cls, parse_config(gimbal))
-    return cls(
+    scheduler_class = _built_by_gimbal(lambda _config: AsyncScheduler)
+    return scheduler_class(scheduler_config)(
         vllm_config=vllm_config,
         kv_cache_config=KVCacheConfig(
             num_blocks=blocks,
@@ -97,14 +94,22 @@ def build(
     )
 
 
-def request(name: str, tokens: int, output: int = 8, priority: int = 0, arrival: float = 0.0):
-    """A vLLM request with `tokens` prompt tokens of its own."""
+def request(
+    name: str,
+    tokens: int,
+    output: int = 8,
+    priority: int = 0,
+    arrival: float = 0.0,
+    hashed: bool = True,
+):
+    """A vLLM request with `tokens` prompt tokens of its own; `hashed` for prefix caching."""
     from vllm import SamplingParams
     from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
     from vllm.v1.request import Request
 
     init_none_hash(sha256)
+    hasher = get_request_block_hasher(16, sha256) if hashed else None
     first = hash(name) % 400
     return Request(
         request_id=name,
@@ -113,14 +118,14 @@ def request(name: str, tokens: int, output: int = 8, priority: int = 0, arrival:
         pooling_params=None,
         arrival_time=arrival,
         priority=priority,
-        block_hasher=get_request_block_hasher(16, sha256),
+        block_hasher=hasher,
     )
 
 
 def finish_step(
     scheduler: Any, output: Any, attach: Callable[[Any], None] = lambda _result: None
-) -> None:
-    """Plays the model: every request whose prompt is done gets a token.
+) -> dict[str, int]:
+    """Plays the model: every request whose prompt is done gets a token; returns what clients get.
 
     `attach` puts on the model's result what workers send along.
     """
@@ -140,4 +145,5 @@ def finish_step(
         pooler_output=[],
     )
     attach(result)
-    scheduler.update_from_output(output, result)
+    answers = scheduler.update_from_output(output, result).values()
+    return {one.request_id: len(one.new_token_ids) for all_ in answers for one in all_.outputs}

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin.cpu_backend.experts import apply_local_experts
 from gimbal.vllm_plugin.cpu_backend.host_torch import HostTorch
 from gimbal.vllm_plugin.cpu_backend.migrations import MigrationCounter
 from gimbal.vllm_plugin.cpu_backend.recording import map_to_physical_and_record
 
 COMMUNICATOR = "gimbal.vllm_plugin.cpu_backend.communicator.ExpertParallelCommunicator"
+_GUARD = LevelGuard("cpu_backend")
 EPLB_MODULES = ("eplb_state", "eplb_utils", "eplb_communicator", "async_worker")
 
 
@@ -113,7 +115,7 @@ def _init_on_host(original: Any) -> Any:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        self.gimbal_migrations = MigrationCounter()
+        self.gimbal_migrations = _GUARD.run("migrations", MigrationCounter)
         if self.device_index is None:
             self.device_index = 0
 
@@ -126,6 +128,8 @@ def _counted_step(original: Any) -> Any:
     @functools.wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        self.gimbal_migrations.after_step(self)
+        counter = self.gimbal_migrations
+        if counter is not None and not _GUARD.disabled:
+            _GUARD.run("migrations", counter.after_step, self)
 
     return step

@@ -22,17 +22,26 @@ def install() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     original = EngineArgs.create_engine_config
-    if getattr(original, "gimbal_cpu_backend", False):
-        return
+    if not getattr(original, "gimbal_cpu_backend", False):
+        EngineArgs.create_engine_config = _allowing_expert_parallelism(original)
 
+
+def _allowing_expert_parallelism(original: Any) -> Any:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not wanted(self):
+        try:
+            ours = wanted(self)
+        except InputError:
+            raise  # a bad configuration must be seen at start
+        except Exception:
+            logger.exception("Gimbal: no expert parallelism on CPU; vLLM decides what it can run")
+            ours = False
+        if not ours:
             return original(self, *args, **kwargs)
         return _expert_parallel_config(original, self, *args, **kwargs)
 
     create_engine_config.gimbal_cpu_backend = True  # type: ignore[attr-defined]
-    EngineArgs.create_engine_config = create_engine_config
+    return create_engine_config
 
 
 def wanted(engine_args: Any) -> bool:

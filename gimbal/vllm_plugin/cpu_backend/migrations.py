@@ -69,7 +69,7 @@ class MigrationCounter:
             self._progress_s = now
         if state.is_async:
             # The level `placement` has a watch of its own.
-            watched = getattr(state, "_gimbal_controller", None) is not None
+            watched = getattr(state, "_gimbal_member", None) is not None
             self._watch_worker(state.async_worker, now, say=not watched)
 
     def _watch_worker(self, thread: Any, now_s: float, say: bool) -> None:

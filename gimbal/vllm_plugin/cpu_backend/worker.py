@@ -49,7 +49,8 @@ class ExpertParallelCPUWorker(CPUWorker):  # type: ignore[misc]
     def gimbal_migrations(self) -> dict[str, Any]:
         """Expert migrations so far (`MigrationReport`), for vLLM's ``collective_rpc``."""
         state = getattr(self.model_runner, "eplb_state", None)
-        return {} if state is None else state.gimbal_migrations.as_dict()
+        counter = getattr(state, "gimbal_migrations", None)
+        return {} if counter is None else counter.as_dict()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ are vLLM's to place; Gimbal enters them in its accounts. Later chunks of an open
 go where the session is, which is in the accounts already.
 
 When Gimbal cannot decide, the request goes where the fewest prompt tokens are in flight; when that
-fails too, where vLLM would have sent it.
+fails too, where vLLM would have sent it. vLLM's method is called once for every request, whatever
+fails before or after it.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 from gimbal.board.clock import now_us
 from gimbal.board.file import Board
 from gimbal.board.slots import BoardReader
 from gimbal.core.compiled import compile_in_background
 from gimbal.core.config import GimbalConfig
-from gimbal.core.contracts import DispatchRequest, argmin_rotating
+from gimbal.core.contracts import argmin_rotating
 from gimbal.core.dispatch.dispatcher import Decision, Dispatcher
+from gimbal.core.errors import InputError
 from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.dispatch import engine_header, kv_events, user_session
 from gimbal.vllm_plugin.dispatch.metrics import dispatch_metrics
+from gimbal.vllm_plugin.dispatch.request import Described, describe, left_to_vllm
 from gimbal.vllm_plugin.engine import remote
 from gimbal.vllm_plugin.engine.identity import server_board_path, why_dispatch_cannot_act
 
@@ -45,6 +48,20 @@ REFRESH_S = 0.5
 _ATTRIBUTE = "_gimbal_front_end"
 
 Original = Callable[[Any, Any], bytes]
+
+
+class Plan(NamedTuple):
+    """Where a request is to go.
+
+    Attributes:
+        described: the request.
+        engine: its index among those managed; None where vLLM's method chooses.
+        reason: why there.
+    """
+
+    described: Described
+    engine: int | None
+    reason: str
 
 
 class FrontEnd:
@@ -90,8 +107,7 @@ class FrontEnd:
         compile_in_background()
         self.receiver: remote.RowReceiver | None = None
         self.kv_events: kv_events.KvEvents | None = None
-        self._control = board.control_version()
-        self._control_generation = board.generation
+        self._control = board.control_version(), board.generation
         self._resets = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._apply(board.read_control())
@@ -106,26 +122,29 @@ class FrontEnd:
 
     def route(self, client: Any, request: Any, original: Original) -> bytes:
         """The engine of `request`; vLLM's bookkeeping is done when it returns."""
-        if self._loop is None:
-            self._start_refresh()
         if request.request_id in client.reqs_in_flight:
             return original(client, request)  # the next chunk of an open streaming session
-        try:
-            self._follow(client)
-            described = describe(request)
-        except Exception as error:
-            self.guard.fell_back("account", error)
-            return original(client, request)
-        reason = self._vllm_decides(request)
-        if reason is not None:
-            return self._vllm(client, request, described, original, reason)
-        index, reason = self._choose(described, request)
-        if index is None:
-            return self._vllm(client, request, described, original, "fallback")
-        self._count(index, self.policy, reason)
+        if self.guard.disabled:
+            engine = original(client, request)
+            self.guard.run("count", self._count, client.core_engines.index(engine), VLLM, "policy")
+            return engine
+        run = self.guard.run
+        plan = run("account", self._plan, client, request)
+        if plan is None or plan.engine is None:
+            engine = original(client, request)
+            index = client.core_engines.index(engine)
+            run("not_entered", self._enter, request, plan, index)
+            run("count", self._count, index, VLLM, "fallback" if plan is None else plan.reason)
+            return engine
+        engine = _pinned(client, request, plan.engine, original)
+        run("waiting_count", _count_as_waiting, client, plan.engine)
+        run("count", self._count, plan.engine, self.policy, plan.reason)
         if self._loop is not None:
-            self._loop.call_soon(self.settle)  # once the request is on its way
-        return _pinned(client, request, index, original)
+            run("settle", self._loop.call_soon, self._settle_soon)  # once the request is on its way
+        return engine
+
+    def _settle_soon(self) -> None:
+        self.guard.run("settle", self.settle)
 
     def settle(self) -> None:
         """Brings the prefix index up to date."""
@@ -134,64 +153,55 @@ class FrontEnd:
             self.kv_events.take()
 
     def finished(self, request_ids: Any) -> None:
-        """Requests that ended, by themselves or by an abort."""
+        """Requests that ended, by themselves or by an abort; `refresh` finds those missed here."""
         for request_id in request_ids:
-            self.dispatcher.finished(request_id)
+            self.guard.run("finished", self.dispatcher.finished, request_id)
 
-    def _vllm_decides(self, request: Any) -> str | None:
-        """Why vLLM places this request, or None when Gimbal does."""
-        if request.data_parallel_rank is not None:
-            return "pinned"
-        pooling = request.pooling_params
-        if pooling is not None and pooling.late_interaction_params is not None:
-            return "late_interaction"
-        if not self.enabled or self.policy == VLLM or self.guard.disabled:
-            return "policy"
-        return None
-
-    def _choose(self, described: Described, request: Any) -> tuple[int | None, str]:
-        """Index among the managed engines, and the reason; None when not even the accounts work."""
+    def _plan(self, client: Any, request: Any) -> Plan:
+        if self._loop is None:
+            self._start_refresh()
+        self._follow(client)
+        described = describe(request)
+        reason = left_to_vllm(request)
+        if reason is None and (not self.enabled or self.policy == VLLM):
+            reason = "policy"
+        if reason is not None:
+            return Plan(described, None, reason)
         started = time.perf_counter()
-        entry, tokens = described
-        try:
-            now = now_us()
-            rows = self.reader.read(now / 1e6)
-            decision = self.dispatcher.dispatch(entry, tokens, rows, now)
-        except Exception as error:
-            self.guard.fell_back("error", error)
-            return self._least_inflight(described)
+        decision = self.guard.run("error", self._decide, described)
+        if decision is not None:
+            self.guard.run("metrics", self._note, decision, time.perf_counter() - started)
+            return Plan(described, decision.engine, decision.reason)
+        index = self.guard.run("inflight_error", self._least_inflight, described)
+        return Plan(described, index, "fallback" if index is None else "inflight")
+
+    def _enter(self, request: Any, plan: Plan | None, engine: int) -> None:
+        """vLLM has placed `request`, which a plan that failed may have left in the accounts."""
+        self.dispatcher.unsent(request.request_id)
+        if plan is not None:
+            entry, tokens = plan.described
+            self.dispatcher.assigned(entry, engine, tokens)
+
+    def _decide(self, described: Described) -> Decision:
+        """By the policy; the request is in the accounts."""
+        now = now_us()
+        rows = self.reader.read(now / 1e6)
+        return self.dispatcher.dispatch(*described, rows, now)
+
+    def _note(self, decision: Decision, seconds: float) -> None:
         self.decision = decision
-        self.metrics.timed(time.perf_counter() - started, decision.signal_age_us)
+        self.metrics.timed(seconds, decision.signal_age_us)
         if decision.reason == "stale":
             self.guard.fell_back("stale")
-        else:
-            self.guard.succeeded()
-        return decision.engine, decision.reason
 
-    def _least_inflight(self, described: Described) -> tuple[int | None, str]:
+    def _least_inflight(self, described: Described) -> int:
         """The engine with the fewest prompt tokens of this front end in flight."""
         entry, tokens = described
-        try:
-            ledger = self.dispatcher.ledger
-            ledger.unsent(entry.request_id)  # half entered by the decision that failed
-            index = argmin_rotating(ledger.inflight[1].tolist(), int(ledger.inflight[0].sum()))
-            self.dispatcher.assigned(entry, index, tokens)
-        except Exception as error:
-            self.guard.fell_back("inflight_error", error)
-            return None, "fallback"
-        return index, "inflight"
-
-    def _vllm(
-        self, client: Any, request: Any, described: Described, original: Original, reason: str
-    ) -> bytes:
-        engine = original(client, request)
-        index = client.core_engines.index(engine)
-        try:
-            self.dispatcher.assigned(described[0], index, described[1])
-        except Exception as error:
-            self.guard.fell_back("account", error)
-        self._count(index, VLLM, reason)
-        return engine
+        ledger = self.dispatcher.ledger
+        ledger.unsent(entry.request_id)  # half entered by the decision that failed
+        index = argmin_rotating(ledger.inflight[1].tolist(), int(ledger.inflight[0].sum()))
+        self.dispatcher.assigned(entry, index, tokens)
+        return index
 
     def _follow(self, client: Any) -> None:
         """Takes up a changed number of engines, and a new control message."""
@@ -203,10 +213,15 @@ class FrontEnd:
 
     def follow_control(self) -> None:
         """Takes up a new control message."""
-        version = self.board.control_version()
-        if version != self._control or self.board.generation != self._control_generation:
-            self._control, self._control_generation = version, self.board.generation
+        version = self.board.control_version(), self.board.generation
+        if version == self._control:
+            return
+        try:
             self._apply(self.board.read_control())
+        except InputError:
+            self._control = version  # said once; what was in force stays
+            raise
+        self._control = version
 
     def _apply(self, control: dict[str, Any]) -> None:
         """Follows the operator: policy, levels, and forgetting the prefix caches."""
@@ -269,43 +284,19 @@ class FrontEnd:
             self.metrics.level_state("dispatch", -1)
 
 
-Described = tuple[DispatchRequest, Sequence[int] | None]
-
-
-def describe(request: Any) -> Described:
-    """What dispatch may know of vLLM's ``EngineCoreRequest``."""
-    from vllm.utils import length_from_prompt_token_ids_or_embeds
-
-    tokens = request.prompt_token_ids
-    length = length_from_prompt_token_ids_or_embeds(tokens, request.prompt_embeds)
-    entry = DispatchRequest(
-        request.request_id, length, now_us(), session_of(request), request.priority
-    )
-    # Prompts that differ outside their tokens must not be taken for one another.
-    plain = not (request.mm_features or request.lora_request or request.cache_salt)
-    return entry, tokens if plain else None
-
-
-def session_of(request: Any) -> str | None:
-    """``session_id``, ``X-Session-ID``, ``vllm_xargs.session_id`` or, over HTTP, ``user``."""
-    if request.session_id:
-        return str(request.session_id)
-    sampling = request.sampling_params
-    extra = sampling.extra_args if sampling is not None else None
-    session = extra.get("session_id") if extra else None
-    return session if isinstance(session, str) and session else None
-
-
 def _pinned(client: Any, request: Any, index: int, original: Original) -> bytes:
-    """Has vLLM enter `request` for engine `index`, and count it as its own policy would."""
+    """Has vLLM enter `request` for engine `index`."""
     request.data_parallel_rank = index
     try:
-        engine = original(client, request)
+        return original(client, request)
     finally:
         request.data_parallel_rank = None
+
+
+def _count_as_waiting(client: Any, index: int) -> None:
+    """Until the next snapshot of vLLM's own, as its own policy would."""
     if index < len(client.lb_engines):
         client.lb_engines[index][0] += client.client_count
-    return engine
 
 
 def _refresh(reference: weakref.ref[FrontEnd]) -> None:
@@ -313,10 +304,7 @@ def _refresh(reference: weakref.ref[FrontEnd]) -> None:
     front_end = reference()
     if front_end is None or front_end._loop is None or front_end._loop.is_closed():
         return
-    try:
-        front_end.refresh()
-    except Exception as error:
-        front_end.guard.fell_back("refresh", error)
+    front_end.guard.run("refresh", front_end.refresh)
     front_end._loop.call_later(REFRESH_S, _refresh, reference)
 
 
@@ -362,12 +350,14 @@ def front_end_of(client: Any) -> FrontEnd | None:
 
 def install() -> None:
     """Patches vLLM's load-balancing client."""
-    from vllm.v1.engine.core_client import DPLBAsyncMPClient
+    from vllm.v1.engine.core_client import DPLBAsyncMPClient as Client
 
-    init = DPLBAsyncMPClient.__init__
-    choose = DPLBAsyncMPClient.get_core_engine_for_request
-    outputs = DPLBAsyncMPClient.process_engine_outputs
+    Client.__init__ = _with_front_end(Client.__init__)
+    Client.get_core_engine_for_request = _routed(Client.get_core_engine_for_request)
+    Client.process_engine_outputs = staticmethod(_told(Client.process_engine_outputs))
 
+
+def _with_front_end(init: Any) -> Any:
     @wraps(init)
     def client_init(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
@@ -377,14 +367,21 @@ def install() -> None:
             logger.exception("Gimbal: dispatch could not start; vLLM dispatches by itself")
             setattr(self, _ATTRIBUTE, None)
 
+    return client_init
+
+
+def _routed(choose: Original) -> Original:
     @wraps(choose)
     def get_core_engine_for_request(self: Any, request: Any) -> bytes:
         front_end = front_end_of(self)
         if front_end is None:
-            engine: bytes = choose(self, request)
-            return engine
+            return choose(self, request)
         return front_end.route(self, request, choose)
 
+    return get_core_engine_for_request
+
+
+def _told(outputs: Any) -> Any:
     @wraps(outputs)
     async def process_engine_outputs(self: Any, engine_outputs: Any) -> None:
         front_end = front_end_of(self)
@@ -392,6 +389,4 @@ def install() -> None:
             front_end.finished(engine_outputs.finished_requests)
         await outputs(self, engine_outputs)
 
-    DPLBAsyncMPClient.__init__ = client_init
-    DPLBAsyncMPClient.get_core_engine_for_request = get_core_engine_for_request
-    DPLBAsyncMPClient.process_engine_outputs = staticmethod(process_engine_outputs)
+    return process_engine_outputs

@@ -17,20 +17,18 @@ from gimbal.vllm_plugin.dispatch.hook import front_end_of
 def take_back(client: Any, request_id: str) -> None:
     """Tells the front end of `client` that the request was not sent."""
     front_end = front_end_of(client)
-    if front_end is None:
-        return
-    try:
-        front_end.dispatcher.unsent(request_id)
-    except Exception as error:
-        front_end.guard.fell_back("account", error)
+    if front_end is not None:
+        front_end.guard.run("account", front_end.dispatcher.unsent, request_id)
 
 
 def install() -> None:
     """Follows vLLM's sending of a request; once per process."""
     from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
-    add = DPLBAsyncMPClient.add_request_async
+    DPLBAsyncMPClient.add_request_async = _followed(DPLBAsyncMPClient.add_request_async)
 
+
+def _followed(add: Any) -> Any:
     @wraps(add)
     async def add_request_async(self: Any, request: Any) -> None:
         # A later chunk of a streaming session has no entry of its own.
@@ -42,4 +40,4 @@ def install() -> None:
                 take_back(self, request.request_id)
             raise
 
-    DPLBAsyncMPClient.add_request_async = add_request_async
+    return add_request_async

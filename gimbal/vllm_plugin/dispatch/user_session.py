@@ -15,6 +15,8 @@ from hashlib import blake2b
 from typing import Any
 
 from gimbal.core.dispatch.names import LONGEST
+from gimbal.core.guard import LevelGuard
+from gimbal.vllm_plugin.dispatch.metrics import dispatch_metrics
 
 HTTP_SERVERS = (
     "vllm.entrypoints.launchers.api_server.entry",
@@ -28,15 +30,20 @@ def install() -> None:
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 
     found = GenerateBaseServing._get_session_id
-    if hasattr(found, "__wrapped__"):
-        return
+    if not hasattr(found, "__wrapped__"):
+        guard = LevelGuard("dispatch", on_fallback=dispatch_metrics().fell_back)
+        GenerateBaseServing._get_session_id = staticmethod(_or_user(found, guard))
 
+
+def _or_user(found: Any, guard: LevelGuard) -> Any:
     @wraps(found)
     def session_or_user(request: Any, raw_request: Any) -> str | None:
         session: str | None = found(request, raw_request)
-        return session or session_of_user(getattr(request, "user", None))
+        if session or guard.disabled:
+            return session
+        return guard.run("session", session_of_user, getattr(request, "user", None))
 
-    GenerateBaseServing._get_session_id = staticmethod(session_or_user)
+    return session_or_user
 
 
 def session_of_user(user: Any) -> str | None:

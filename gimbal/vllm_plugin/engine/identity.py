@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gimbal.board.file import Board, board_path, sweep
+from gimbal.core.errors import InputError
 from gimbal.core.snapshot import MAX_FRONT_ENDS
 from gimbal.vllm_plugin import bridge
 
@@ -71,30 +72,38 @@ def close_at_exit(board: Board) -> None:
 
 
 def _prepare(vllm_config: Any) -> None:
-    """In the process that starts the engines, just before it does."""
+    """In the process that starts the engines, just before it does; raises InputError only."""
     try:
+        if bridge.gimbal_config(vllm_config) is None:
+            return
         launch_board(vllm_config)
-    except OSError:
+    except InputError:
+        raise
+    except Exception:
         logger.exception("Gimbal: no signal board; dispatch falls back to in-flight work")
-    if bridge.level_config(vllm_config, "dispatch") is not None:
-        servers = getattr(vllm_config.parallel_config, "_api_process_count", 1)
-        reason = why_dispatch_cannot_act(vllm_config, servers)
-        if reason is not None:
-            logger.warning("Gimbal: the dispatch level cannot act: %s", reason)
+    try:
+        if bridge.level_config(vllm_config, "dispatch") is not None:
+            servers = getattr(vllm_config.parallel_config, "_api_process_count", 1)
+            reason = why_dispatch_cannot_act(vllm_config, servers)
+            if reason is not None:
+                logger.warning("Gimbal: the dispatch level cannot act: %s", reason)
+    except Exception:
+        logger.exception("Gimbal: whether the dispatch level can act is not known")
 
 
 def install() -> None:
     """Hooks the start of the engine processes."""
     from vllm.v1.engine.utils import CoreEngineProcManager
 
-    init = CoreEngineProcManager.__init__
+    CoreEngineProcManager.__init__ = _after_the_board(CoreEngineProcManager.__init__)
+
+
+def _after_the_board(init: Any) -> Any:
     signature = inspect.signature(init)
 
     @wraps(init)
     def manager_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        vllm_config = signature.bind(self, *args, **kwargs).arguments["vllm_config"]
-        if bridge.gimbal_config(vllm_config) is not None:
-            _prepare(vllm_config)
+        _prepare(signature.bind(self, *args, **kwargs).arguments["vllm_config"])
         init(self, *args, **kwargs)
 
-    CoreEngineProcManager.__init__ = manager_init
+    return manager_init

@@ -35,23 +35,24 @@ class GimbalSchedulerMixin:
     Attributes:
         gimbal_config: the server's Gimbal configuration.
         gimbal_signals: the engine's counters and its board slot; None once they failed for good.
-        gimbal_state: what the signals write and the queue reads; empty without signals.
+        gimbal_state: what the signals write and the queue reads; empty without signals, and None
+            where not even that can be had.
     """
 
     gimbal_config: GimbalConfig
     gimbal_signals: SchedulerSignals | None = None
-    gimbal_state: EngineState
+    gimbal_state: EngineState | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._gimbal_guard = LevelGuard("signals")
-        try:
-            self.gimbal_signals = open_signals(self)
-        except Exception as error:
-            self._gimbal_guard.fell_back("no_board", error)
-        signals = self.gimbal_signals
-        self.gimbal_state = EngineState(self) if signals is None else signals.state
-        self._gimbal_install_queue()
+        signals = self.gimbal_signals = self._gimbal_guard.run("no_board", open_signals, self)
+        if signals is not None:
+            self.gimbal_state = signals.state
+        else:
+            self.gimbal_state = self._gimbal_guard.run("no_state", EngineState, self)
+        if self.gimbal_state is not None:
+            self._gimbal_install_queue()
 
     def _gimbal_install_queue(self) -> None:
         """Where the queue level replaces ``self.waiting``; without it vLLM's own queue stays."""
@@ -61,19 +62,35 @@ class GimbalSchedulerMixin:
         signals = self.gimbal_signals
         if signals is None:
             return
+        guard = self._gimbal_guard
+        if guard.disabled:
+            self._gimbal_without_signals(signals)
+            return
         try:
             event(signals, *args)
         except Exception as error:
-            self._gimbal_guard.fell_back(event.__name__, error)
+            guard.fell_back(event.__name__, error)
             # Counters that missed an event are wrong for good: rebuild them from the scheduler.
-            if self._gimbal_guard.disabled:
-                self.gimbal_signals = None
-                self.gimbal_state.forget()
-                signals.close()
-            else:
-                signals.needs_recount = True
+            signals.needs_recount = True
+            signals.row[Field.SIGNAL_FALLBACKS] += 1
         else:
-            self._gimbal_guard.succeeded()
+            guard.succeeded(event.__name__)
+
+    def _gimbal_without_signals(self, signals: SchedulerSignals) -> None:
+        """Lets go of them for good; the queue sees an engine that knows nothing of itself."""
+        self.gimbal_signals = None
+        if self.gimbal_state is not None:
+            self._gimbal_guard.run("forget", self.gimbal_state.forget)
+        self._gimbal_guard.run("close", signals.close)
+
+    def _gimbal_heard(self, signals: SchedulerSignals, answer: Any) -> None:
+        """Takes up what the worker put on a step's output: see `news`; absent without news."""
+        fallbacks = getattr(answer, news.FALLBACKS, None)
+        if fallbacks is not None:
+            signals.worker_said(Field.PLACEMENT_FALLBACKS, fallbacks)
+        pressure_us = getattr(answer, news.PRESSURE_US, None)
+        if pressure_us is not None and "feedback" in self.gimbal_config.levels:
+            signals.worker_said(Field.EXPERT_PRESSURE_US, pressure_us)
 
     def add_request(self, request: Any) -> None:
         self._gimbal_report(SchedulerSignals.accepted, request)
@@ -109,14 +126,8 @@ class GimbalSchedulerMixin:
             scheduler_output, *args, **kwargs
         )
         self._gimbal_report(SchedulerSignals.completed, scheduler_output)
-        # Set by the placement level's worker when there is news, absent otherwise.
-        answer = args[0] if args else None
-        fallbacks = getattr(answer, news.FALLBACKS, None)
-        if fallbacks is not None:
-            self._gimbal_report(SchedulerSignals.worker_said, Field.PLACEMENT_FALLBACKS, fallbacks)
-        pressure_us = getattr(answer, news.PRESSURE_US, None)
-        if pressure_us is not None and "feedback" in self.gimbal_config.levels:
-            self._gimbal_report(SchedulerSignals.worker_said, Field.EXPERT_PRESSURE_US, pressure_us)
+        if self.gimbal_signals is not None and args:
+            self._gimbal_guard.run("news", self._gimbal_heard, self.gimbal_signals, args[0])
         return outputs
 
     def has_requests(self) -> bool:
@@ -128,10 +139,33 @@ class GimbalSchedulerMixin:
         return busy
 
     def shutdown(self) -> None:
-        if self.gimbal_signals is not None:
-            self.gimbal_signals.close()
-            self.gimbal_signals = None
+        signals, self.gimbal_signals = self.gimbal_signals, None
+        if signals is not None:
+            self._gimbal_guard.run("close", signals.close)
         super().shutdown()  # type: ignore[misc]
+
+    def gimbal_refused(self, request: Any, input_queue: Any) -> None:
+        """`request` was answered with an error before the scheduler saw it.
+
+        Called by the thread that reads the engine's sockets.
+        """
+        signals = self.gimbal_signals
+        if signals is None or self._gimbal_guard.disabled:
+            return
+        noted = self._gimbal_guard.run("refused", _note_refusal, signals, request, input_queue)
+        if noted is None:
+            signals.needs_recount = True
+
+
+def _note_refusal(signals: SchedulerSignals, request: Any, input_queue: Any) -> bool:
+    from vllm.utils import length_from_prompt_token_ids_or_embeds
+    from vllm.v1.engine import EngineCoreRequestType
+
+    tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    signals.refused(request.client_index, tokens)
+    # An idle engine waits for its input queue, and would never publish the refusal.
+    input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+    return True
 
 
 def with_gimbal(base: type, config: GimbalConfig) -> type:
@@ -170,24 +204,6 @@ def build_scheduler(base: type, *args: Any, **kwargs: Any) -> Any:
     return base(*args, **kwargs)
 
 
-def install() -> None:
-    """Has ``EngineCore`` build its scheduler through `build_scheduler`.
-
-    Not through ``EngineCore.__init__``: in an engine process that already runs when vLLM loads
-    plugins, and the class is asked for without the ``VllmConfig`` that the instance gets.
-    """
-    from vllm.config.scheduler import SchedulerConfig
-
-    get_scheduler_cls = SchedulerConfig.get_scheduler_cls
-
-    @wraps(get_scheduler_cls)
-    def scheduler_cls(self: Any) -> Any:
-        return partial(build_scheduler, get_scheduler_cls(self))
-
-    SchedulerConfig.get_scheduler_cls = scheduler_cls
-    _count_refusals()
-
-
 REFUSALS = (
     "_handle_request_preproc_error",
     "_handle_mm_cache_miss",
@@ -196,27 +212,38 @@ REFUSALS = (
 """Methods of ``EngineCoreProc`` that answer a request before the scheduler sees it."""
 
 
-def _count_refusals() -> None:
-    """A front end must not wait for the acknowledgement of a request its engine refused."""
-    from vllm.utils import length_from_prompt_token_ids_or_embeds
-    from vllm.v1.engine import EngineCoreRequestType
+def install() -> None:
+    """Has ``EngineCore`` build its scheduler through `build_scheduler`, and counts its refusals.
+
+    Not through ``EngineCore.__init__``: in an engine process that already runs when vLLM loads
+    plugins, and the class is asked for without the ``VllmConfig`` that the instance gets.
+    """
+    from vllm.config.scheduler import SchedulerConfig
     from vllm.v1.engine.core import EngineCoreProc
 
-    def counting(refuse: Any) -> Any:
-        @wraps(refuse)
-        def refuse_and_count(self: Any, request: Any, *args: Any) -> None:
-            refuse(self, request, *args)
-            signals = getattr(self.scheduler, "gimbal_signals", None)
-            if signals is not None:
-                tokens = length_from_prompt_token_ids_or_embeds(
-                    request.prompt_token_ids, request.prompt_embeds
-                )
-                signals.refused(request.client_index, tokens)
-                # An idle engine waits for its input queue, and would never publish the refusal.
-                self.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
-
-        return refuse_and_count
-
+    SchedulerConfig.get_scheduler_cls = _built_by_gimbal(SchedulerConfig.get_scheduler_cls)
     for name in REFUSALS:
         if hasattr(EngineCoreProc, name):
-            setattr(EngineCoreProc, name, counting(getattr(EngineCoreProc, name)))
+            setattr(EngineCoreProc, name, _counted(getattr(EngineCoreProc, name)))
+
+
+def _built_by_gimbal(get_scheduler_cls: Any) -> Any:
+    @wraps(get_scheduler_cls)
+    def scheduler_cls(self: Any) -> Any:
+        return partial(build_scheduler, get_scheduler_cls(self))
+
+    return scheduler_cls
+
+
+def _counted(refuse: Any) -> Any:
+    """A front end must not wait for the acknowledgement of a request its engine refused."""
+
+    @wraps(refuse)
+    def refuse_and_count(self: Any, request: Any, *args: Any) -> Any:
+        answer = refuse(self, request, *args)
+        scheduler = getattr(self, "scheduler", None)
+        if isinstance(scheduler, GimbalSchedulerMixin):
+            scheduler.gimbal_refused(request, self.input_queue)
+        return answer
+
+    return refuse_and_count

@@ -21,17 +21,16 @@ class Verdict(IntEnum):
     COMMIT = 0
     KEEP = 1  # the gain does not pay, or this rank could not plan
     REFUSE = 2  # the proposed map is not valid
-    VLLM = 3  # the level is switched off on this rank: vLLM's own policy decides
+    VLLM = 3  # this rank cannot tell who stands where: vLLM's own policy decides
     DISAGREE = 4  # never voted: the hashes differ
     NOT_READY = 5  # this rank compiles its planner, or failed: everybody waits for the next time
+    OFF = 6  # the level is switched off on this rank: vLLM's own policy decides from now on
 
 
 def outcome(votes: Sequence[Vote]) -> Verdict:
     """What the group does: the most cautious vote, and DISAGREE when maps differ."""
     verdicts = [Verdict(v) for v, _ in votes]
-    if Verdict.VLLM in verdicts:
-        return Verdict.VLLM
-    for cautious in (Verdict.NOT_READY, Verdict.REFUSE):
+    for cautious in (Verdict.OFF, Verdict.VLLM, Verdict.NOT_READY, Verdict.REFUSE):
         if cautious in verdicts:
             return cautious
     if Verdict.KEEP in verdicts:

@@ -1,9 +1,9 @@
 """What Gimbal does in one worker at a step, a rearrangement and a commit.
 
-vLLM calls in the same order on every rank; so does everything here that talks to other ranks
-(`gather` and the vote in `rebalance_experts`). With asynchronous EPLB `rebalance_experts` runs in
-vLLM's worker thread, everything else in the main thread; vLLM does not start the next gather
-before the thread is done with the last.
+Everything here may fail: `member` and `hook` call it behind the guard. It talks to no other rank;
+`member` does. With asynchronous EPLB `propose` and `decided` run in vLLM's worker thread,
+everything else in the main thread; vLLM does not start the next gather before the thread is done
+with the last.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from gimbal.core.placement import verify
 from gimbal.core.placement.planner import PlacementDecision
 from gimbal.core.placement.replica_split import near_split
 from gimbal.records.schema import RebalanceRecord
-from gimbal.vllm_plugin.placement.agreement import Gather, Verdict, Vote, map_hash, outcome
+from gimbal.vllm_plugin.placement.agreement import Verdict, Vote, map_hash
 from gimbal.vllm_plugin.placement.rebalance_log import RebalanceLog
 from gimbal.vllm_plugin.placement.replicas import write_tables
 from gimbal.vllm_plugin.placement.rows import (
@@ -44,6 +44,30 @@ from gimbal.vllm_plugin.placement.window import WindowNotes, carry_over, reduce_
 logger = logging.getLogger("vllm.gimbal")
 
 
+class Proposal(NamedTuple):
+    """What one rank votes on.
+
+    Attributes:
+        vote: see `agreement`.
+        placement: [layers, slots] the tensor that vLLM takes if all ranks vote to commit.
+        decision: what it was decided on; None where there is no plan.
+        current: [layers, slots] the map in force.
+    """
+
+    vote: Vote
+    placement: Any = None
+    decision: PlacementDecision | None = None
+    current: IntArray | None = None
+
+
+class StepNote(NamedTuple):
+    """A step that runs: its slot of the load window or None, whether experts move, its start."""
+
+    slot: int | None
+    moving: bool
+    start_s: float
+
+
 @dataclass(slots=True)
 class Controller:
     """One worker's placement level.
@@ -52,8 +76,6 @@ class Controller:
         config: section ``placement``.
         place: this worker's rank.
         guard: counts fallbacks.
-        vote: publishes this rank's vote to all ranks, see `agreement`.
-        fallback: vLLM's own policy, used where the level is off.
         window_size: slots of vLLM's load window.
         clock_s: monotonic seconds.
     """
@@ -61,8 +83,6 @@ class Controller:
     config: PlacementConfig
     place: Place
     guard: LevelGuard
-    vote: Gather
-    fallback: Any
     window_size: int
     clock_s: Callable[[], float] = time.monotonic
     feedback: bool = False  # measures pressure, and plans for the rows that will last
@@ -70,18 +90,13 @@ class Controller:
     models: list[ModelView] = field(default_factory=list)
     step: int = 0
     batch: tuple[int, int] = (0, 0)  # (prefill, decode) tokens of the step being run
-    mode: str = "idle"  # "gather" while vLLM sums loads for a rearrangement of ours
     stall_us: float = 0.0
     pressure_us: float = 0.0  # of this engine, for dispatch
     straggling_us: np.ndarray = field(default_factory=lambda: np.zeros(1))  # of every engine
     changed_step: int = -1  # engine step of the last commit that moved an expert
     pressure_news: bool = False  # not yet sent to the scheduler
-    fallbacks_sent: int = 0  # of `guard`, last told to the scheduler
     notes: WindowNotes = field(init=False)
     rebalance_log: RebalanceLog = field(init=False)
-    _gathered: Any = None  # [ranks, n] rows of all models, on vLLM's device
-    _next_model: int = 0
-    _own_turn: bool = False
     _said: set[str] = field(default_factory=set)
     _start_s: float = field(init=False)
     _async_us: float = 0.0
@@ -96,6 +111,23 @@ class Controller:
         self._start_s = self.clock_s()
 
     # A step.
+
+    def step_begins(self, state: Any, is_dummy: bool, log_stats: bool) -> StepNote:
+        """vLLM is about to close a step of its ``EplbState``."""
+        slot = None
+        if not is_dummy and state._should_record_current_step(log_stats=log_stats):
+            slot = state.expert_load_window_step
+            self.recorded(slot)
+        moving = state.is_async and any(m.rebalanced for m in state.model_states.values())
+        return StepNote(slot, moving, time.perf_counter())
+
+    def step_ended(self, state: Any, note: StepNote | None) -> None:
+        """vLLM has; `note` is None where `step_begins` failed."""
+        if note is not None:
+            if note.moving:
+                self.stalled_more((time.perf_counter() - note.start_s) * 1e6)
+            self.measure(note.slot)
+        self.watch(state)
 
     def recorded(self, slot: int) -> None:
         """vLLM has written this step's counts to window slot `slot`."""
@@ -124,136 +156,80 @@ class Controller:
             )
             self.guard.fell_back(f"asynchronous worker {trouble}")
 
-    # A rearrangement: gather, plan, agree.
+    # A rearrangement.
 
-    def begin(self, ours: bool) -> None:
-        """vLLM starts a rearrangement; `ours` is False for its profile run and elastic scaling."""
-        self.mode = "gather" if ours else "pass"
-        self._own_turn = ours
-        self._next_model = 0
+    def row(self, index: int, raw: Any) -> Any:
+        """This rank's row of model `index`; `raw` [layers, experts] is what vLLM would sum."""
+        state = self.models[index].state
+        return reduce_window(state, raw, self.notes, self.step, self.stall_us)
 
-    def end(self) -> None:
-        self.mode = "idle"
-
-    def gather(self, raw: list[Any], all_gather: Callable[[Any], Any]) -> list[Any]:
-        """Gathers rows instead of summing them; returns the sums vLLM expects.
+    def propose(self, index: int, gathered: Any, shape: tuple[int, ...], old: Any) -> Proposal:
+        """This rank's vote.
 
         Args:
-            raw: per model [layers, experts] this rank's summed window.
-            all_gather: [n] vector -> [ranks, n]; called exactly once, whatever fails here.
+            index: of the model.
+            gathered: [ranks, n] rows of all models.
+            shape: (layers, experts) of the model.
+            old: [layers, slots] tensor, the map in force.
         """
-        import torch
-
-        rows = []
-        for view, plane in zip(self.models, raw, strict=True):
-            try:
-                row = reduce_window(view.state, plane, self.notes, self.step, self.stall_us)
-            except Exception as error:
-                self.guard.fell_back("window could not be reduced", error)
-                row = torch.zeros(row_length(*plane.shape), dtype=torch.float64)
-                row[: plane.numel()] = plane.reshape(-1).to(torch.float64)
-                row = row.to(plane.device)
-            rows.append(row)
-        self._gathered = all_gather(torch.cat(rows))
-        sums, offset = [], 0
-        for plane in raw:
-            part = self._gathered[:, offset : offset + plane.numel()].sum(dim=0)
-            sums.append(part.reshape(plane.shape).to(plane.dtype))
-            offset += row_length(*plane.shape)
-        return sums
-
-    def rebalance_experts(
-        self,
-        weight: Any,
-        num_replicas: int,
-        num_groups: int,
-        num_nodes: int,
-        num_ranks: int,
-        old_global_expert_indices: Any = None,
-    ) -> Any:
-        """vLLM's policy interface: physical_to_logical [layers, slots], the same on every rank."""
-        import torch
-
-        arguments = (
-            weight,
-            num_replicas,
-            num_groups,
-            num_nodes,
-            num_ranks,
-            old_global_expert_indices,
-        )
-        if not self._own_turn or old_global_expert_indices is None:
-            return self.fallback.rebalance_experts(*arguments)
-        old = old_global_expert_indices
+        if gathered.shape[0] != self.place.ranks:
+            # Scaled since this worker started; who stands where is known from then.
+            self.guard.fell_back("the expert-parallel group has another size")
+            return Proposal((Verdict.VLLM, 0))
         current = np.ascontiguousarray(old.numpy(), dtype=np.int32)
-        index, self._next_model = self._next_model, self._next_model + 1
-        vote, decision = self._propose(index, tuple(weight.shape), current)
-        verdict = outcome(self.vote(vote))
+        view = self.models[index]
+        counts, stall_us = self._counts_of(index, gathered, shape)
+        self._realized(view, counts, current)
+        topology = self.place.topology(current.shape[1])
+        self._note_sources(counts.sources)
+        self.straggling_us = expert_pressure_us(
+            view.planner.problem(counts.routing, topology, current)
+        )
+        view.counts = counts
+        if not view.ready:
+            return Proposal((Verdict.NOT_READY, 0))
+        if not counts.routing.counts.any():
+            return Proposal((Verdict.KEEP, 0))
+        slow = stall_us / self._modelled_us if stall_us and self._modelled_us else 1.0
+        rows, windows = self._expected(view, counts)
+        decision = view.planner.decide(rows, topology, current, slow, windows, counts.kinds)
+        wrong = verify.problems(decision.placement, topology, *shape)
+        if decision.commit and wrong is not None:
+            logger.error("Gimbal: refusing what placer %r plans: %s", self.config.placer, wrong)
+            return Proposal((Verdict.REFUSE, 0))
+        # vLLM commits the old map again where the new one is not taken: the tables are
+        # rewritten either way.
+        chosen = decision.placement if decision.commit else current
+        if self.config.replicas == "near" and self._may_prefer_near(counts.sources):
+            view.shares = near_split(counts.routing.counts, chosen, topology)
+            view.shares_of = chosen
+        else:
+            view.shares = None
+        if not decision.commit:
+            return Proposal((Verdict.KEEP, 0), None, decision, current)
+        vote = Verdict.COMMIT, map_hash(verify.digest(chosen))
+        return Proposal(vote, _as_map(chosen, old), decision, current)
+
+    def decided(self, index: int, verdict: Verdict, proposal: Proposal) -> None:
+        """All ranks have voted, and do what `verdict` says."""
+        view = self.models[index]
+        view.committed = verdict is Verdict.COMMIT
+        if verdict in (Verdict.REFUSE, Verdict.DISAGREE, Verdict.NOT_READY):
+            # Ranks that planned differently, or not at all, may have learned differently; all see
+            # this outcome.
+            view.forget()
+            self._modelled_us = 0.0
         if verdict in (Verdict.REFUSE, Verdict.DISAGREE):
             self.guard.fell_back(f"map not committed: {verdict.name.lower()}")
-            # Ranks that planned differently may have learned differently; all see this outcome.
-            self.models[index].forget()
-        elif verdict is Verdict.NOT_READY:
-            self.models[index].forget()  # some rank has not seen this window
-        self.models[index].committed = verdict is Verdict.COMMIT
-        if verdict is Verdict.VLLM:
-            return self.fallback.rebalance_experts(*arguments)
-        if decision is not None:
+        decision, current = proposal.decision, proposal.current
+        if verdict is not Verdict.VLLM and decision is not None and current is not None:
             self._record(index, decision, verdict, current)
-        if verdict is not Verdict.COMMIT or decision is None:
-            return old.clone()
-        return torch.from_numpy(decision.placement.astype(np.int64)).to(old.dtype)
 
-    def _propose(
-        self, index: int, shape: tuple[int, ...], current: IntArray
-    ) -> tuple[Vote, PlacementDecision | None]:
-        """This rank's vote; whatever goes wrong becomes a vote for the old map."""
-        if self.guard.disabled:
-            return (Verdict.VLLM, 0), None
-        try:
-            if self._gathered.shape[0] != self.place.ranks:
-                # Scaled since this worker started; who stands where is known from then.
-                self.guard.fell_back("the expert-parallel group has another size")
-                return (Verdict.VLLM, 0), None
-            view = self.models[index]
-            counts, stall_us = self._counts_of(index, shape)
-            self._realized(view, counts, current)
-            topology = self.place.topology(current.shape[1])
-            self._note_sources(counts.sources)
-            self.straggling_us = expert_pressure_us(
-                view.planner.problem(counts.routing, topology, current)
-            )
-            view.counts = counts
-            if not view.ready:
-                return (Verdict.NOT_READY, 0), None
-            if not counts.routing.counts.any():
-                return (Verdict.KEEP, 0), None
-            slow = stall_us / self._modelled_us if stall_us and self._modelled_us else 1.0
-            rows, windows = self._expected(view, counts)
-            decision = view.planner.decide(rows, topology, current, slow, windows, counts.kinds)
-            wrong = verify.problems(decision.placement, topology, *shape)
-            if decision.commit and wrong is not None:
-                logger.error("Gimbal: refusing what placer %r plans: %s", self.config.placer, wrong)
-                return (Verdict.REFUSE, 0), None
-            # vLLM commits the old map again where the new one is not taken: the tables are
-            # rewritten either way.
-            chosen = decision.placement if decision.commit else current
-            if self.config.replicas == "near" and self._may_prefer_near(counts.sources):
-                view.shares = near_split(counts.routing.counts, chosen, topology)
-                view.shares_of = chosen
-            else:
-                view.shares = None
-            self.guard.succeeded()
-            if not decision.commit:
-                return (Verdict.KEEP, 0), decision
-            return (Verdict.COMMIT, map_hash(verify.digest(chosen))), decision
-        except Exception as error:
-            self.guard.fell_back("no plan", error)
-            return (Verdict.NOT_READY, 0), None  # what this window taught the others is lost here
-
-    def _counts_of(self, index: int, shape: tuple[int, ...]) -> tuple[SourceCounts, float]:
+    def _counts_of(
+        self, index: int, gathered: Any, shape: tuple[int, ...]
+    ) -> tuple[SourceCounts, float]:
         """Counts per source of model `index`, and the longest stall any rank measured."""
-        gathered = self._gathered.cpu().numpy()
+        gathered = gathered.cpu().numpy()
         offset = sum(row_length(*v.state.logical_replica_count.shape) for v in self.models[:index])
         part = gathered[:, offset : offset + row_length(*shape)]
         rows = split_rows(part, *shape)
@@ -365,3 +341,10 @@ class Controller:
         in_force = new_map.cpu().numpy()
         if np.array_equal(in_force, view.shares_of[part]):
             write_tables(model_state, in_force, view.shares[self.place.source, part], first_layer)
+
+
+def _as_map(placement: IntArray, like: Any) -> Any:
+    """`placement` as a tensor of the type that vLLM's map `like` has."""
+    import torch
+
+    return torch.from_numpy(placement.astype(np.int64)).to(like.dtype)

@@ -1,7 +1,7 @@
-"""Ties `controller` to vLLM's ``EplbState``; inert unless the level `placement` is on.
+"""Ties `member` and `controller` to vLLM's ``EplbState``; inert unless the level is on.
 
-Every patch looks for a controller on the state it is called with and leaves vLLM alone when there
-is none.
+Every patch looks for a member on the state it is called with and leaves vLLM alone when there is
+none. It calls vLLM's function once, and what is Gimbal's behind the member's guard.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from typing import Any
 
+from gimbal.core.config import GimbalConfig
 from gimbal.core.guard import LevelGuard
 from gimbal.core.placement.planner import ModelFacts, Planner, planner_for
 from gimbal.vllm_plugin.bridge import level_config
@@ -20,6 +21,7 @@ from gimbal.vllm_plugin.engine import news
 from gimbal.vllm_plugin.placement.agreement import gather_over
 from gimbal.vllm_plugin.placement.compiling import warm_up
 from gimbal.vllm_plugin.placement.controller import Controller
+from gimbal.vllm_plugin.placement.member import Member, join, member_of
 from gimbal.vllm_plugin.placement.sending import SendMeter
 from gimbal.vllm_plugin.placement.view import ModelView, Place
 
@@ -31,6 +33,9 @@ LEVEL = "placement"
 def install() -> None:
     """Patches the EPLB state and the model runner, once per process."""
     from vllm.distributed.eplb import eplb_state as module
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from gimbal.vllm_plugin.placement.stats import gimbal_experts_map, gimbal_routing
 
     state = module.EplbState
     if getattr(state, "gimbal_placement", False):
@@ -42,18 +47,8 @@ def install() -> None:
     state._allreduce_list = _allreduce_list(state._allreduce_list)
     module._commit_eplb_maps = _commit(module._commit_eplb_maps)
     module._commit_eplb_maps_for_layer = _commit_layer(module._commit_eplb_maps_for_layer)
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    from gimbal.vllm_plugin.placement.stats import gimbal_experts_map, gimbal_routing
-
     WorkerBase.gimbal_routing = gimbal_routing
     WorkerBase.gimbal_experts_map = gimbal_experts_map
-
-
-def controller_of(state: Any) -> Controller | None:
-    """The controller of an ``EplbState`` or an ``EplbModelState``."""
-    found: Controller | None = getattr(state, "_gimbal_controller", None)
-    return found
 
 
 def _add_model(original: Any) -> Any:
@@ -66,28 +61,49 @@ def _add_model(original: Any) -> Any:
 
 
 def attach(state: Any, model_config: Any) -> None:
-    """Gives `state` a controller when the level is on, and shows it the model just added."""
+    """Makes `state` a member when the level is on, and shows it the model just added.
+
+    All ranks become members or none, as all have one configuration. What else fails costs this
+    rank its controller, and it takes part without.
+    """
     from vllm.config import get_current_vllm_config_or_none
 
     vllm_config = get_current_vllm_config_or_none()
     config = None if vllm_config is None else level_config(vllm_config, LEVEL)
     if config is None:
         return
-    controller = controller_of(state)
-    if controller is None:
-        controller = _new_controller(state, config.placement)
-        controller.feedback = "feedback" in config.levels
-        state._gimbal_controller = controller
-        patch_model_runners()
+    member = member_of(state)
+    if member is None:
+        member = Member(LevelGuard(LEVEL), gather_over(_eplb_cpu_group), state.policy)
+        join(state, member)
+        member.controller = member.guard.run("attach", _new_controller, state, config, member.guard)
+        member.guard.run("model runner", patch_model_runners)
+    state.policy = member
     model_state = state.model_states[model_config.compute_hash()]
-    model_state._gimbal_controller = controller
-    planner = planner_for(config.placement, _facts(state, model_state, model_config))
+    join(model_state, member)
+    controller = member.controller
+    if controller is not None:
+        arguments = controller, state, model_state, model_config
+        member.controller = member.guard.run("attach", _with_model, *arguments)
+
+
+def _eplb_cpu_group() -> Any:
+    from vllm.distributed.parallel_state import get_eplb_group
+
+    return get_eplb_group().cpu_group
+
+
+def _with_model(
+    controller: Controller, state: Any, model_state: Any, model_config: Any
+) -> Controller:
+    """`controller`, which knows one model more; its planner is compiled in a thread."""
+    planner = planner_for(controller.config, _facts(state, model_state, model_config))
     meter = _meter(planner, controller.place) if controller.feedback else None
-    controller.models.append(ModelView(model_state, planner, meter))
+    view = ModelView(model_state, planner, meter, ready=False)
+    controller.models.append(view)
     controller.naive |= any(map(routes_all_tokens, model_state.model.moe_layers))
-    controller.models[-1].ready = False
-    threading.Thread(target=_warm_up, args=(controller.models[-1],), daemon=True).start()
-    state.policy = controller
+    threading.Thread(target=_warm_up, args=(view,), daemon=True).start()
+    return controller
 
 
 def _meter(planner: Planner, place: Place) -> SendMeter | None:
@@ -108,9 +124,8 @@ def _warm_up(view: ModelView) -> None:
     view.ready = True  # a planner that cannot plan fails where failures are counted
 
 
-def _new_controller(state: Any, config: Any) -> Controller:
-    from vllm.distributed.eplb.policy import EPLB_POLICIES
-    from vllm.distributed.parallel_state import get_ep_group, get_eplb_group, get_node_count
+def _new_controller(state: Any, config: GimbalConfig, guard: LevelGuard) -> Controller:
+    from vllm.distributed.parallel_state import get_ep_group, get_node_count
 
     group = get_ep_group()
     parallel = state.parallel_config
@@ -122,12 +137,11 @@ def _new_controller(state: Any, config: Any) -> Controller:
         ranks_per_node=max(1, group.world_size // nodes),
     )
     return Controller(
-        config=config,
+        config=config.placement,
         place=place,
-        guard=LevelGuard(LEVEL),
-        vote=gather_over(lambda: get_eplb_group().cpu_group),
-        fallback=EPLB_POLICIES[parallel.eplb_config.policy],
+        guard=guard,
         window_size=parallel.eplb_config.window_size,
+        feedback="feedback" in config.levels,
     )
 
 
@@ -154,27 +168,31 @@ def routes_all_tokens(layer: Any) -> bool:
     return False
 
 
+def _taking_part(state: Any) -> Member | None:
+    """The member of `state`; None once all ranks have left placement to vLLM's own policy."""
+    member = member_of(state)
+    if member is None or not member.off:
+        return member
+    if state.policy is member:
+        state.policy = member.fallback
+    return None
+
+
 def _step(original: Any) -> Any:
     @functools.wraps(original)
     def step(
         self: Any, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False
     ) -> None:
-        controller = controller_of(self)
-        if controller is None or is_profile:
+        member = None if is_profile else _taking_part(self)
+        controller = None if member is None else member.acting
+        if controller is None:
             original(self, is_dummy, is_profile, log_stats)
             return
-        controller.step += 1
-        slot = None
-        if not is_dummy and self._should_record_current_step(log_stats=log_stats):
-            slot = self.expert_load_window_step
-            controller.recorded(slot)
-        moving = self.is_async and any(m.rebalanced for m in self.model_states.values())
-        start = time.perf_counter()
+        controller.step += 1  # here, as ranks must count alike
+        run = controller.guard.run
+        note = run("step not noted", controller.step_begins, self, is_dummy, log_stats)
         original(self, is_dummy, is_profile, log_stats)
-        controller.measure(slot)
-        if moving:
-            controller.stalled_more((time.perf_counter() - start) * 1e6)
-        controller.watch(self)
+        run("step not closed", controller.step_ended, self, note)
 
     return step
 
@@ -187,17 +205,19 @@ def _rearrange(original: Any) -> Any:
         rank_mapping: Any = None,
         use_last_expert_load: bool = False,
     ) -> Any:
-        controller = controller_of(self)
-        if controller is None:
+        member = _taking_part(self)
+        if member is None:
             return original(self, is_profile, rank_mapping, use_last_expert_load)
-        controller.begin(not is_profile and rank_mapping is None and not use_last_expert_load)
+        member.begin(not is_profile and rank_mapping is None and not use_last_expert_load)
         start = time.perf_counter()
         try:
             return original(self, is_profile, rank_mapping, use_last_expert_load)
         finally:
-            controller.end()
-            if not self.is_async and not is_profile:
-                controller.stalled((time.perf_counter() - start) * 1e6)
+            member.end()
+            controller = member.acting
+            if controller is not None and not self.is_async and not is_profile:
+                elapsed_us = (time.perf_counter() - start) * 1e6
+                member.guard.run("stall not noted", controller.stalled, elapsed_us)
 
     return rearrange
 
@@ -205,11 +225,11 @@ def _rearrange(original: Any) -> Any:
 def _allreduce_list(original: Any) -> Any:
     @functools.wraps(original)
     def _allreduce_list(self: Any, tensor_list: list[Any]) -> list[Any]:
-        controller = controller_of(self)
-        if controller is None or controller.mode != "gather":
+        member = member_of(self)
+        if member is None or member.mode != "gather":
             result: list[Any] = original(self, tensor_list)
             return result
-        return controller.gather(tensor_list, _all_gather)
+        return member.gather(tensor_list, _all_gather)
 
     return _allreduce_list
 
@@ -229,13 +249,9 @@ def _all_gather(vector: Any) -> Any:
 def _commit(original: Any) -> Any:
     @functools.wraps(original)
     def _commit_eplb_maps(model_state: Any, new_physical_to_logical_map: Any) -> None:
-        controller = controller_of(model_state)
-        if controller is None:
-            original(model_state, new_physical_to_logical_map)
-            return
-        old = model_state.physical_to_logical_map.clone()
+        old = _map_in_force(model_state, slice(None))
         original(model_state, new_physical_to_logical_map)
-        _committed(controller, model_state, old, 0)
+        _committed(model_state, old, 0)
 
     return _commit_eplb_maps
 
@@ -245,23 +261,28 @@ def _commit_layer(original: Any) -> Any:
     def _commit_eplb_maps_for_layer(
         model_state: Any, new_physical_to_logical_map: Any, layer: int
     ) -> None:
-        controller = controller_of(model_state)
-        if controller is None:
-            original(model_state, new_physical_to_logical_map, layer)
-            return
-        old = model_state.physical_to_logical_map[layer : layer + 1].clone()
+        old = _map_in_force(model_state, slice(layer, layer + 1))
         original(model_state, new_physical_to_logical_map, layer)
-        _committed(controller, model_state, old, layer)
+        _committed(model_state, old, layer)
 
     return _commit_eplb_maps_for_layer
 
 
-def _committed(controller: Controller, model_state: Any, old: Any, first_layer: int) -> None:
+def _map_in_force(model_state: Any, layers: slice) -> Any:
+    """A copy of it; None where nobody will ask."""
+    member = member_of(model_state)
+    if member is None or member.acting is None:
+        return None
+    return member.guard.run("old map", lambda: model_state.physical_to_logical_map[layers].clone())
+
+
+def _committed(model_state: Any, old: Any, first_layer: int) -> None:
     """The commit stands whatever fails here: vLLM's own tables are already in force."""
-    try:
-        controller.committed(model_state, old, first_layer, old.shape[0])
-    except Exception as error:
-        controller.guard.fell_back("replica tables", error)
+    member = member_of(model_state)
+    controller = None if member is None or old is None else member.acting
+    if controller is not None:
+        arguments = model_state, old, first_layer, old.shape[0]
+        controller.guard.run("replica tables", controller.committed, *arguments)
 
 
 MODEL_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
@@ -281,51 +302,56 @@ def patch_model_runner(runner: type) -> None:
     original = runner.execute_model  # type: ignore[attr-defined]
     if getattr(original, "gimbal_placement", False):
         return
+    runner.execute_model = _execute_model(original)  # type: ignore[attr-defined]
+    runner.sample_tokens = _sample_tokens(runner.sample_tokens)  # type: ignore[attr-defined]
 
+
+def _execute_model(original: Any) -> Any:
     @functools.wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        controller = controller_of(self.eplb_state)
-        if controller is not None:
-            controller.batch = batch_tokens(scheduler_output)
+        member = member_of(self.eplb_state)
+        if member is not None and (controller := member.acting) is not None:
+            batch = member.guard.run("batch", batch_tokens, scheduler_output)
+            controller.batch = batch or (0, 0)
         return original(self, scheduler_output, *args, **kwargs)
 
     execute_model.gimbal_placement = True  # type: ignore[attr-defined]
-    runner.execute_model = execute_model  # type: ignore[attr-defined]
-    runner.sample_tokens = _sample_tokens(runner.sample_tokens)  # type: ignore[attr-defined]
+    return execute_model
 
 
 def _sample_tokens(original: Any) -> Any:
     @functools.wraps(original)
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
-        controller = controller_of(self.eplb_state)
-        if controller is not None:
-            attach_news(controller, output)
+        member = member_of(self.eplb_state)
+        if member is not None:
+            member.guard.run("news", attach_news, member, output)
         return output
 
     return sample_tokens
 
 
-def attach_news(controller: Controller, output: Any) -> None:
+def attach_news(member: Member, output: Any) -> None:
     """Sends this engine's pressure and fallbacks to its scheduler with a step's output.
 
     The output object travels to the engine process whole, so a value on it needs no channel of
     its own. Outputs without requests are shared constants and stay as they are.
     """
-    fallbacks = sum(controller.guard.counts.values())
-    if not controller.pressure_news and fallbacks == controller.fallbacks_sent:
+    fallbacks, controller = sum(member.guard.counts.values()), member.controller
+    pressed = controller is not None and controller.pressure_news
+    if not pressed and fallbacks == member.fallbacks_sent:
         return
     inner = output
     for name in ("_model_runner_output", "model_runner_output"):  # still on its way from the device
         inner = getattr(output, name, inner)
     if not getattr(inner, "req_ids", None):
         return
-    if controller.pressure_news:
+    if controller is not None and pressed:
         setattr(inner, news.PRESSURE_US, controller.pressure_us)
         controller.pressure_news = False
-    if fallbacks != controller.fallbacks_sent:
+    if fallbacks != member.fallbacks_sent:
         setattr(inner, news.FALLBACKS, fallbacks)
-        controller.fallbacks_sent = fallbacks
+        member.fallbacks_sent = fallbacks
 
 
 def batch_tokens(scheduler_output: Any) -> tuple[int, int]:

@@ -12,18 +12,22 @@ from typing import Any
 import numpy as np
 
 from gimbal.core.errors import InputError
+from gimbal.vllm_plugin.placement.controller import Controller
+from gimbal.vllm_plugin.placement.member import Member, member_of
 from gimbal.vllm_plugin.placement.rows import SourceCounts, Sources, per_source, split_rows
 from gimbal.vllm_plugin.placement.window import reduce_window, to_logical
 from gimbal.workloads.routing import RoutingFile
 
 
 def gimbal_routing(worker: Any) -> dict[str, Any]:
-    """One worker's answer: plain numbers, strings and bytes, empty where the level is off."""
-    controller = getattr(
-        getattr(worker.model_runner, "eplb_state", None), "_gimbal_controller", None
-    )
-    if controller is None:
+    """One worker's answer: plain numbers, strings and bytes, empty where there is none."""
+    member = member_of(getattr(worker.model_runner, "eplb_state", None))
+    if member is None or member.controller is None:
         return {}
+    return member.guard.run("statistics", _routing, member, member.controller) or {}
+
+
+def _routing(member: Member, controller: Controller) -> dict[str, Any]:
     models = []
     for view in controller.models:
         state = view.state
@@ -51,7 +55,7 @@ def gimbal_routing(worker: Any) -> dict[str, Any]:
         "proposed": controller.rebalance_log.proposed,
         "committed": controller.rebalance_log.committed,
         "fallbacks": dict(controller.guard.counts),
-        "level_on": not controller.guard.disabled,
+        "level_on": member.acting is not None,
         "pressure_us": controller.pressure_us,
         "straggling_us": [float(s) for s in controller.straggling_us],
         "models": models,

@@ -5,7 +5,7 @@ has, what core decided: ``max_num_scheduled_tokens`` (CUDA graphs, decode protec
 running prefill that yields to shorter newcomers and to decodes its chunk
 (``_reserve_prefill_lookahead``, which vLLM asks about every chunk it is about to schedule); and
 ``prefill_capacity_bound``, which lifts vLLM's prefill interval. vLLM's ``schedule()`` itself is
-untouched.
+untouched. Once the level has switched itself off, ``scheduler.waiting`` is vLLM's own queue again.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ logger = logging.getLogger("vllm.gimbal")
 
 PUBLISH_STEPS = 8
 """Steps between two updates of the level's counters in the snapshot."""
-OFF = "fcfs"
-"""The ordering while the level is switched off at run time: vLLM's."""
+OFF = "vllm"
+"""What stands for an ordering while the level is switched off: vLLM's own queue."""
 
 
 class QueueLevel:
@@ -51,7 +51,8 @@ class QueueLevel:
         config: section `queue` in force; `configured` is what the server was started with.
         usable: `config` less what the ordering in force cannot do.
         memory: counts steps that yielded or were cut.
-        guard: counts failures; when it is disabled the level leaves every step to vLLM.
+        guard: counts failures; when it is disabled the level leaves the engine to vLLM.
+        over: it has done so.
     """
 
     def __init__(self, scheduler: Any, config: GimbalConfig, state: EngineState) -> None:
@@ -63,6 +64,7 @@ class QueueLevel:
         self.facts = EngineFacts(scheduler, state)
         self.ordering = self.config.ordering
         self.active = True
+        self.over = False
         self._control: tuple[int, int] | None = None
         self._decision: StepDecision | None = None
         self.queue = GimbalRequestQueue(
@@ -101,16 +103,19 @@ class QueueLevel:
 
     def _use(self, name: str, config: QueueConfig) -> None:
         """Puts ordering `name` and `config` in force; raises InputError and changes nothing."""
-        ordering, queue = self._build(name, config), self.queue
-        traits = traits_of(ordering)
-        self.usable = usable(config, traits)
-        self._leaves_to_vllm = leaves_to_vllm(self.usable)
-        queue.bound_s = getattr(ordering, "bound_s", None)
-        queue.use_ordering(ordering, self.usable.max_wait_s or None)
-        # Blocks are counted for one kind of layer only: hybrid models keep vLLM's rule.
-        plain = len(self.scheduler.kv_cache_config.kv_cache_groups) == 1
-        passing = self.usable.pass_steps > 0 and plain and queue.fallback is None
-        queue.gate = BlockedHeadGate(config.pass_steps, config.pass_s) if passing else None
+        queue = self.queue
+        if name == OFF:
+            queue.leave_to_vllm()
+        else:
+            ordering = self._build(name, config)
+            allowed = usable(config, traits_of(ordering))
+            queue.use_ordering(ordering, allowed.max_wait_s or None)
+            queue.bound_s = getattr(ordering, "bound_s", None)
+            # Blocks are counted for one kind of layer only: hybrid models keep vLLM's rule.
+            plain = len(self.scheduler.kv_cache_config.kv_cache_groups) == 1
+            passing = allowed.pass_steps > 0 and plain
+            queue.gate = BlockedHeadGate(config.pass_steps, config.pass_s) if passing else None
+            self.usable, self._leaves_to_vllm = allowed, leaves_to_vllm(allowed)
         self.ordering, self.config = name, config
 
     def _follow(self) -> None:
@@ -121,20 +126,19 @@ class QueueLevel:
         version = (board.control_version(), board.generation)
         if version == self._control:
             return
-        self._control = version
         control = board.read_control()
         self.active = "queue" in control.get("levels", self.levels)
         changes = control.get("queue", {}) if self.active else {}
         config = replace(self.configured, **changes)
         name = control.get("ordering", config.ordering) if self.active else OFF
-        if name == self.ordering and config == self.config:
-            return
-        try:
-            self._use(name, config)
-        except (InputError, ValueError) as error:
-            logger.warning("Gimbal: the queue's ordering stays %s: %s", self.ordering, error)
-        else:
-            logger.info("Gimbal: queue ordering %s %s", name, changes or "")
+        if name != self.ordering or config != self.config:
+            try:
+                self._use(name, config)
+            except (InputError, ValueError) as error:
+                logger.warning("Gimbal: the queue's ordering stays %s: %s", self.ordering, error)
+            else:
+                logger.info("Gimbal: queue ordering %s %s", name, changes or "")
+        self._control = version  # not before: what failed is tried again
 
     def begin_step(self, throttled: bool) -> tuple[int, dict[str, int]]:
         """Before vLLM schedules: the step's token budget, and caps of running prefills.
@@ -158,6 +162,8 @@ class QueueLevel:
         if decision.asked_graphs and view.graphs is not None:
             view.graphs.decided()
         budget = decision.budget_tokens
+        if not 0 < budget <= view.budget_tokens:
+            raise ValueError(f"a step of {budget} tokens, vLLM allows {view.budget_tokens}")
         if decision.caps is None:
             return budget, {}
         caps = zip(view.prefills, decision.caps, strict=True)
@@ -169,6 +175,12 @@ class QueueLevel:
         if self._decision is not None:
             waits = len(self.queue) > 0
             self.memory.ended(self.view.step, self._decision, tokens, waits)
+
+    def leave(self) -> None:
+        """Gives the engine back to vLLM for good: what waits is in vLLM's own queue again."""
+        self.scheduler.waiting = self.queue.leave_to_vllm()
+        self.over = True
+        self.publish()
 
     def publish(self) -> None:
         """Puts the level's counters into the engine's next snapshot."""
@@ -206,21 +218,20 @@ class GimbalQueueMixin:
             raise  # a configuration that names no ordering must be seen at start
         except Exception as error:
             LevelGuard("queue").fell_back("install", error)
+            self.gimbal_state.row[Field.QUEUE_FALLBACKS] = 1
         else:
             self.waiting = self.gimbal_queue.queue
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         level = self.gimbal_queue
-        if level is None or level.guard.disabled:
+        if level is None or level.over:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
-        whole = self.max_num_scheduled_tokens
-        try:
-            throttled = bool(args[0] if args else kwargs.get("throttle_prefills", False))
-            budget, caps = level.begin_step(throttled)
-            level.guard.succeeded()
-        except Exception as error:
-            level.guard.fell_back("plan", error)
-            budget, caps = whole, {}
+        guard, whole = level.guard, self.max_num_scheduled_tokens
+        if guard.disabled:
+            guard.run("leave", level.leave)
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        throttled = bool(args[0] if args else kwargs.get("throttle_prefills", False))
+        budget, caps = guard.run("plan", level.begin_step, throttled) or (whole, {})
         self.max_num_scheduled_tokens = budget
         if caps:
             self._reserve_prefill_lookahead = _capped(self._reserve_prefill_lookahead, caps)
@@ -230,7 +241,7 @@ class GimbalQueueMixin:
             self.max_num_scheduled_tokens = whole
             if caps:
                 del self._reserve_prefill_lookahead
-        level.end_step(output.total_num_scheduled_tokens)
+        guard.run("step", level.end_step, output.total_num_scheduled_tokens)
         return output
 
 

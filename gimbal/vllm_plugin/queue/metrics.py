@@ -8,9 +8,11 @@ the engines' snapshots: ``gimbal_engine_queue_*``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache, wraps
 from typing import Any
 
+from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin.bridge import level_config
 
 SIZE_CLASSES = ((128, "0-127"), (512, "128-511"), (2048, "512-2047"), (float("inf"), "2048+"))
@@ -44,6 +46,7 @@ def _logger_class() -> type:
         """Observes the queue time of one engine's finished requests."""
 
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            self.guard = LevelGuard("queue")
             self.by_class = {
                 label: _histogram().labels(str(engine_index), label) for _, label in SIZE_CLASSES
             }
@@ -55,13 +58,8 @@ def _logger_class() -> type:
             mm_cache_stats: Any = None,
             engine_idx: int = 0,
         ) -> None:
-            if iteration_stats is None:
-                return
-            for finished in iteration_stats.finished_requests:
-                uncached = finished.num_prompt_tokens - finished.num_cached_tokens
-                # Negative for a request that ended without having been scheduled.
-                if finished.queued_time >= 0.0:
-                    self.by_class[size_class(uncached)].observe(finished.queued_time)
+            if iteration_stats is not None and not self.guard.disabled:
+                self.guard.run("metrics", observe, self.by_class, iteration_stats)
 
         def log_engine_initialized(self) -> None:
             """Nothing to say once an engine is up."""
@@ -69,23 +67,39 @@ def _logger_class() -> type:
     return QueueTimeLogger
 
 
+def observe(by_class: Mapping[str, Any], iteration_stats: Any) -> None:
+    """Enters the requests that finished in one of vLLM's iterations."""
+    for finished in iteration_stats.finished_requests:
+        uncached = finished.num_prompt_tokens - finished.num_cached_tokens
+        # Negative for a request that ended without having been scheduled.
+        if finished.queued_time >= 0.0:
+            by_class[size_class(uncached)].observe(finished.queued_time)
+
+
 def install() -> None:
     """Gives every ``StatLoggerManager`` of a server with the queue level one more logger."""
     from vllm.v1.metrics.loggers import StatLoggerManager
 
-    original = StatLoggerManager.__init__
+    StatLoggerManager.__init__ = _with_queue_times(StatLoggerManager.__init__)
 
+
+def _with_queue_times(original: Any) -> Any:
     @wraps(original)
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
-        if level_config(vllm_config, "queue") is not None:
-            from vllm.v1.metrics.loggers import PerEngineStatLoggerAdapter
+        LevelGuard("queue").run("metrics", _add_logger, self, vllm_config)
 
-            adapter = PerEngineStatLoggerAdapter(
-                vllm_config=vllm_config,
-                engine_indexes=self.engine_indexes,
-                per_engine_stat_logger_factory=_logger_class(),
-            )
-            self.stat_loggers.append(adapter)
+    return init
 
-    StatLoggerManager.__init__ = init
+
+def _add_logger(manager: Any, vllm_config: Any) -> None:
+    if level_config(vllm_config, "queue") is None:
+        return
+    from vllm.v1.metrics.loggers import PerEngineStatLoggerAdapter
+
+    adapter = PerEngineStatLoggerAdapter(
+        vllm_config=vllm_config,
+        engine_indexes=manager.engine_indexes,
+        per_engine_stat_logger_factory=_logger_class(),
+    )
+    manager.stat_loggers.append(adapter)

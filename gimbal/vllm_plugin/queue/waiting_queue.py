@@ -1,7 +1,10 @@
 """vLLM's ``RequestQueue`` over Gimbal's waiting heap.
 
-The heap orders; this adapter translates. It also keeps every request in a plain dictionary, so
-that a failing ordering can be replaced by vLLM's own queue at any moment without losing one.
+The heap orders; this adapter translates. It also keeps every request in a plain dictionary, with
+the place that vLLM's own queue would give it. So vLLM's queue can take over at any moment, without
+losing a request and in the order that it would have had from the start. It does when the ordering
+fails, until the next step, and when the level is switched off.
+
 Replaces ``Scheduler.waiting`` only: ``kv_holding_waiting`` holds requests that already own KV
 blocks (asynchronous loads, streaming sessions), which vLLM drains first and in its own order.
 """
@@ -10,6 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from operator import attrgetter
 from typing import Any, Protocol
 
 from vllm.v1.core.sched.request_queue import (
@@ -26,6 +31,9 @@ from gimbal.core.queue.heap import Entry, WaitingHeap
 
 PLACE = "_gimbal_place"
 """Attribute of a vLLM request that remembers its `Entry`, so that it can return to its place."""
+_WAITS = "_gimbal_waits"
+"""Attribute of a vLLM request: (place in vLLM's queue, time of queueing in seconds)."""
+_vllm_order = attrgetter(_WAITS)
 
 
 class QueueFacts(KvRoom[Request], Protocol):
@@ -52,7 +60,14 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         policy: vLLM's policy; request priorities count only under ``PRIORITY``, and it is the
             queue to fall back to.
         facts: what the queue asks about the engine.
-        guard: counts failures; after the first one vLLM's own queue takes over for good.
+        guard: counts failures.
+
+    Attributes:
+        heap: what waits, while Gimbal orders it.
+        gate: lets requests pass a head without KV blocks; None where nobody passes.
+        bound_s: the ordering's promise to a newcomer; None where it makes none.
+        fallback: vLLM's own queue, while that one orders; None while Gimbal does.
+        ours: Gimbal is to order. False once the level is switched off.
     """
 
     def __init__(
@@ -75,7 +90,10 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         self.passes = 0
         self.served_tokens = 0.0
         self.fallback: RequestQueue | None = None
-        self._all: dict[str, Request] = {}  # everything that waits, in order of insertion
+        self.ours = True
+        self._all: dict[str, Request] = {}  # everything that waits
+        self._front = self._end = 0  # places given out in vLLM's queue
+        self._valid_epoch = 0  # an `Entry` from before belongs to a heap that is gone
         self._offered: Entry[Request] | None = None
         self._peeked: Request | None = None
         self._step = 0
@@ -84,6 +102,8 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
 
     def add_request(self, request: Request) -> None:
         self._all[request.request_id] = request
+        self._end += 1
+        setattr(request, _WAITS, (self._end, self.clock()))
         self._guarded("add_request", self._add, request)
 
     def pop_request(self) -> Request:
@@ -96,6 +116,8 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
                 request = self._pop()
             except Exception as error:
                 self._fall_back(error)
+            else:
+                self.guard.succeeded("ordering")
         if request is None:
             assert self.fallback is not None
             request = self._peeked
@@ -129,6 +151,10 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
 
     def prepend_request(self, request: Request) -> None:
         """Puts a request back: a preempted one at the front, a skipped one at its old place."""
+        waits = getattr(request, _WAITS, None)
+        if waits is None or request.status == RequestStatus.PREEMPTED:
+            self._front -= 1
+            setattr(request, _WAITS, (self._front, self.clock() if waits is None else waits[1]))
         self._all[request.request_id] = request
         self._guarded("prepend_request", self._prepend, request)
 
@@ -146,9 +172,16 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
         """Removes those that wait here; vLLM passes what may be in its other queue."""
-        for request in requests:
-            if request.request_id in self._all:
+        here = [request for request in requests if request.request_id in self._all]
+        if self.fallback is None:
+            for request in here:
                 self.remove_request(request)
+            return
+        self.fallback.remove_requests(here)
+        for request in here:
+            del self._all[request.request_id]
+        if self._peeked in here:
+            self._peeked = None
 
     def __bool__(self) -> bool:
         return bool(self._all)
@@ -173,38 +206,67 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         )
 
     def begin_step(self) -> None:
-        """Before each scheduling pass: dynamic orderings sort anew."""
+        """Before each scheduling pass: dynamic orderings sort anew.
+
+        An ordering that has failed since the last step gets what waits back.
+        """
         self._step += 1
         self._offered = None
-        if self.fallback is None and self.heap.is_dynamic:
-            try:
+        try:
+            if self.fallback is not None and self.ours and not self.guard.disabled:
+                self._take_back(self.heap.ordering, self.heap.max_wait_s)
+            if self.fallback is None and self.heap.is_dynamic:
                 self.heap.refresh(self.state())
-            except Exception as error:
-                self._fall_back(error)
+        except Exception as error:
+            self._fall_back(error)
 
     def use_ordering(self, ordering: QueueOrdering, max_wait_s: float | None) -> None:
-        """Switches the ordering; requests keep their age."""
+        """Switches the ordering; requests keep their age. Raises as the ordering does.
+
+        What waits under vLLM's order waits under `ordering` again.
+        """
         self._offered = None
-        self.heap.reorder(ordering, self.state(), max_wait_s)
+        if self.fallback is None:
+            self.heap.reorder(ordering, self.state(), max_wait_s)
+        else:
+            self._take_back(ordering, max_wait_s)
+        self.ours = True
+
+    def leave_to_vllm(self) -> RequestQueue:
+        """Has vLLM's own queue order from now on, and returns it."""
+        self.ours = False
+        if self.fallback is None:
+            self._hand_over()
+        assert self.fallback is not None
+        # Its entries hold their requests.
+        heap = self.guard.run("heap", self._empty_heap, self.heap.ordering, self.heap.max_wait_s)
+        self.heap = self.heap if heap is None else heap
+        return self.fallback
 
     # The heap's side. Each may raise; `_guarded` then hands over to vLLM's queue.
 
     def _add(self, request: Request) -> None:
         self._offered = None
         state = self.state()
-        uncached = self.facts.uncached_tokens(request)
+        entry = self._enter(self.heap, request, state)
+        if self.bound_s is not None:
+            uncached = entry.request.uncached_tokens
+            ahead = self.heap.waiting_tokens - uncached + self.facts.running_prefill_tokens()
+            entry.bound_s = self.bound_s(ahead, uncached, state.prefill_tokens_per_s)
+
+    def _enter(
+        self, heap: WaitingHeap[Request], request: Request, state: QueueState
+    ) -> Entry[Request]:
         queued = QueuedRequest(
             request_id=request.request_id,
             arrival_s=request.arrival_time,
-            uncached_tokens=uncached,
+            uncached_tokens=self.facts.uncached_tokens(request),
             priority=request.priority if self.policy == SchedulingPolicy.PRIORITY else 0,
             served_before_tokens=self.served_tokens,
         )
-        ahead = self.heap.waiting_tokens + self.facts.running_prefill_tokens()
-        entry = self.heap.add(queued, request, state)
-        if self.bound_s is not None:
-            entry.bound_s = self.bound_s(ahead, uncached, state.prefill_tokens_per_s)
+        entry = heap.add(queued, request, state)
         setattr(request, PLACE, entry)
+        return entry
 
     def _choose(self) -> Entry[Request]:
         gate = self.gate
@@ -229,7 +291,7 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         self._offered = None
         entry: Entry[Request] | None = getattr(request, PLACE, None)
         preempted = request.status == RequestStatus.PREEMPTED
-        if entry is None:
+        if entry is None or entry.epoch < self._valid_epoch:
             self._add(request)
             if not preempted:
                 return
@@ -248,10 +310,32 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
     def _in_order(self) -> Iterator[Request]:
         return iter([entry.item for entry in self.heap])
 
-    # Falling back.
+    def _empty_heap(
+        self, ordering: QueueOrdering, max_wait_s: float | None
+    ) -> WaitingHeap[Request]:
+        """A heap that goes on where the present one has counted to."""
+        old = self.heap
+        heap: WaitingHeap[Request] = WaitingHeap(ordering, max_wait_s, old.priority_tokens)
+        heap.overtakes, heap.promotions, heap.epoch = old.overtakes, old.promotions, old.epoch + 1
+        return heap
+
+    def _take_back(self, ordering: QueueOrdering, max_wait_s: float | None) -> None:
+        """Puts what waits into a new heap, each request as old as it is."""
+        heap, state = self._empty_heap(ordering, max_wait_s), self.state()
+        for request in sorted(self._all.values(), key=lambda r: getattr(r, _WAITS)[::-1]):
+            queued_s = min(getattr(request, _WAITS)[1], state.now_s)
+            self._enter(heap, request, replace(state, now_s=queued_s))
+        preempted = (r for r in self._all.values() if r.status == RequestStatus.PREEMPTED)
+        for request in sorted(preempted, key=_vllm_order):
+            heap.restore(heap.remove(request.request_id), front=True)
+        if self.gate is not None:
+            self.gate = BlockedHeadGate(self.gate.max_steps, self.gate.max_wait_s)
+        self.heap, self.fallback, self._valid_epoch = heap, None, heap.epoch
+
+    # Falling back. Nothing from here on may fail: it is what happens when something else has.
 
     def _guarded(self, name: str, action: Callable[..., Any], *arguments: Any) -> Any:
-        """`action`, or vLLM's method `name` once anything has failed."""
+        """`action`, or vLLM's method `name` once it has failed."""
         if self.fallback is None:
             try:
                 return action(*arguments)
@@ -262,11 +346,16 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         return getattr(self.fallback, name)(*arguments)
 
     def _fall_back(self, error: Exception) -> None:
-        """Hands everything that waits to vLLM's own queue, oldest first, for good."""
+        """Counts a failure of the ordering; vLLM's queue orders the rest of the step."""
+        if self.fallback is None:
+            self._hand_over()
+        self.guard.fell_back("ordering", error)
+
+    def _hand_over(self) -> None:
+        """Puts what waits into a queue of vLLM's, in the order that it would have there."""
         queue = create_request_queue(self.policy)
-        for request in sorted(self._all.values(), key=lambda r: r.arrival_time):
+        for request in sorted(self._all.values(), key=_vllm_order):
+            setattr(request, PLACE, None)
             queue.add_request(request)
         self.fallback = queue
         self._offered = None
-        self.gate = None
-        self.guard.fell_back("ordering", error)

@@ -34,6 +34,8 @@ def check_seams(vllm_root: Path, seams: Iterable[Seam]) -> list[SeamProblem]:
         if path not in trees:
             trees[path] = ast.parse(path.read_text(encoding="utf-8"))
         node = _find(trees[path], seam.symbol.split("."))
+        if node is None and seam.since:
+            continue
         if node is None:
             problems.append(SeamProblem(seam, "no such symbol"))
         elif seam.parameters:

@@ -1,4 +1,8 @@
-"""vLLM's missing CPU expert parallelism."""
+"""vLLM's missing CPU expert parallelism.
+
+What stands here is the computation itself: there is no behaviour of vLLM's to fall back to. Only
+the look at what moved (`EplbState.step`) is guarded.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "usage_context", "headless"),
         "cpu_backend",
         "lets enable_eplb pass on CPU and names Gimbal's worker class",
+        entry="cpu_backend.hook:_allowing_expert_parallelism",
     ),
     Seam(
         "config.parallel",
@@ -18,6 +23,7 @@ SEAMS: tuple[Seam, ...] = (
         (),
         "cpu_backend",
         "replaced while one configuration is built: enable_eplb asks it for is_cuda_alike",
+        entry="cpu_backend.hook:_eplb_allowed_on_cpu",
     ),
     Seam(
         "platforms.cpu",
@@ -25,6 +31,7 @@ SEAMS: tuple[Seam, ...] = (
         ("cls",),
         "cpu_backend",
         "answers with the communicator that has all_gatherv and reduce_scatterv",
+        entry="cpu_backend.activation:_communicator",
     ),
     Seam(
         "distributed.device_communicators.cpu_communicator",
@@ -33,6 +40,24 @@ SEAMS: tuple[Seam, ...] = (
         "cpu_backend",
         "base of that communicator",
         patched=False,
+    ),
+    Seam(
+        "distributed.device_communicators.base_device_communicator",
+        "DeviceCommunicatorBase.all_gatherv",
+        ("self", "input_", "dim", "sizes"),
+        "cpu_backend",
+        "overridden: rows of every rank, which vLLM has on no CPU",
+        patched=False,
+        entry="cpu_backend.communicator:ExpertParallelCommunicator.all_gatherv",
+    ),
+    Seam(
+        "distributed.device_communicators.base_device_communicator",
+        "DeviceCommunicatorBase.reduce_scatterv",
+        ("self", "input_", "dim", "sizes"),
+        "cpu_backend",
+        "overridden: a rank's rows of the sum, which vLLM has on no CPU",
+        patched=False,
+        entry="cpu_backend.communicator:ExpertParallelCommunicator.reduce_scatterv",
     ),
     Seam(
         "model_executor.layers.fused_moe.experts.cpu_moe",
@@ -57,6 +82,7 @@ SEAMS: tuple[Seam, ...] = (
         ),
         "cpu_backend",
         "computes only the pairs whose expert is local when there is an expert map",
+        entry="cpu_backend.activation:_apply_with_expert_map",
     ),
     Seam(
         "_custom_ops",
@@ -91,6 +117,7 @@ SEAMS: tuple[Seam, ...] = (
         ),
         "cpu_backend",
         "a no-op on CPU: maps to physical experts and counts the load",
+        entry="cpu_backend.recording:map_to_physical_and_record",
     ),
     Seam(
         "distributed.eplb.eplb_state",
@@ -98,6 +125,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "parallel_config", "device"),
         "cpu_backend",
         "gets a device index, which the asynchronous worker asserts",
+        entry="cpu_backend.activation:_init_on_host",
     ),
     Seam(
         "distributed.eplb.eplb_state",
@@ -105,6 +133,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "is_dummy", "is_profile", "log_stats"),
         "cpu_backend",
         "followed by counting the experts that moved and a look at the asynchronous worker",
+        entry="cpu_backend.activation:_counted_step",
     ),
     Seam(
         "distributed.eplb.eplb_state",
@@ -129,6 +158,7 @@ SEAMS: tuple[Seam, ...] = (
             (),
             "cpu_backend",
             "events, streams and device index of the host instead of an accelerator's",
+            entry="cpu_backend.host_torch:HostTorch",
         )
         for module in ("eplb_state", "eplb_utils", "eplb_communicator", "async_worker")
     ),
@@ -147,6 +177,7 @@ SEAMS: tuple[Seam, ...] = (
         "cpu_backend",
         "subclassed: activates the backend, then builds the model runner",
         patched=False,
+        entry="cpu_backend.worker:ExpertParallelCPUWorker.init_device",
     ),
     Seam(
         "v1.worker.cpu_worker",
@@ -154,6 +185,7 @@ SEAMS: tuple[Seam, ...] = (
         (),
         "cpu_backend",
         "the name init_device builds the model runner from; ours while it runs",
+        entry="cpu_backend.worker:_model_runner_class",
     ),
     Seam(
         "v1.worker.cpu_model_runner",
@@ -162,5 +194,6 @@ SEAMS: tuple[Seam, ...] = (
         "cpu_backend",
         "subclassed: creates the EPLB state after loading",
         patched=False,
+        entry="cpu_backend.worker:ExpertParallelCPUModelRunner.load_model",
     ),
 )

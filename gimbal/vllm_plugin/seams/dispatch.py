@@ -23,6 +23,7 @@ SEAMS: tuple[Seam, ...] = (
         ),
         "dispatch",
         "before it starts the engines: names the board and makes it",
+        entry="engine.identity:_after_the_board",
     ),
     Seam(
         "config.scheduler",
@@ -30,6 +31,16 @@ SEAMS: tuple[Seam, ...] = (
         ("self",),
         "dispatch",
         "the class it returns is built with signals, and the queue, in front",
+        entry="engine.scheduler:_built_by_gimbal",
+    ),
+    Seam(
+        "v1.core.sched.scheduler",
+        "Scheduler.__init__",
+        (),
+        "dispatch",
+        "overridden: opens the engine's signals, and puts the queue in",
+        patched=False,
+        entry="engine.scheduler:GimbalSchedulerMixin.__init__",
     ),
     Seam(
         "v1.core.sched.scheduler",
@@ -38,6 +49,7 @@ SEAMS: tuple[Seam, ...] = (
         "dispatch",
         "overridden: a step was put together",
         patched=False,
+        entry="engine.scheduler:GimbalSchedulerMixin.schedule",
     ),
     Seam(
         "v1.core.sched.scheduler",
@@ -46,6 +58,7 @@ SEAMS: tuple[Seam, ...] = (
         "dispatch",
         "overridden: a step is done",
         patched=False,
+        entry="engine.scheduler:GimbalSchedulerMixin.update_from_output",
     ),
     Seam(
         "v1.core.sched.scheduler",
@@ -54,6 +67,7 @@ SEAMS: tuple[Seam, ...] = (
         "dispatch",
         "overridden: the engine takes a request",
         patched=False,
+        entry="engine.scheduler:GimbalSchedulerMixin.add_request",
     ),
     Seam(
         "v1.core.sched.scheduler",
@@ -62,6 +76,7 @@ SEAMS: tuple[Seam, ...] = (
         "dispatch",
         "overridden: a request waits",
         patched=False,
+        entry="engine.scheduler:GimbalSchedulerMixin._enqueue_waiting_request",
     ),
     Seam(
         "v1.core.sched.scheduler",
@@ -70,6 +85,7 @@ SEAMS: tuple[Seam, ...] = (
         "dispatch",
         "overridden: a request goes back to waiting",
         patched=False,
+        entry="engine.scheduler:GimbalSchedulerMixin._preempt_request",
     ),
     Seam(
         "v1.core.sched.scheduler",
@@ -78,6 +94,7 @@ SEAMS: tuple[Seam, ...] = (
         "dispatch",
         "overridden: a turn of a streaming session ends",
         patched=False,
+        entry="engine.scheduler:GimbalSchedulerMixin._handle_stopped_request",
     ),
     Seam(
         "v1.core.sched.scheduler",
@@ -86,6 +103,7 @@ SEAMS: tuple[Seam, ...] = (
         "dispatch",
         "overridden: a request is over",
         patched=False,
+        entry="engine.scheduler:GimbalSchedulerMixin._free_request",
     ),
     Seam(
         "v1.core.sched.scheduler",
@@ -94,6 +112,7 @@ SEAMS: tuple[Seam, ...] = (
         "dispatch",
         "overridden: an engine without work says so",
         patched=False,
+        entry="engine.scheduler:GimbalSchedulerMixin.has_requests",
     ),
     Seam(
         "v1.core.sched.scheduler",
@@ -102,6 +121,7 @@ SEAMS: tuple[Seam, ...] = (
         "dispatch",
         "overridden: lets go of the board",
         patched=False,
+        entry="engine.scheduler:GimbalSchedulerMixin.shutdown",
     ),
     Seam(
         "v1.core.sched.scheduler",
@@ -133,6 +153,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "request"),
         "dispatch",
         "followed by counting the request as taken",
+        entry="engine.scheduler:_counted",
     ),
     Seam(
         "v1.engine.core",
@@ -140,6 +161,16 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "request", "err"),
         "dispatch",
         "followed by counting the request as taken",
+        entry="engine.scheduler:_counted",
+    ),
+    Seam(
+        "v1.engine.core",
+        "EngineCoreProc._handle_request_validation_error",
+        (),
+        "dispatch",
+        "followed by counting the request as taken",
+        since="0.33",
+        entry="engine.scheduler:_counted",
     ),
     Seam(
         "v1.engine.core_client",
@@ -156,6 +187,7 @@ SEAMS: tuple[Seam, ...] = (
         ),
         "dispatch",
         "followed by attaching the front end",
+        entry="dispatch.hook:_with_front_end",
     ),
     Seam(
         "v1.engine.core_client",
@@ -163,6 +195,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "request"),
         "dispatch",
         "the decision; called in turn with the rank set",
+        entry="dispatch.hook:_routed",
     ),
     Seam(
         "v1.engine.core_client",
@@ -170,6 +203,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "request"),
         "dispatch",
         "followed by taking back a request that could not be sent",
+        entry="dispatch.unsent:_followed",
     ),
     Seam(
         "v1.engine.core_client",
@@ -177,6 +211,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "outputs"),
         "dispatch",
         "tells which requests are over",
+        entry="dispatch.hook:_told",
     ),
     Seam(
         "v1.engine",
@@ -192,6 +227,7 @@ SEAMS: tuple[Seam, ...] = (
         ("request", "raw_request"),
         "dispatch",
         "extended by the OpenAI field user",
+        entry="dispatch.user_session:_or_user",
     ),
     Seam(
         "distributed.kv_events",
@@ -224,6 +260,7 @@ SEAMS: tuple[Seam, ...] = (
         "control",
         "protocol of the routes below /gimbal",
         patched=False,
+        entry="operator.routes:GimbalEndpoints",
     ),
     Seam(
         "entrypoints.serve.middleware.authenticate",

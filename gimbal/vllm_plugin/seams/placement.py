@@ -11,6 +11,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "model", "model_config", "model_name"),
         "placement",
         "gives the state a controller and makes it the policy",
+        entry="placement.hook:_add_model",
     ),
     Seam(
         "distributed.eplb.eplb_state",
@@ -18,6 +19,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "is_dummy", "is_profile", "log_stats"),
         "placement",
         "notes age and kind of every recorded step; watches the asynchronous worker",
+        entry="placement.hook:_step",
     ),
     Seam(
         "distributed.eplb.eplb_state",
@@ -25,6 +27,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "is_profile", "rank_mapping", "use_last_expert_load"),
         "placement",
         "tells a rearrangement of ours from profile runs and elastic scaling; times it",
+        entry="placement.hook:_rearrange",
     ),
     Seam(
         "distributed.eplb.eplb_state",
@@ -32,6 +35,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "tensor_list"),
         "placement",
         "gathers rows per rank where vLLM sums them",
+        entry="placement.hook:_allreduce_list",
     ),
     Seam(
         "distributed.eplb.eplb_state",
@@ -47,6 +51,7 @@ SEAMS: tuple[Seam, ...] = (
         ("model_state", "new_physical_to_logical_map"),
         "placement",
         "carries the load window over and writes the rank's own replica tables",
+        entry="placement.hook:_commit",
     ),
     Seam(
         "distributed.eplb.eplb_state",
@@ -54,6 +59,7 @@ SEAMS: tuple[Seam, ...] = (
         ("model_state", "new_physical_to_logical_map", "layer"),
         "placement",
         "the same for one layer of an asynchronous rearrangement",
+        entry="placement.hook:_commit_layer",
     ),
     Seam(
         "distributed.eplb.policy.default",
@@ -72,12 +78,21 @@ SEAMS: tuple[Seam, ...] = (
         patched=False,
     ),
     Seam(
-        "distributed.eplb.policy",
-        "EPLB_POLICIES",
-        (),
+        "distributed.eplb.policy.abstract",
+        "AbstractEplbPolicy.rebalance_experts",
+        (
+            "cls",
+            "weight",
+            "num_replicas",
+            "num_groups",
+            "num_nodes",
+            "num_ranks",
+            "old_global_expert_indices",
+        ),
         "placement",
-        "vLLM's policy by name",
+        "implemented by what stands in EplbState.policy while the level is on",
         patched=False,
+        entry="placement.member:Member.rebalance_experts",
     ),
     Seam(
         "distributed.parallel_state",
@@ -101,6 +116,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "scheduler_output", "intermediate_tensors"),
         "placement",
         "reads how many tokens of the step prefill and decode",
+        entry="placement.hook:_execute_model",
     ),
     Seam(
         "v1.worker.gpu_model_runner",
@@ -108,6 +124,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "grammar_output"),
         "placement",
         "sends the engine's expert pressure with the step's output",
+        entry="placement.hook:_sample_tokens",
     ),
     Seam(
         "v1.worker.gpu.model_runner",
@@ -125,6 +142,7 @@ SEAMS: tuple[Seam, ...] = (
         ),
         "placement",
         "the same in model runner V2",
+        entry="placement.hook:_execute_model",
     ),
     Seam(
         "v1.worker.gpu.model_runner",
@@ -132,6 +150,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "grammar_output"),
         "placement",
         "the same in model runner V2",
+        entry="placement.hook:_sample_tokens",
     ),
     Seam(
         "v1.engine.core_client",
@@ -141,11 +160,16 @@ SEAMS: tuple[Seam, ...] = (
         "asks the workers of every engine for their routing statistics",
         patched=False,
     ),
-    Seam(
-        "v1.worker.worker_base",
-        "WorkerBase",
-        (),
-        "placement",
-        "gains the methods `gimbal_routing` and `gimbal_experts_map` for collective_rpc",
+    *(
+        Seam(
+            "v1.worker.worker_base",
+            "WorkerBase",
+            (),
+            "placement",
+            f"gains the method `{method}` for collective_rpc",
+            patched=False,
+            entry=f"placement.stats:{method}",
+        )
+        for method in ("gimbal_routing", "gimbal_experts_map")
     ),
 )

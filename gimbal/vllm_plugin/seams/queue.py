@@ -12,6 +12,7 @@ SEAMS: tuple[Seam, ...] = (
         "queue",
         "sets the step's token budget and the caps of running prefills around it",
         patched=False,
+        entry="queue.level:GimbalQueueMixin.schedule",
     ),
     Seam(
         "v1.core.sched.scheduler",
@@ -19,6 +20,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "request", "num_computed_tokens", "num_new_tokens"),
         "queue",
         "caps the chunk of a running prefill that yields to newcomers or decodes",
+        entry="queue.level:_capped",
     ),
     Seam(
         "v1.core.sched.request_queue",
@@ -35,6 +37,7 @@ SEAMS: tuple[Seam, ...] = (
         "queue",
         "implemented by Gimbal's waiting queue",
         patched=False,
+        entry="queue.waiting_queue:GimbalRequestQueue.add_request",
     ),
     Seam(
         "v1.core.sched.request_queue",
@@ -43,6 +46,7 @@ SEAMS: tuple[Seam, ...] = (
         "queue",
         "implemented by Gimbal's waiting queue",
         patched=False,
+        entry="queue.waiting_queue:GimbalRequestQueue.prepend_request",
     ),
     Seam(
         "v1.core.sched.request_queue",
@@ -51,6 +55,7 @@ SEAMS: tuple[Seam, ...] = (
         "queue",
         "implemented by Gimbal's waiting queue",
         patched=False,
+        entry="queue.waiting_queue:GimbalRequestQueue.remove_request",
     ),
     Seam(
         "v1.core.sched.request_queue",
@@ -59,6 +64,7 @@ SEAMS: tuple[Seam, ...] = (
         "queue",
         "implemented by Gimbal's waiting queue",
         patched=False,
+        entry="queue.waiting_queue:GimbalRequestQueue.prepend_requests",
     ),
     Seam(
         "v1.core.sched.request_queue",
@@ -67,6 +73,7 @@ SEAMS: tuple[Seam, ...] = (
         "queue",
         "implemented by Gimbal's waiting queue",
         patched=False,
+        entry="queue.waiting_queue:GimbalRequestQueue.remove_requests",
     ),
     Seam(
         "v1.core.sched.request_queue",
@@ -75,6 +82,7 @@ SEAMS: tuple[Seam, ...] = (
         "queue",
         "implemented by Gimbal's waiting queue",
         patched=False,
+        entry="queue.waiting_queue:GimbalRequestQueue.pop_request",
     ),
     Seam(
         "v1.core.sched.request_queue",
@@ -83,6 +91,7 @@ SEAMS: tuple[Seam, ...] = (
         "queue",
         "implemented by Gimbal's waiting queue",
         patched=False,
+        entry="queue.waiting_queue:GimbalRequestQueue.peek_request",
     ),
     Seam(
         "v1.core.sched.request_queue",
@@ -91,6 +100,7 @@ SEAMS: tuple[Seam, ...] = (
         "queue",
         "implemented by Gimbal's waiting queue",
         patched=False,
+        entry="queue.waiting_queue:GimbalRequestQueue.__bool__",
     ),
     Seam(
         "v1.core.sched.request_queue",
@@ -99,6 +109,7 @@ SEAMS: tuple[Seam, ...] = (
         "queue",
         "implemented by Gimbal's waiting queue",
         patched=False,
+        entry="queue.waiting_queue:GimbalRequestQueue.__len__",
     ),
     Seam(
         "v1.core.sched.request_queue",
@@ -107,6 +118,7 @@ SEAMS: tuple[Seam, ...] = (
         "queue",
         "implemented by Gimbal's waiting queue",
         patched=False,
+        entry="queue.waiting_queue:GimbalRequestQueue.__iter__",
     ),
     Seam(
         "v1.core.sched.interface",
@@ -154,6 +166,16 @@ SEAMS: tuple[Seam, ...] = (
         ),
         "queue",
         "gains a logger of waiting times by prompt size",
+        entry="queue.metrics:_with_queue_times",
+    ),
+    Seam(
+        "v1.metrics.loggers",
+        "StatLoggerBase.record",
+        ("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
+        "queue",
+        "implemented by that logger",
+        patched=False,
+        entry="queue.metrics:_logger_class",
     ),
     Seam(
         "v1.metrics.loggers",

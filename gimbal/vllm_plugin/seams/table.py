@@ -17,6 +17,10 @@ class Seam:
         level: the Gimbal level (or ``cpu_backend``) that stops working without it.
         why: what Gimbal does with it.
         patched: True when Gimbal replaces it, False when it only calls or subclasses it.
+        entry: ``module:function`` below ``gimbal.vllm_plugin`` that vLLM's call reaches, or that
+            makes the function it reaches; empty where vLLM calls nothing of Gimbal's. An entry
+            guards everything below it: a fault there ends in vLLM's behaviour for that call.
+        since: the vLLM version that brought it, where older supported ones lack it.
     """
 
     module: str
@@ -25,3 +29,5 @@ class Seam:
     level: str
     why: str
     patched: bool = True
+    entry: str = ""
+    since: str = ""

@@ -23,8 +23,8 @@ from vllm.v1.engine.core_client import DPLBAsyncMPClient
 from gimbal.board.clock import now_us
 from gimbal.board.file import Board, board_path
 from gimbal.board.slots import SlotWriter
-from gimbal.vllm_plugin.dispatch import hook as dispatch_hook
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd
+from gimbal.vllm_plugin.dispatch.request import describe, session_of
 from gimbal.vllm_plugin.engine import identity
 
 ORIGINAL = DPLBAsyncMPClient.get_core_engine_for_request
@@ -215,7 +215,7 @@ def test_when_even_the_accounts_fail_vllm_decides(server: Server, monkeypatch: A
     for name in ("dispatch", "assigned"):
         monkeypatch.setattr(server.front_end.dispatcher, name, broken)
     assert server.send("a") in (0, 1)
-    assert set(server.front_end.guard.counts) == {"error", "inflight_error", "account"}
+    assert set(server.front_end.guard.counts) == {"error", "inflight_error", "not_entered"}
     assert list(server.client.reqs_in_flight) == ["a"]
 
 
@@ -264,11 +264,11 @@ def test_a_board_that_cannot_be_read_costs_no_request(server: Server, monkeypatc
     ],
 )
 def test_session_key(fields: dict[str, Any], expected: str | None) -> None:
-    assert dispatch_hook.session_of(request("a", **fields)) == expected
+    assert session_of(request("a", **fields)) == expected
 
 
 def test_prompts_with_more_than_tokens_are_not_indexed() -> None:
-    entry, tokens = dispatch_hook.describe(request("a", 7, cache_salt="tenant"))
+    entry, tokens = describe(request("a", 7, cache_salt="tenant"))
     assert (entry.prompt_tokens, tokens) == (7, None)
 
 

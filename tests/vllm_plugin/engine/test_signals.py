@@ -154,30 +154,58 @@ def test_an_idle_engine_says_at_once_that_it_refused_somebody(engine: Any) -> No
     assert rows.row[ACCEPTED_TOKENS + 2] == 30.0
 
 
-def test_a_refused_request_wakes_its_engine(monkeypatch: Any) -> None:
-    """An engine of a dense model that is idle blocks on its input queue, and would stay silent."""
-    from vllm.v1.engine import EngineCoreRequestType, core
+class Refusing:
+    """The part of vLLM's ``EngineCoreProc`` that answers requests the scheduler never sees."""
 
-    from gimbal.vllm_plugin.engine import scheduler as module
+    def __init__(self, refused: Any) -> None:
+        from gimbal.core.guard import LevelGuard
+        from gimbal.vllm_plugin.engine.scheduler import GimbalSchedulerMixin
 
-    class Process:
-        def __init__(self) -> None:
-            self.refused: list[tuple[int, int]] = []
-            self.input_queue: queue.Queue[Any] = queue.Queue()
-            signals = SimpleNamespace(refused=lambda *told: self.refused.append(told))
-            self.scheduler = SimpleNamespace(gimbal_signals=signals)
+        class Scheduler(GimbalSchedulerMixin):
+            def __init__(self) -> None:
+                self.gimbal_signals = SimpleNamespace(refused=refused, needs_recount=False)
+                self._gimbal_guard = LevelGuard("signals")
 
-        def _handle_request_preproc_error(self, request: Any) -> None:
-            self.answered = request
+        self.input_queue: queue.Queue[Any] = queue.Queue()
+        self.scheduler = Scheduler()
+        self.answered: list[Any] = []
 
-    monkeypatch.setattr(core, "EngineCoreProc", Process)
-    module._count_refusals()
-    process = Process()
+    def refuse(self, request: Any) -> None:
+        self.answered.append(request)
+
+
+def refuse(process: Refusing) -> Any:
+    """A request that `process` refuses, through the hook."""
+    from gimbal.vllm_plugin.engine.scheduler import _counted
+
     request = SimpleNamespace(client_index=1, prompt_token_ids=[1, 2, 3], prompt_embeds=None)
-    process._handle_request_preproc_error(request)
-    assert process.answered is request
-    assert process.refused == [(1, 3)]
+    _counted(Refusing.refuse)(process, request)
+    return request
+
+
+def test_a_refused_request_wakes_its_engine() -> None:
+    """An engine of a dense model that is idle blocks on its input queue, and would stay silent."""
+    from vllm.v1.engine import EngineCoreRequestType
+
+    refused: list[tuple[int, int]] = []
+    process = Refusing(lambda *told: refused.append(told))
+    request = refuse(process)
+    assert process.answered == [request]
+    assert refused == [(1, 3)]
     assert process.input_queue.get_nowait() == (EngineCoreRequestType.WAKEUP, None)
+
+
+def test_a_refusal_that_cannot_be_counted_is_answered_once() -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("injected")
+
+    process = Refusing(fail)
+    request = refuse(process)
+    assert process.answered == [request]
+    assert process.scheduler._gimbal_guard.counts == {"refused": 1}
+    assert process.scheduler.gimbal_signals.needs_recount
+    del process.scheduler
+    refuse(process)  # refused before there was a scheduler
 
 
 def _aborted() -> Any:
@@ -257,6 +285,7 @@ def test_a_missed_event_is_made_good_by_a_recount(engine: Any, monkeypatch: Any)
     assert scheduler._gimbal_guard.counts == {"enqueued": 1}
     scheduler.schedule()
     check(scheduler, rows)
+    assert rows[Field.SIGNAL_FALLBACKS] == 1
 
 
 def test_steps_are_recorded_when_a_directory_is_configured(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A group of controllers in one process: vLLM's state faked, its calls made in vLLM's order."""
+"""A group of members in one process: vLLM's state faked, its calls made in vLLM's order."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gimbal.core.guard import LevelGuard
 from gimbal.core.placement.planner import ModelFacts, planner_for
 from gimbal.vllm_plugin.placement.controller import Controller
 from gimbal.vllm_plugin.placement.hook import _meter
+from gimbal.vllm_plugin.placement.member import Member
 from gimbal.vllm_plugin.placement.view import ModelView, Place
 from gimbal.vllm_plugin.placement.window import to_logical
 
@@ -60,15 +61,15 @@ class Group:
                 config=settings,
                 place=Place(rank, ranks, ranks_per_source, ranks),
                 guard=LevelGuard("placement", max_consecutive=3),
-                vote=lambda vote: [vote],
-                fallback=VllmPolicy,
                 window_size=WINDOW,
                 clock_s=lambda: 0.0,
                 feedback=feedback,
             )
             for rank in range(ranks)
         ]
-        for worker in self.workers:
+        self.members = [Member(w.guard, lambda vote: [vote], VllmPolicy) for w in self.workers]
+        for worker, member in zip(self.workers, self.members, strict=True):
+            member.controller = worker
             planner = planner_for(settings, facts)
             meter = _meter(planner, worker.place) if feedback else None
             worker.models.append(ModelView(model_state(placement), planner, meter))
@@ -92,45 +93,45 @@ class Group:
     def rearrange(self) -> list[np.ndarray]:
         """One rearrangement in vLLM's order; returns each rank's map and commits it."""
         raws = []
-        for worker in self.workers:
-            worker.begin(True)
+        for worker, member in zip(self.workers, self.members, strict=True):
+            member.begin(True)
             state = worker.models[0].state
             index = state.physical_to_logical_map.long()
             raws.append(to_logical(state.expert_load_window, index, EXPERTS).sum(dim=0))
         rows: list[Any] = []
-        for worker, raw in zip(self.workers, raws, strict=True):
-            worker.gather([raw], lambda row: rows.append(row) or torch.stack([row]))
-        for worker, raw in zip(self.workers, raws, strict=True):
-            sums = worker.gather([raw], lambda _row: torch.stack(rows))
+        for member, raw in zip(self.members, raws, strict=True):
+            member.gather([raw], lambda row: rows.append(row) or torch.stack([row]))
+        for member, raw in zip(self.members, raws, strict=True):
+            sums = member.gather([raw], lambda _row: torch.stack(rows))
             assert torch.equal(sums[0], torch.stack(raws).sum(dim=0).to(raw.dtype))
         maps = self._plan(sums[0])
-        for worker, placement in zip(self.workers, maps, strict=True):
+        for worker, member, placement in zip(self.workers, self.members, maps, strict=True):
             state = worker.models[0].state
             old = state.physical_to_logical_map.clone()
             state.physical_to_logical_map = torch.from_numpy(placement)
             fill_tables(state)
             worker.committed(state, old, 0, LAYERS)
             worker.stalled(1000.0)
-            worker.end()
+            member.end()
         return maps
 
     def _plan(self, weight: Any) -> list[np.ndarray]:
         """Two passes, as votes need everybody's: the first collects them, the second decides."""
         slots = self.workers[0].models[0].state.physical_to_logical_map.shape[1]
         votes = []
-        for index, worker in enumerate(self.workers):
-            current = worker.models[0].state.physical_to_logical_map.numpy().astype(np.int32)
-            before, last = worker.models[0].before, worker.rebalance_log.last
-            learned = copy.deepcopy(worker.models[0].outlook), worker.models[0].planned_step
-            vote, _ = worker._propose(0, tuple(weight.shape), current)
+        for index, (worker, member) in enumerate(zip(self.workers, self.members, strict=True)):
+            view = worker.models[0]
+            before, last = view.before, worker.rebalance_log.last
+            learned = copy.deepcopy(view.outlook), view.planned_step
+            vote = member._propose(0, weight, view.state.physical_to_logical_map).vote
             votes.append(self.votes[index] or vote)
-            worker.models[0].before, worker.rebalance_log.last = before, last
-            worker.models[0].outlook, worker.models[0].planned_step = learned
+            view.before, worker.rebalance_log.last = before, last
+            view.outlook, view.planned_step = learned
         maps = []
-        for worker in self.workers:
-            worker.vote = lambda _vote: votes
+        for worker, member in zip(self.workers, self.members, strict=True):
+            member.vote = lambda _vote: votes
             old = worker.models[0].state.physical_to_logical_map
-            result = worker.rebalance_experts(weight, slots, 1, 1, len(self.workers), old)
+            result = member.rebalance_experts(weight, slots, 1, 1, len(self.workers), old)
             maps.append(result.numpy())
         return maps
 

@@ -142,10 +142,10 @@ def test_rows_that_cannot_be_reduced_still_take_part(monkeypatch):
 
 def test_vllm_plans_its_profile_run_and_elastic_scaling():
     group = filled(2)
-    worker = group.workers[0]
-    worker.begin(False)
-    old = worker.models[0].state.physical_to_logical_map
-    result = worker.rebalance_experts(None, EXPERTS, 1, 1, 2, old)
+    member = group.members[0]
+    member.begin(False)
+    old = group.workers[0].models[0].state.physical_to_logical_map
+    result = member.rebalance_experts(None, EXPERTS, 1, 1, 2, old)
     np.testing.assert_array_equal(result.numpy(), np.roll(old.numpy(), 1, axis=1))
 
 

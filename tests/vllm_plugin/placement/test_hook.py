@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin.engine import news
 from gimbal.vllm_plugin.placement.hook import (
     MODEL_RUNNERS,
@@ -17,6 +18,7 @@ from gimbal.vllm_plugin.placement.hook import (
     patch_model_runners,
     routes_all_tokens,
 )
+from gimbal.vllm_plugin.placement.member import Member
 
 
 @pytest.mark.parametrize(
@@ -40,25 +42,22 @@ def test_layers_that_gather_logits_are_found():
     assert routes_all_tokens(SimpleNamespace(runner=runner))
 
 
-def controller(pressure_us):
-    return SimpleNamespace(
-        pressure_us=pressure_us,
-        pressure_news=True,
-        guard=SimpleNamespace(counts={}),
-        fallbacks_sent=0,
-    )
+def member(pressure_us):
+    found = Member(LevelGuard("placement"), lambda vote: [vote], None)
+    found.controller = SimpleNamespace(pressure_us=pressure_us, pressure_news=True)
+    return found
 
 
 def test_pressure_travels_with_a_real_output_once():
     empty = SimpleNamespace(req_ids=[])
-    sender = controller(2.0)
+    sender = member(2.0)
     attach_news(sender, empty)
     assert not hasattr(empty, news.PRESSURE_US)
-    assert sender.pressure_news
+    assert sender.controller.pressure_news
     output = SimpleNamespace(req_ids=["a"])
     attach_news(sender, SimpleNamespace(_model_runner_output=output))
     assert getattr(output, news.PRESSURE_US) == 2.0
-    assert not sender.pressure_news
+    assert not sender.controller.pressure_news
     assert not hasattr(output, news.FALLBACKS)
 
 
@@ -68,7 +67,7 @@ def test_both_model_runners_are_followed(monkeypatch, late):
 
     class Runner:
         def __init__(self, sender):
-            self.eplb_state = SimpleNamespace(_gimbal_controller=sender)
+            self.eplb_state = SimpleNamespace(_gimbal_member=sender)
             self.output = SimpleNamespace(req_ids=["a"])
 
         def execute_model(self, scheduler_output, intermediate_tensors=None, dummy_run=False):
@@ -81,10 +80,10 @@ def test_both_model_runners_are_followed(monkeypatch, late):
     monkeypatch.setitem(sys.modules, MODEL_RUNNERS[0], None)  # not imported in this worker
     patch_model_runners()
     patch_model_runners()  # a second model of the same worker changes nothing
-    runner = Runner(controller(2.0))
+    runner = Runner(member(2.0))
     step = SimpleNamespace(num_scheduled_tokens={"a": 7, "b": 1}, scheduled_spec_decode_tokens={})
     runner.execute_model(step, dummy_run=False)
-    assert runner.eplb_state._gimbal_controller.batch == (7, 1)
+    assert runner.eplb_state._gimbal_member.controller.batch == (7, 1)
     runner.sample_tokens(None)
     assert getattr(runner.output, news.PRESSURE_US) == 2.0
 
@@ -97,21 +96,21 @@ def test_vllms_own_v2_runner_can_be_followed(monkeypatch):
     for name in ("execute_model", "sample_tokens"):
         monkeypatch.setattr(runner, name, getattr(runner, name))  # taken back after the test
     patch_model_runner(runner)
-    sender, steps = controller(2.0), []
+    sender, steps = member(2.0), []
     failed = SimpleNamespace(
         execute_model_state=None,  # the step before failed: vLLM answers nothing
-        eplb_state=SimpleNamespace(_gimbal_controller=sender),
+        eplb_state=SimpleNamespace(_gimbal_member=sender),
         eplb=SimpleNamespace(step=lambda **kind: steps.append(kind)),
     )
     assert runner.sample_tokens(failed, None) is None
     assert steps == [{"is_dummy": False, "is_profile": False}]
-    assert sender.pressure_news  # for the next output
+    assert sender.controller.pressure_news  # for the next output
     assert isinstance(runner.eplb_state, property)
     assert "self.model_runner_output = " in inspect.getsource(async_output.__init__)
 
 
 def test_fallbacks_travel_when_there_are_more():
-    sender = controller(2.0)
+    sender = member(2.0)
     sender.guard.counts |= {"no plan": 2, "replica tables": 1}
     first, second = SimpleNamespace(req_ids=["a"]), SimpleNamespace(req_ids=["a"])
     attach_news(sender, first)

@@ -134,7 +134,7 @@ def test_what_an_engine_sends_decides_where_the_next_request_goes(home, tmp_path
         scheduler = real_scheduler.build(folder, {"levels": ["dispatch", "feedback"]})
         scheduler.add_request(real_scheduler.request("a", 10, output=4))
         sent = scheduler.schedule()
-        real_scheduler.finish_step(scheduler, sent, partial(attach_news, worker))
+        real_scheduler.finish_step(scheduler, sent, partial(attach_news, group.members[engine]))
         assert not worker.pressure_news
         board[engine] = scheduler.gimbal_signals.row
         scheduler.shutdown()

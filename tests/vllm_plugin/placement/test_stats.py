@@ -16,9 +16,9 @@ from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.placement.stats import gimbal_routing, to_file
 
 
-def answer(worker):
-    state = SimpleNamespace(_gimbal_controller=worker)
-    worker.models[0].state.model_name = "demo"
+def answer(member):
+    state = SimpleNamespace(_gimbal_member=member)
+    member.controller.models[0].state.model_name = "demo"
     return gimbal_routing(SimpleNamespace(model_runner=SimpleNamespace(eplb_state=state)))
 
 
@@ -31,7 +31,7 @@ def group():
 
 
 def test_rows_of_all_workers_become_one_recording(group):
-    recording = to_file([answer(w) for w in reversed(group.workers)])
+    recording = to_file([answer(m) for m in reversed(group.members)])
     np.testing.assert_allclose(recording.counts / recording.steps, skewed(2))
     np.testing.assert_allclose(recording.decode, recording.counts / 4)
     assert recording.physical_to_logical.tolist() == [list(range(EXPERTS))] * LAYERS
@@ -45,7 +45,7 @@ def test_rows_of_all_workers_become_one_recording(group):
 def test_served_locally_counts_from_the_last_migration_on(group):
     group.rearrange()
     group.run_step(skewed(2))
-    recording = to_file([answer(w) for w in group.workers])
+    recording = to_file([answer(m) for m in group.members])
     assert recording.metadata["served_locally"] > 0.9
     assert recording.metadata["committed"] == 1
     assert recording.metadata["pressure_us"] == [0.0, 0.0]
@@ -56,7 +56,7 @@ def test_answers_that_make_no_recording(group):
     with pytest.raises(InputError, match="level placement is off"):
         to_file([{}, {}])
     with pytest.raises(InputError, match="1 of 2 ranks answered"):
-        to_file([answer(group.workers[1])])
+        to_file([answer(group.members[1])])
 
 
 def test_a_worker_without_the_level_answers_nothing():

@@ -69,9 +69,9 @@ def build(tmp_path, monkeypatch):
         scheduler.shutdown()
 
 
-def serve(scheduler, count=12):
+def serve(scheduler, count=12, first=0):
     """Ids in the order in which requests were first scheduled; all must finish."""
-    for index in range(count):
+    for index in range(first, first + count):
         scheduler.add_request(real.request(f"r{index:02}", 400, 2, arrival=float(index)))
     seen = []
     for _ in range(200):
@@ -104,8 +104,11 @@ def test_vllms_queue_takes_over_from_one_that_answers_nonsense(build, caplog, na
         order = serve(scheduler)
     assert order == sorted(order), "first come, first served"
     level = scheduler.gimbal_queue
-    assert level.queue.fallback is not None
-    assert level.guard.counts == {"ordering": 1}
+    assert set(level.guard.counts) == {"ordering"}, "asked again at every step, in vain"
+    serve(scheduler, first=12, count=24)
+    assert level.over
+    assert level.guard.counts == {"ordering": level.guard.max_consecutive}
+    assert scheduler.waiting is level.queue.fallback
     (said,) = (r.getMessage() for r in caplog.records if "fell back" in r.getMessage())
     assert f"queue ordering foreign_orderings:{name}: " in said
     assert message in said

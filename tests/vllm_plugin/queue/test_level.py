@@ -215,20 +215,25 @@ def real_status(name):
 
 
 @pytest.mark.parametrize("broken", ["key", "peek", "take", "restore", "remove"])
-def test_a_broken_queue_hands_over_to_vllm_without_losing_a_request(build, broken):
+@pytest.mark.parametrize("often", [1, 7])
+def test_a_broken_queue_hands_over_to_vllm_without_losing_a_request(
+    build, monkeypatch, broken, often
+):
+    from gimbal.core.queue.heap import WaitingHeap
+
     scheduler = build({}, blocks=130, seats=16)
     level = scheduler.gimbal_queue
-    target = level.queue.heap.ordering if broken == "key" else level.queue.heap
+    target = type(level.queue.heap.ordering) if broken == "key" else WaitingHeap
     calls = []
 
     def fail(*args, **kwargs):
         calls.append(1)
-        if len(calls) > 1:
+        if len(calls) > 1 and len(calls) % often == 0:
             raise RuntimeError("broken on purpose")
         return original(*args, **kwargs)
 
     original = getattr(target, broken)
-    setattr(target, broken, fail)
+    monkeypatch.setattr(target, broken, fail)
     requests = mixed(80, seed=3, output=40)
     names = {r.request_id for _, r in requests}
     finished, due, step = set(), sorted(requests, key=lambda p: p[0]), 0
@@ -244,9 +249,80 @@ def test_a_broken_queue_hands_over_to_vllm_without_losing_a_request(build, broke
         before = set(scheduler.requests)
         real.finish_step(scheduler, scheduler.schedule())
         finished |= before - set(scheduler.requests)
+        if not level.over:
+            assert set(level.queue._all) == {r.request_id for r in scheduler.waiting}
     assert finished == names
+    assert set(level.guard.counts) <= {"ordering"}
+    if often == 1:
+        assert level.guard.counts["ordering"] > 0
+        # Without keys nothing can wait here; the others are not asked at every step.
+        assert level.over or broken != "key"
+
+
+def test_what_waits_when_the_level_goes_off_is_in_vllms_order(build):
+    """Preempted ones first, the last one before the others; then in the order they came."""
+
+    def waiting(gimbal):
+        scheduler = build(gimbal, blocks=100, seats=8)
+        for i, tokens in enumerate((300, 310, 320, 330, 340)):
+            scheduler.add_request(real.request(f"old{i}", tokens, 60))
+        for _ in range(6):
+            real.finish_step(scheduler, scheduler.schedule())
+        # Arrival times go the other way: vLLM orders by when its queue saw a request.
+        for i, tokens in enumerate((900, 20, 400)):
+            scheduler.add_request(real.request(f"new{i}", tokens, arrival=-float(i)))
+        for _ in range(2):
+            scheduler._preempt_request(scheduler.running.pop(), 0.0)
+        return scheduler
+
+    plain = waiting(None)
+    ours = waiting({})
+    queue = ours.waiting
+    assert [r.request_id for r in queue] != [r.request_id for r in plain.waiting]
+    ours.gimbal_queue.guard.disabled = True
+    ours.schedule()
+    plain.schedule()
+    assert ours.gimbal_queue.over
+    assert type(ours.waiting) is type(plain.waiting)
+    assert [r.request_id for r in ours.waiting] == [r.request_id for r in plain.waiting]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_a_level_that_is_off_schedules_exactly_as_vllm(build, policy):
+    """Switched off by the operator, and by itself: every step's tokens, preemptions included."""
+
+    def off(scheduler):
+        scheduler.gimbal_state.board.write_control({"levels": []})
+
+    def broken(scheduler):
+        scheduler.gimbal_queue.guard.disabled = True
+
+    vllm = run(build(None, blocks=180, policy=policy), mixed())
+    for switch in (off, broken):
+        scheduler = build({}, blocks=180, policy=policy)
+        switch(scheduler)
+        assert run(scheduler, mixed()) == vllm
+
+
+def test_a_level_that_comes_back_orders_what_waits_by_its_age(build):
+    scheduler = build({}, seats=1)
+    level, board, now = scheduler.gimbal_queue, scheduler.gimbal_state.board, [0.0]
+    level.queue.clock = lambda: now[0]
+    scheduler.add_request(real.request("running", 20, 40))
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.add_request(real.request("old", 900, 2))
+    board.write_control({"levels": []})
+    real.finish_step(scheduler, scheduler.schedule())
     assert level.queue.fallback is not None
-    assert level.guard.counts == {"ordering": 1}
+    now[0] = 50.0
+    scheduler.add_request(real.request("long", 1000, 2))
+    scheduler.add_request(real.request("short", 30, 2))
+    assert [r.request_id for r in scheduler.waiting] == ["old", "long", "short"]
+    board.write_control({})
+    real.finish_step(scheduler, scheduler.schedule())
+    assert level.queue.fallback is None
+    assert [r.request_id for r in scheduler.waiting] == ["old", "short", "long"]
+    assert level.queue.heap.oldest().queued_s == 0.0
 
 
 def test_a_failing_plan_leaves_the_step_to_vllm(build):
@@ -483,7 +559,7 @@ def test_control_message_switches_ordering_and_level(build):
     for control, expected in (
         ({"ordering": "sjf"}, "sjf"),
         ({"ordering": "nonsense"}, "sjf"),
-        ({"levels": ["dispatch"], "ordering": "sjf"}, "fcfs"),
+        ({"levels": ["dispatch"], "ordering": "sjf"}, "vllm"),
         ({}, "gimbal"),
     ):
         board.write_control(control)

@@ -1,0 +1,46 @@
+"""What dispatch may know of a request, read from vLLM's ``EngineCoreRequest``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gimbal.board.clock import now_us
+from gimbal.core.contracts import DispatchRequest
+
+Described = tuple[DispatchRequest, Sequence[int] | None]
+"""A request, and its prompt where nothing but the tokens tells it from another; else None."""
+
+
+def describe(request: Any) -> Described:
+    """What dispatch may know of vLLM's ``EngineCoreRequest``."""
+    from vllm.utils import length_from_prompt_token_ids_or_embeds
+
+    tokens = request.prompt_token_ids
+    length = length_from_prompt_token_ids_or_embeds(tokens, request.prompt_embeds)
+    entry = DispatchRequest(
+        request.request_id, length, now_us(), session_of(request), request.priority
+    )
+    # Prompts that differ outside their tokens must not be taken for one another.
+    plain = not (request.mm_features or request.lora_request or request.cache_salt)
+    return entry, tokens if plain else None
+
+
+def session_of(request: Any) -> str | None:
+    """``session_id``, ``X-Session-ID``, ``vllm_xargs.session_id`` or, over HTTP, ``user``."""
+    if request.session_id:
+        return str(request.session_id)
+    sampling = request.sampling_params
+    extra = sampling.extra_args if sampling is not None else None
+    session = extra.get("session_id") if extra else None
+    return session if isinstance(session, str) and session else None
+
+
+def left_to_vllm(request: Any) -> str | None:
+    """Why vLLM places this request whatever the policy is, or None."""
+    if request.data_parallel_rank is not None:
+        return "pinned"
+    pooling = request.pooling_params
+    if pooling is not None and pooling.late_interaction_params is not None:
+        return "late_interaction"
+    return None
