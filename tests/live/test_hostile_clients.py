@@ -123,6 +123,7 @@ def test_refusals_leave_nothing(server: Any) -> None:
 
 def test_control_takes_json_from_no_foreign_page(server: Any) -> None:
     message = b'{"policy": "vllm"}'
+    before = json.loads(ask(server, "GET", "/gimbal/status")[1])["control"]  # others' messages
     answers = [
         control(server, message, {"Content-Type": "text/plain"}),
         control(server, message, AS_JSON | {"Origin": "http://evil.example"}),
@@ -135,7 +136,7 @@ def test_control_takes_json_from_no_foreign_page(server: Any) -> None:
     assert [status for status, _ in answers] == [415, 403, 413, 400, 400, 400, 400]
     assert all(len(body) < 500 and list(json.loads(body)) == ["error"] for _, body in answers)
     status, answer = ask(server, "GET", "/gimbal/status")
-    assert (status, json.loads(answer)["control"]) == (200, {})
+    assert (status, json.loads(answer)["control"]) == (200, before)
     assert control(server, b"{}", AS_JSON)[0] == 200
     assert all_at_once(server, 8) == {200}
     assert_nothing_is_left(server)
