@@ -42,6 +42,7 @@ class ExpertParallelCPUWorker(CPUWorker):  # type: ignore[misc]
     """The CPU worker of an expert-parallel engine."""
 
     def init_device(self) -> None:
+        ask_for_matrix_tiles()
         activate(eplb=self.parallel_config.enable_eplb)
         with _model_runner_class(ExpertParallelCPUModelRunner):
             super().init_device()
@@ -51,6 +52,18 @@ class ExpertParallelCPUWorker(CPUWorker):  # type: ignore[misc]
         state = getattr(self.model_runner, "eplb_state", None)
         counter = getattr(state, "gimbal_migrations", None)
         return {} if counter is None else counter.as_dict()
+
+
+def ask_for_matrix_tiles() -> None:
+    """Asks the kernel for AMX tiles; does nothing on CPUs without them.
+
+    vLLM's ``cpu_micro_gemm`` uses them without having asked. Nobody else has asked in a worker whose
+    first matrix product is vLLM's, and it ends with SIGILL.
+    """
+    import torch
+
+    with contextlib.suppress(Exception):
+        torch._C._cpu._init_amx()
 
 
 @contextlib.contextmanager

@@ -125,10 +125,6 @@ def _apply_openmp(environment: dict[str, str]) -> None:
         return
     import torch
 
-    with suppress(Exception):
-        # Asks the kernel for the matrix tiles of CPUs that have them, before there are threads. A
-        # worker that used them without having asked ended with SIGILL now and then.
-        torch._C._cpu._init_amx()
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(cores)))
 
