@@ -57,8 +57,8 @@ class ExpertParallelCPUWorker(CPUWorker):  # type: ignore[misc]
 def ask_for_matrix_tiles() -> None:
     """Asks the kernel for AMX tiles; does nothing on CPUs without them.
 
-    vLLM's ``cpu_micro_gemm`` uses them without having asked. Nobody else has asked in a worker whose
-    first matrix product is vLLM's, and it ends with SIGILL.
+    vLLM's ``cpu_micro_gemm`` uses them without having asked. A worker whose first matrix product is
+    vLLM's, so that nobody else has asked either, ends with SIGILL.
     """
     import torch
 
