@@ -143,7 +143,8 @@ class ServerPool:
         process, self.process, self.key = self.process, None, None
         if process is None:
             return
-        from gimbal.vllm_plugin.serve.processes import descendants_of, shared_memory_of
+        from gimbal.vllm_plugin.serve.processes import descendants_of
+        from gimbal.vllm_plugin.serve.shared_memory import shared_memory_of
 
         family = [process.pid, *descendants_of(process.pid)]
         shared = shared_memory_of(family)

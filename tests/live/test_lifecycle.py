@@ -32,7 +32,8 @@ def wait_for(text: str, log: Path, process: subprocess.Popen[bytes], timeout_s: 
 
 @pytest.mark.parametrize("phase", ["importing vLLM", "starting the engines", "loading the model"])
 def test_a_stop_while_starting_leaves_nothing(server_pool: Any, tmp_path: Path, phase: str) -> None:
-    from gimbal.vllm_plugin.serve.processes import descendants_of, shared_memory_of
+    from gimbal.vllm_plugin.serve.processes import descendants_of
+    from gimbal.vllm_plugin.serve.shared_memory import shared_memory_of
 
     server_pool.stop()
     log = tmp_path / "log"
@@ -57,6 +58,77 @@ def test_a_killed_supervisor_takes_its_server_along(server: Any, server_pool: An
     os.kill(server.pid, signal.SIGKILL)
     assert gone(family, 40)
     server_pool.forget()
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("VLLM::Worker_DP1", "worker rank 0 of engine 1"),
+        ("VLLM::DPCoordinator", "coordinator"),
+        ("serve.server", "API server"),
+    ],
+)
+def test_a_killed_process_is_named_and_nothing_is_left(
+    server: Any, server_pool: Any, title: str, name: str
+) -> None:
+    from gimbal.vllm_plugin.serve.processes import descendants_of
+    from gimbal.vllm_plugin.serve.shared_memory import shared_memory_of
+
+    family = descendants_of(server.pid)
+    shared = shared_memory_of(family)
+    victim = next(pid for pid in family if title in command_line(pid))
+    os.kill(victim, signal.SIGKILL)
+    assert server_pool.process.wait(90) == 1
+    server_pool.forget()
+    lines = [t for t in server.log.read_text(errors="replace").splitlines() if "gimbal: " in t]
+    assert lines[-1].startswith(f"gimbal: {name} (process {victim}) ended while running: killed by")
+    assert gone(family, 0)
+    assert not [path for path in shared if path.exists()]
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def test_an_engine_that_dies_while_starting_leaves_nothing(
+    server_pool: Any, tmp_path: Path
+) -> None:
+    from gimbal.vllm_plugin.serve.processes import descendants_of
+
+    server_pool.stop()
+    before = set(os.listdir("/dev/shm"))
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [*SERVE, "--port", str(server_pool.free_port())], stdout=out, stderr=subprocess.STDOUT
+        )
+    wait_for("loading the model", log, process, 120)
+    family = descendants_of(process.pid)
+    engine = next(pid for pid in family if "EngineCore_DP0" in command_line(pid))
+    os.kill(engine, signal.SIGKILL)
+    assert process.wait(90) == 1
+    last = log.read_text(errors="replace").splitlines()[-1]
+    assert last.startswith(f"gimbal: engine 0 (process {engine}) ended while "), last
+    assert gone(family, 0)
+    left = [
+        name for name in set(os.listdir("/dev/shm")) - before if name.startswith(("psm", "sem"))
+    ]
+    assert not left
+
+
+def test_the_next_start_removes_what_a_crash_left(server: Any, server_pool: Any) -> None:
+    from gimbal.vllm_plugin.serve.processes import descendants_of
+    from gimbal.vllm_plugin.serve.shared_memory import shared_memory_of, sweep
+
+    family = [server.pid, *descendants_of(server.pid)]
+    shared = shared_memory_of(family)
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    assert gone(family, 40)
+    server_pool.forget()
+    assert [path for path in shared if path.exists()]
+    assert sweep()
+    assert not [path for path in shared if path.exists()]
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from multiprocessing import context, forkserver, popen_forkserver, resource_tracker, spawn
@@ -38,15 +38,21 @@ _SPAWN_PROCESS: Any = context.SpawnProcess
 _SPAWN: Any = spawn
 
 
-def start(modules: Sequence[str] = WORKER_MODULES) -> bool:
-    """Forks the zygote and reroutes ``spawn`` to it; returns False when that is not safe.
+def start(
+    modules: Sequence[str] = WORKER_MODULES, on_exit: Callable[[int, int], None] | None = None
+) -> int | None:
+    """Forks the zygote and reroutes ``spawn`` to it; returns its process id.
+
+    Returns None when that is not safe, and nothing has changed then. The zygote calls `on_exit`
+    with process id and exit code of every process that it has forked (minus the signal, if one
+    killed it): most starters never ask.
 
     Not safe: this process has other threads (a fork would copy the locks they hold), or is not
     on Linux with a Python whose fork server is known.
     """
     known = sys.platform.startswith("linux") and (3, 11) <= sys.version_info[:2] <= (3, 13)
     if not known or len(os.listdir("/proc/self/task")) > 1:
-        return False
+        return None
     address = os.path.join(tempfile.mkdtemp(prefix="zygote-"), "socket")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -60,14 +66,17 @@ def start(modules: Sequence[str] = WORKER_MODULES) -> bool:
     # The collector would otherwise touch, and so copy, every page the processes share.
     gc.collect()
     gc.freeze()
-    if os.fork() == 0:
+    pid = os.fork()
+    if pid == 0:
+        if on_exit is not None:
+            _tell(on_exit)
         _serve(listener, alive_read, alive_write, modules)
     os.close(alive_read)
     listener.close()
     _SERVER._forkserver_address = address
     _SERVER._forkserver_alive_fd = alive_write
     _reroute_spawn()
-    return True
+    return pid
 
 
 def _reroute_spawn() -> None:
@@ -96,6 +105,19 @@ def _serve(
         code = 0
     finally:
         os._exit(code)
+
+
+def _tell(on_exit: Callable[[int, int], None]) -> None:
+    """Calls `on_exit` whenever this process collects a child."""
+    collect = os.waitpid
+
+    def waitpid(pid: int, options: int) -> tuple[int, int]:
+        found, status = collect(pid, options)
+        if found:
+            on_exit(found, os.waitstatus_to_exitcode(status))
+        return found, status
+
+    os.waitpid = waitpid
 
 
 def _carry_environment() -> None:

@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
+from typing import IO
 
 from gimbal.core.contracts import FloatArray
 from gimbal.core.snapshot import Field
 from gimbal.records.schema import StepRecord
+
+logger = logging.getLogger("vllm.gimbal")
 
 BUFFER_BYTES = 1 << 16
 """Lines are written in blocks: a log must not slow the steps it times."""
 
 
 class StepLog:
-    """Appends one engine's steps to ``steps-ENGINE.jsonl`` in `directory`, which it makes."""
+    """Appends one engine's steps to ``steps-ENGINE.jsonl`` in `directory`, which it makes.
+
+    A record that cannot be written never hurts the step it tells of. The first failure is logged;
+    later steps are written again once the disk takes them.
+
+    Attributes:
+        lost: records that could not be written.
+    """
 
     def __init__(self, directory: Path, engine: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        self.lost = 0
         self._engine = engine
-        self._file = (directory / f"steps-{engine}.jsonl").open(
-            "a", encoding="utf-8", buffering=BUFFER_BYTES
-        )
+        self._said = False
+        self._path = directory / f"steps-{engine}.jsonl"
+        self._file: IO[bytes] | None = None
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab", buffering=BUFFER_BYTES)
+        except OSError as error:
+            self._failed(error)
 
     def write(
         self,
@@ -48,11 +64,33 @@ class StepLog:
             prefill_pairs=prefill_pairs,
         )
         values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-        self._file.write(json.dumps(values, separators=(",", ":")) + "\n")
+        line = json.dumps(values, separators=(",", ":")) + "\n"
+        if self._file is None:
+            self.lost += 1
+            return
+        try:
+            self._file.write(line.encode())  # all of it, or nothing: what is buffered waits
+        except OSError as error:
+            self.lost += 1
+            self._failed(error)
 
     def flush(self) -> None:
         """Puts what is buffered on disk; called when the engine falls idle."""
-        self._file.flush()
+        if self._file is not None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._failed(error)
 
     def close(self) -> None:
-        self._file.close()
+        """Writes what is left, as far as the disk takes it."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        if not self._said:
+            self._said = True
+            logger.error("Gimbal: steps not recorded, serving goes on: %s: %s", self._path, error)

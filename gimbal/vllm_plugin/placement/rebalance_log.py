@@ -7,10 +7,11 @@ stands with the realized fields empty and is rewritten in place when they are kn
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from dataclasses import asdict, replace
-from os import SEEK_END
 from pathlib import Path
 
 from gimbal.core.contracts import FloatArray, IntArray
@@ -24,16 +25,23 @@ logger = logging.getLogger("vllm.gimbal")
 class RebalanceLog:
     """Appends records to ``rebalances.jsonl``; keeps the last one open.
 
+    A record that cannot be written never hurts serving. The first failure is logged; later
+    records are written again once the disk takes them.
+
     Args:
         directory: where to write; None keeps the last record in memory only.
+
+    Attributes:
+        lost: times that writing failed.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self._path = None if directory is None else directory / FILES[RebalanceRecord]
-        self._offset = 0
+        self._offset: int | None = None  # of the last record's line; None when it has none
         self.last: RebalanceRecord | None = None
         self.committed = 0
         self.proposed = 0
+        self.lost = 0
 
     def add(self, record: RebalanceRecord) -> None:
         """Writes `record` and leaves it open for `amend`."""
@@ -65,29 +73,36 @@ class RebalanceLog:
             return
         slots = before.shape[1] // ranks
         record = placement_record(last.time_s, last.committed, pairs, before, after, slots)
-        path = self._path.with_name(FILES[PlacementRecord])
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(_line(record))
-        except OSError as error:
-            logger.error("Gimbal placement: placement not recorded: %s", error)
+        self._append(self._path.with_name(FILES[PlacementRecord]), _line(record))
 
     def _write(self, new: bool) -> None:
-        """The last record as a new line, or over its old one. A full disk must not stop serving."""
+        """The last record as a new line, or over its old one."""
         if self._path is None or self.last is None:
             return
+        self._offset = self._append(self._path, _line(self.last), None if new else self._offset)
+
+    def _append(self, path: Path, line: str, at: int | None = None) -> int | None:
+        """Writes `line` at the file's end, or at byte `at` in place of what stands from there on.
+
+        Returns where it begins, None when it could not be written: the file then ends with the
+        whole line before it.
+        """
+        data = line.encode()
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a+", encoding="utf-8") as file:
-                end = file.seek(0, SEEK_END)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab", buffering=0) as file:
                 # Somebody may have taken the file away since.
-                self._offset = end if new or end < self._offset else self._offset
-                file.truncate(self._offset)
-                file.write(_line(self.last))
+                begin = min(file.tell() if at is None else at, file.tell())
+                file.truncate(begin)
+                if file.write(data) == len(data):
+                    return begin
+                file.truncate(begin)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            logger.error("Gimbal placement: no more records: %s", error)
-            self._path = None
+            self.lost += 1
+            if self.lost == 1:
+                logger.error("Gimbal placement: no records, serving goes on: %s: %s", path, error)
+            return None
 
 
 def _line(record: RebalanceRecord | PlacementRecord) -> str:

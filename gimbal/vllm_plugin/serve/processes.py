@@ -1,19 +1,18 @@
-"""Finds and ends every process of one server, and the shared memory they would leave."""
+"""Finds and ends every process of one server."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
-import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-_SHARED_MEMORY = Path("/dev/shm")
-# A line of /proc/PID/maps: addresses, permissions, offset, device, inode, path.
-_MAPPED = re.compile(r"(\d+)\s+/dev/shm/.*$", re.MULTILINE)
+TRACKER_GRACE_S = 5.0
+"""How long multiprocessing's resource tracker gets to remove what dead processes left."""
 
 
 def adopt_orphans() -> None:
@@ -47,30 +46,6 @@ def descendants_of(pid: int) -> list[int]:
     return found
 
 
-def shared_memory_of(pids: list[int]) -> set[Path]:
-    """Files below /dev/shm that `pids` map or hold open.
-
-    Compared by inode: a POSIX semaphore is mapped under the name it had before it got its own.
-    """
-    inodes: set[int] = set()
-    for pid in pids:
-        process = Path("/proc") / str(pid)
-        with contextlib.suppress(OSError):
-            inodes |= {int(found) for found in _MAPPED.findall((process / "maps").read_text())}
-        with contextlib.suppress(OSError):
-            for descriptor in (process / "fd").iterdir():
-                with contextlib.suppress(OSError):
-                    if os.readlink(descriptor).startswith("/dev/shm/"):
-                        inodes.add(descriptor.stat().st_ino)
-    found = set()
-    with contextlib.suppress(OSError):
-        for path in _SHARED_MEMORY.iterdir():
-            with contextlib.suppress(OSError):
-                if path.stat().st_ino in inodes:
-                    found.add(path)
-    return found
-
-
 def resident_bytes(pids: list[int]) -> int:
     """Resident memory of `pids` together; pages they share count once per process."""
     import psutil
@@ -82,34 +57,69 @@ def resident_bytes(pids: list[int]) -> int:
     return total
 
 
-def end_all(first: int, grace_s: float) -> None:
-    """Ends process `first` and every descendant of this process, and unlinks what they leave.
+def listens(pids: list[int], port: int) -> bool:
+    """Whether one of `pids` listens on TCP `port`; True where that cannot be seen."""
+    import psutil
+
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            try:
+                found = psutil.Process(pid).net_connections("tcp")
+            except psutil.AccessDenied:
+                return True
+            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in found):
+                return True
+    return False
+
+
+def end_all(first: int, grace_s: float, look: Callable[[], None] = lambda: None) -> None:
+    """Ends process `first` and every descendant of this process.
 
     `first` gets SIGTERM and `grace_s` seconds to take its own children down; whatever still
-    lives then is killed. Returns when no descendant is left.
+    lives then is killed. Returns when no descendant is left. `look` is called while they live.
     """
-    leftovers = shared_memory_of(descendants())
+    look()
     _signal(first, signal.SIGTERM)
     deadline_s = time.monotonic() + grace_s
-    while (alive := descendants()) and time.monotonic() < deadline_s:
-        leftovers |= shared_memory_of(alive)
+    while (alive := _ending()) and time.monotonic() < deadline_s:
+        look()
         # Once the server itself is gone nobody else will end its orphans.
         if first not in alive:
             for pid in alive:
                 _signal(pid, signal.SIGTERM)
             deadline_s = min(deadline_s, time.monotonic() + 3.0)
         time.sleep(0.1)
-    while alive := descendants():
+    while alive := _ending():
         for pid in alive:
             _signal(pid, signal.SIGSTOP)  # so that none makes another file behind our back
-        leftovers |= shared_memory_of(alive)
+        look()
         for pid in alive:
             _signal(pid, signal.SIGKILL)
         time.sleep(0.05)
+    _wait_for_trackers()
     reap()
-    for path in leftovers:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+
+
+def _ending() -> list[int]:
+    """All descendants but resource trackers: those end by themselves, after all others."""
+    return [pid for pid in descendants() if not _is_tracker(pid)]
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _wait_for_trackers() -> None:
+    """A tracker removes what its dead processes left; it notices when the last one is gone."""
+    deadline_s = time.monotonic() + TRACKER_GRACE_S
+    while trackers := descendants():
+        if time.monotonic() > deadline_s:
+            for pid in trackers:
+                _signal(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def reap() -> None:

@@ -13,6 +13,10 @@ import signal
 import sys
 
 from gimbal.core.errors import InputError
+from gimbal.vllm_plugin.serve import family
+
+# Here, because processes started by the spawn method import this module and do not call `main`.
+family.note_children()
 
 
 def main(arguments: list[str]) -> None:
@@ -29,7 +33,9 @@ def main(arguments: list[str]) -> None:
 
         from gimbal.vllm_plugin.cpu_backend import zygote
 
-        if not zygote.start():
+        if pid := zygote.start(on_exit=family.note_ended):
+            family.note_started(pid, family.ZYGOTE)
+        else:
             print("gimbal: slow start: every process imports vLLM by itself", file=sys.stderr)
     parser = FlexibleArgumentParser(prog="gimbal", description="vLLM's OpenAI server")
     serve = ServeSubcommand()

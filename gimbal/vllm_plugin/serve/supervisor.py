@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import os
-import queue
 import re
 import signal
 import subprocess
@@ -15,13 +15,18 @@ import tempfile
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 from rich.console import Console
 
-from gimbal.vllm_plugin.serve import processes
+from gimbal.core.errors import InputError
+from gimbal.vllm_plugin.serve import processes, shared_memory
+from gimbal.vllm_plugin.serve.family import REPORTS, Ended, Family
 from gimbal.vllm_plugin.serve.plan import ServePlan
 
 # What a line of vLLM's log says about the phase of the start; the first match of a later phase
@@ -36,10 +41,34 @@ PHASES: tuple[tuple[str, str], ...] = (
 )
 _HIDDEN_UNTIL_READY = re.compile(r"\b(INFO|DEBUG|WARNING)\b|^$|^\[W|^Loading|Warning:|^  |Triton")
 STOP_GRACE_S = 20.0
+LOST_GRACE_S = 20.0
+"""A server that lost a process it cannot do without ends by itself within this time, or is ended:
+not every loss is noticed by vLLM."""
+STOP_TOGETHER_S = 1.0
+"""A process that ends this short before a stop is asked for belongs to the stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """What was started, and what is kept track of for its end."""
+
+    child: subprocess.Popen[str]
+    family: Family
+    shared: shared_memory.SharedMemory
+
+    def end(self, grace_s: float) -> None:
+        processes.end_all(self.child.pid, grace_s, self.shared.look)
+        self.shared.remove()
+        self.family.close()
+        self.child.wait()
 
 
 class Supervisor:
-    """One server's life. `run` returns the exit code of ``gimbal serve``."""
+    """One server's life. `run` returns the exit code of ``gimbal serve``.
+
+    0: stopped by SIGINT, SIGTERM or a hang-up. 1: the server ended by itself, or a process that
+    it cannot do without did. 2: vLLM refused a flag.
+    """
 
     def __init__(self, plan: ServePlan, *, verbose: bool, console: Console) -> None:
         self.plan = plan
@@ -50,88 +79,127 @@ class Supervisor:
         self.tail: collections.deque[str] = collections.deque(maxlen=60)
         self.started_s = time.monotonic()
         self._stopping = False
+        self._stop_s = self._lost_s = math.inf
         # Not an Event: its lock would be taken twice by a signal that comes while it is waited for.
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._awake, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
         self._show_phase: Callable[[str], None] = _silent
 
     def run(self) -> int:
         processes.adopt_orphans()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._stop)
-        with tempfile.TemporaryDirectory(prefix="gimbal-") as scratch:
-            environment = os.environ | self.plan.environment
-            # vLLM's IPC sockets and rendezvous files, gone with the folder.
-            environment |= {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1"}
-            child = subprocess.Popen(
-                self.plan.command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                # Not a session: its autogroup would starve clients outside (docs/benchmarking.md).
-                process_group=0,
-                text=True,
-                errors="replace",
-            )
-            assert child.stdout is not None
-            reader = threading.Thread(target=self._relay, args=(child.stdout,), daemon=True)
+        self._listen()
+        if swept := shared_memory.sweep():
+            self._say(f"removed {swept} files that a crashed server had left in /dev/shm")
+        with _scratch_folder() as scratch:
+            server = self._launch(scratch)
+            assert server.child.stdout is not None
+            reader = threading.Thread(target=self._relay, args=(server.child.stdout,), daemon=True)
             reader.start()
             try:
                 with self._progress():
-                    self._wait_ready(child)
+                    self._wait_ready(server)
                 if self.ready:
                     self._announce()
-                    while child.poll() is None and not self._stopped_within(0.5):
-                        pass
-                code = self._outcome(child)
+                while self._goes_on(server, 0.5):
+                    pass
+                code, failed = self._outcome(server)
             finally:
-                processes.end_all(child.pid, STOP_GRACE_S if self.ready else 5.0)
-                child.wait()
+                server.end(STOP_GRACE_S if self.ready else 5.0)
             reader.join(timeout=5.0)
         if code:
-            self._explain(code)
-            # vLLM's own parser ends with 2 for a flag it refuses, and so does Gimbal.
-            return 2 if code == 2 and not self.ready else 1
+            self._explain(failed)
+            return code
         self._say("stopped; no process and no shared memory left")
         return 0
 
+    def _listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # `nohup` has a hang-up ignored, here and in every child.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._stop)
+
+    def _launch(self, scratch: str) -> _Server:
+        reports = Path(scratch) / "processes"
+        environment = os.environ | self.plan.environment
+        # vLLM's IPC sockets and rendezvous files, gone with the folder.
+        environment |= {"TMPDIR": scratch, "PYTHONUNBUFFERED": "1", REPORTS: str(reports)}
+        shared = shared_memory.SharedMemory(processes.descendants)
+        child = subprocess.Popen(
+            self.plan.command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # Not a session: its autogroup would starve clients outside (docs/benchmarking.md).
+            process_group=0,
+            text=True,
+            errors="replace",
+        )
+        return _Server(child, Family(child.pid, reports), shared)
+
     def _stop(self, *_: object) -> None:
-        self._stopping = True
-        self._wake.put(None)
-
-    def _stopped_within(self, seconds: float) -> bool:
-        """Waits until a signal asks for a stop, at most so long; whether one has."""
         if not self._stopping:
-            with contextlib.suppress(queue.Empty):
-                self._wake.get(timeout=seconds)
-        return self._stopping
+            self._stopping, self._stop_s = True, time.monotonic()
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake, b"\0")
 
-    def _outcome(self, child: subprocess.Popen[str]) -> int:
-        """0 for a stop that was asked for, else how the server ended on its own."""
+    def _goes_on(self, server: _Server, seconds: float) -> bool:
+        """Watches for so long, or until something happens; False once the server has to end."""
+        server.family.wait(seconds, self._awake)
+        server.shared.look()
+        if self._stopping or server.child.poll() is not None:
+            return False
+        if server.family.first_failure(None) is None:
+            return True
+        self._lost_s = min(self._lost_s, time.monotonic())
+        return time.monotonic() - self._lost_s < LOST_GRACE_S
+
+    def _outcome(self, server: _Server) -> tuple[int, Ended | None]:
+        """Exit code of ``gimbal serve``, and which process ended first if one did by itself."""
         if self._stopping:
             self._say("stopping")
-            return 0
-        code = child.wait()
-        # A server nobody has seen ready did not do its job, however politely it left.
-        return code or (0 if self.ready or self.plan.headless else 1)
+            # systemd asks every process at once: some are gone before we have heard of it. A
+            # server that was going down already has failed all the same.
+            if self._stop_s < self._lost_s + STOP_TOGETHER_S:
+                return 0, None
+        code = server.child.poll()
+        failed = server.family.first_failure(code)
+        if failed is None:
+            # A server that nobody asked to stop did not do its job, however politely it left.
+            return (0 if self.plan.headless else 1), Ended("API server", server.child.pid, code)
+        # vLLM's own parser ends with 2 for a flag it refuses, and so does Gimbal.
+        refused = failed.pid == server.child.pid and code == 2 and not self.ready
+        return (2 if refused else 1), failed
 
-    def _wait_ready(self, child: subprocess.Popen[str]) -> None:
-        health = self.plan.url.removesuffix("/v1") + "/health"
-        while child.poll() is None and not self._stopped_within(0.25):
-            if not self.plan.headless and _answers(health):
+    def _wait_ready(self, server: _Server) -> None:
+        while self._goes_on(server, 0.25):
+            if not self.plan.headless and self._answers():
                 self.ready = True
                 return
 
+    def _answers(self) -> bool:
+        """Whether the server answers; another program on its port does not count."""
+        port = urllib.parse.urlsplit(self.plan.url).port
+        if not _is_healthy(self.plan.url.removesuffix("/v1") + "/health"):
+            return False
+        return port is None or processes.listens(processes.descendants(), port)
+
     def _relay(self, stream: IO[str]) -> None:
+        shown = "\n"
         for line in stream:
             self.tail.append(line)
             self._advance(line)
             if self._is_shown(line):
-                try:
-                    self.console.out(line, end="", highlight=False)
-                except OSError:
-                    # Whoever read our output is gone; the server must not block on its log.
-                    self.console = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+                self._print(shown := line)
+        if not shown.endswith("\n"):
+            self._print("\n")  # what we say next stands on a line of its own
+
+    def _print(self, text: str) -> None:
+        try:
+            self.console.out(text, end="", highlight=False)
+        except OSError:
+            # Whoever read our output is gone; the server must not block on its log.
+            self.console = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 
     def _is_shown(self, line: str) -> bool:
         """On a terminal, only what asks for attention while starting, and nothing of the stop."""
@@ -184,22 +252,29 @@ class Supervisor:
             f"-d '{json.dumps(body)}'"
         )
 
-    def _explain(self, code: int) -> None:
+    def _explain(self, failed: Ended | None) -> None:
         if self.quiet_start and not self.ready:
             self.console.out("".join(self.tail), end="", highlight=False)
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
         when = "while running" if self.ready else f"while {PHASES[self.phase][1]}"
-        print(f"gimbal: the server ended by itself {when} ({how})", file=sys.stderr)
+        assert failed is not None
+        print(f"gimbal: {failed} ended {when}: {failed.how}", file=sys.stderr)
 
     def _say(self, text: str) -> None:
         self.console.out(f"gimbal: {text}", highlight=False)
+
+
+def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="gimbal-")
+    except OSError as error:
+        raise InputError(f"no folder for temporary files (TMPDIR): {error}") from error
 
 
 def _silent(text: str) -> None:
     del text
 
 
-def _answers(url: str) -> bool:
+def _is_healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2.0) as reply:
             return bool(reply.status == 200)

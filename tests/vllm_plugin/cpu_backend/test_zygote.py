@@ -14,6 +14,10 @@ SCRIPT = """
 import multiprocessing, os, sys
 from gimbal.vllm_plugin.cpu_backend import zygote
 
+def told(pid, code):
+    with open("told", "a") as file:
+        file.write(f"{pid} {code}\\n")
+
 def grandchild(queue):
     queue.put((os.getpid(), os.environ["WHO"], "loaded_before_the_fork" in sys.modules))
 
@@ -26,7 +30,7 @@ def child(queue):
     queue.put((os.getpid(), "exit", process.exitcode))
 
 if __name__ == "__main__":
-    assert zygote.start(["loaded_before_the_fork", "no.such.module"])
+    assert zygote.start(["loaded_before_the_fork", "no.such.module"], on_exit=told)
     os.environ["WHO"] = "child"
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -35,6 +39,12 @@ if __name__ == "__main__":
     rows = [queue.get(timeout=30) for _ in range(2)]
     process.join()
     print(process.exitcode, [row[1:] for row in rows], len({os.getpid(), *(r[0] for r in rows)}))
+    killed = context.Process(target=os.abort)
+    killed.start()
+    killed.join()
+    with open("told") as file:
+        codes = dict(map(int, line.split()) for line in file)
+    print([codes.get(pid) for pid in (process.pid, rows[0][0], killed.pid)])
 """
 
 
@@ -50,12 +60,13 @@ def test_spawned_processes_are_forks_with_their_starters_environment(tmp_path: P
             "PATH": "/usr/bin:/bin",
             "TMPDIR": str(tmp_path),
         },
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "0 [('grandchild', True), ('exit', 0)] 3"
+    assert done.stdout.splitlines() == ["0 [('grandchild', True), ('exit', 0)] 3", "[0, 0, -6]"]
 
 
 @pytest.mark.parametrize(

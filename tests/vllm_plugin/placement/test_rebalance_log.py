@@ -1,6 +1,9 @@
 """Records on disk: appended, completed in place, and never in the way of serving."""
 
 import json
+import resource
+
+import pytest
 
 from gimbal.records.schema import RebalanceRecord
 from gimbal.vllm_plugin.placement.rebalance_log import RebalanceLog
@@ -58,12 +61,41 @@ def test_a_file_taken_away_comes_back(tmp_path):
     assert [r["time_s"] for r in lines(tmp_path)] == [2.0]
 
 
-def test_a_place_that_cannot_be_written_stops_the_records_only(tmp_path):
+def test_a_place_that_cannot_be_written_costs_the_records_only(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     log = RebalanceLog(tmp_path / "file")
     log.add(record(1.0))
     log.amend(stall_us=1.0)
     assert log.last.stall_us == 1.0
+    assert log.lost == 2
+    assert len([r for r in caplog.records if "serving goes on" in r.message]) == 1
+
+
+@pytest.fixture
+def full_disk():
+    """Sets how large files of this process may grow; writing beyond fails like a full disk."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda limit: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (hard if limit is None else limit, hard)
+    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_full_disk_leaves_whole_lines_and_no_hole_once_there_is_room(tmp_path, full_disk):
+    log = RebalanceLog(tmp_path)
+    log.add(record(1.0))
+    size = (tmp_path / "rebalances.jsonl").stat().st_size
+    full_disk(size + 20)
+    log.add(record(2.0))
+    assert [r["time_s"] for r in lines(tmp_path)] == [1.0]
+    log.amend(stall_us=3.0)
+    assert [r["time_s"] for r in lines(tmp_path)] == [1.0]
+    assert log.lost == 2
+    full_disk(None)
+    log.amend(realized_gain_us_per_step=4.0)
+    log.add(record(5.0))
+    assert [r["time_s"] for r in lines(tmp_path)] == [1.0, 2.0, 5.0]
+    assert lines(tmp_path)[1]["stall_us"] == 3.0
 
 
 def test_without_a_directory_the_last_record_is_kept():
