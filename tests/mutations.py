@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gimbal.core.errors import MOST_CHARACTERS, InputError
 
 EXAMPLES = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

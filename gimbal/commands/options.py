@@ -20,10 +20,12 @@ FIGURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".eps", ".ps", ".ti
 
 
 class Whole(click.IntRange):
-    """A whole number from `least` to `most`."""
+    """A whole number from `least` to `most`; the help shows `least` alone, `most` being absurd."""
+
+    name = "integer"
 
     def __init__(self, least: int = 0, most: int | None = None) -> None:
-        super().__init__(min=least, max=most)
+        super().__init__(min=least)
         self._least, self._most = least, MOST_COUNT if most is None else most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: Any) -> int:
@@ -34,10 +36,12 @@ class Whole(click.IntRange):
 class Real(click.FloatRange):
     """A finite number from `least` to `most`; with `above` greater than that."""
 
+    name = "float"
+
     def __init__(
         self, least: float = 0.0, most: float | None = None, above: float | None = None
     ) -> None:
-        super().__init__(least if above is None else above, most, min_open=above is not None)
+        super().__init__(least if above is None else above, min_open=above is not None)
         self._least = -MOST if above is not None else least
         self._most, self._above = MOST if most is None else most, above
 

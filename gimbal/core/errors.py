@@ -34,7 +34,7 @@ def one_line(error: object) -> str:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Ends an "unknown NAME" message: `` (did you mean 'x'?)``, or the choices."""
     choices = sorted(valid)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:80], choices, n=1, cutoff=0.5)  # slow for a long one
     if close:
         return f" (did you mean {close[0]!r}?)"
     return f" (choose from {', '.join(choices)})"

@@ -50,12 +50,16 @@ def as_real(value: object) -> float | None:
 
 def as_whole(value: object) -> int | None:
     """`value`, a whole number or its numeral, as an int; "12" and 12.0 count, true does not."""
+    if type(value) is int:
+        return value
+    if isinstance(value, str) and len(value) < 16 and value.isascii() and value.isdigit():
+        return int(value)  # nearly every field of a trace
     number = as_real(value)
     if number is None or not number.is_integer():
         return None
     if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
         return int(value)  # beyond 2**53 a float would be another number
-    return value if isinstance(value, int) else int(number)
+    return int(number)
 
 
 def real(

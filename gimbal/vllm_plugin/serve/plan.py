@@ -21,6 +21,7 @@ from gimbal.core.files import writing
 from gimbal.vllm_plugin.cpu_backend.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve import checks
 from gimbal.vllm_plugin.serve.flags import VllmFlags, read_flags
+from gimbal.vllm_plugin.serve.known_flags import check_flags
 
 DEMO_NAME = "gimbal-demo"
 
@@ -99,6 +100,7 @@ def plan_server(
     if plugins is not None and "gimbal" not in plugins.split(","):
         raise InputError(f"VLLM_PLUGINS={plugins}: vLLM would not load gimbal: add it, or unset it")
     install = checks.installed_vllm()
+    check_flags(flags.given)
     if demo:
         flags = _demo_flags(flags, demo_dir)
     elif flags.model is None and not any(w in flags.given for w in ("--config", "--model")):
