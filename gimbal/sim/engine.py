@@ -64,9 +64,9 @@ class Engine:
         self.queue = queue
         self.view = EngineView(self, group or Group())
         self.capacity_bound = False  # the last step that could prefill left somebody waiting
-        self.decision = StepDecision(budget)  # of the latest step
+        self.decision = self._whole = StepDecision(budget)  # of the latest step
         self.prefix_caching = prefix_caching
-        self._decides = not leaves_to_vllm(queue)
+        self.decides = not leaves_to_vllm(queue)
         self.waiting: WaitingHeap[SimRequest] = WaitingHeap(ordering, queue.max_wait_s or None)
         passing = queue.pass_steps > 0
         self._gate = BlockedHeadGate(queue.pass_steps, queue.pass_s) if passing else None
@@ -187,8 +187,9 @@ class Engine:
     def _decide(self, now_s: float, due: bool) -> StepDecision:
         """What this step may do: by the queue level's decision, or by vLLM's own rule."""
         nothing_to_prefill = not (self.prefilling or len(self.waiting))
-        if not self._decides or nothing_to_prefill:
-            return StepDecision(self.budget, due or self.capacity_bound or self.decodes == 0)
+        if not self.decides or nothing_to_prefill:
+            admit = due or self.capacity_bound or self.decodes == 0
+            return self._whole if admit else StepDecision(self.budget, False)
         view = self.view
         view.now_s, view.held_back = now_s, not due
         return decide(view, self.queue)

@@ -225,8 +225,9 @@ class Simulation:
         interval = self.cluster.prefill_schedule_interval
         due = interval <= 1 or len(self._step_us) % interval == 0
         group, engines = self.group, self.engines
-        group.backlog_tokens = max(engine.backlog_tokens for engine in engines)
-        group.decode_tokens = max(engine.decodes for engine in engines)
+        if engines[0].decides:
+            group.backlog_tokens = max(engine.backlog_tokens for engine in engines)
+            group.decode_tokens = max(engine.decodes for engine in engines)
         batches = [engine.schedule(start_us / 1e6, due) for engine in engines]
         if group.graphs is not None and any(e.decision.asked_graphs for e in engines):
             group.graphs.decided()
