@@ -16,8 +16,9 @@ depends on them, so whoever builds a view may look a thing up when it is asked f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gimbal.core.queue.budget import (
@@ -180,27 +181,30 @@ def decide(view: StepView, config: QueueConfig) -> StepDecision:
             lifted = view.group_backlog_tokens > config.interval_backlog_steps * budget
         if not lifted and view.decoding > 0:
             return StepDecision(budget, False, lifted)
+    decode_tokens = cache(lambda: view.decode_tokens)  # a server counts it over all that run
     asked = cut = False
     if config.graph_steps > 0.0:
-        graph_tokens, asked = _graph_tokens(view, budget, config.graph_steps)
+        graph_tokens, asked = _graph_tokens(view, budget, decode_tokens, config.graph_steps)
         cut = graph_tokens < budget
         budget = graph_tokens
     if config.protect_decodes:
-        protected = _protected(view, budget, config)
+        protected = _protected(view, budget, decode_tokens, config)
         cut = cut and protected == budget
         budget = protected
     if not config.in_batch:
         return StepDecision(budget, True, lifted, None, False, asked, cut)
-    caps, claimed = _caps(view, budget)
+    caps, claimed = _caps(view, budget, decode_tokens)
     return StepDecision(budget, True, lifted, caps, claimed, asked, cut)
 
 
-def _graph_tokens(view: StepView, budget_tokens: int, most_steps: float) -> tuple[int, bool]:
+def _graph_tokens(
+    view: StepView, budget_tokens: int, decode_tokens: Callable[[], int], most_steps: float
+) -> tuple[int, bool]:
     """Tokens of a step where a CUDA graph had better cover it, and whether small steps pay."""
     graphs = view.graphs
     if graphs is None or not 0 < graphs.graph_tokens < budget_tokens:
         return budget_tokens, False
-    graph, backlog, decodes = graphs.graph_tokens, view.backlog_tokens, view.decode_tokens
+    graph, backlog, decodes = graphs.graph_tokens, view.backlog_tokens, decode_tokens()
     if backlog + decodes <= graph:
         return budget_tokens, False
     most_backlog = max(backlog, view.group_backlog_tokens)
@@ -211,15 +215,17 @@ def _graph_tokens(view: StepView, budget_tokens: int, most_steps: float) -> tupl
     return (budget_tokens if graphs.exploring else graph), True
 
 
-def _protected(view: StepView, budget_tokens: int, config: QueueConfig) -> int:
+def _protected(
+    view: StepView, budget_tokens: int, decode_tokens: Callable[[], int], config: QueueConfig
+) -> int:
     """Tokens of a step under decode protection; at most `budget_tokens`."""
-    decode_tokens, decoding = view.decode_tokens, view.decoding
+    decodes, decoding = decode_tokens(), view.decoding
     # Without chunked prefill a prompt above the budget would stop everybody behind it.
-    if not view.chunked or decoding <= 0 or decode_tokens >= budget_tokens:
+    if not view.chunked or decoding <= 0 or decodes >= budget_tokens:
         return budget_tokens
-    return decode_tokens + protected_prefill_tokens(
+    return decodes + protected_prefill_tokens(
         view.cost,
-        budget_tokens - decode_tokens,
+        budget_tokens - decodes,
         decoding,
         view.group_backlog_tokens,
         tpot_factor=config.tpot_factor,
@@ -228,7 +234,9 @@ def _protected(view: StepView, budget_tokens: int, config: QueueConfig) -> int:
     )
 
 
-def _caps(view: StepView, budget_tokens: int) -> tuple[tuple[int, ...] | None, bool]:
+def _caps(
+    view: StepView, budget_tokens: int, decode_tokens: Callable[[], int]
+) -> tuple[tuple[int, ...] | None, bool]:
     """Caps of the running prefills, and whether a newcomer claims what one could use.
 
     They leave what newcomers with smaller keys claim, and what every decode takes: vLLM serves its
@@ -239,12 +247,12 @@ def _caps(view: StepView, budget_tokens: int) -> tuple[tuple[int, ...] | None, b
     if not running:
         return None, False
     newcomers = view.newcomers if view.may_yield else ()
-    decode_tokens = view.decode_tokens
-    if not newcomers and not decode_tokens:
+    decodes = decode_tokens()
+    if not newcomers and not decodes:
         return None, False
     longest = min(view.longest_chunk_tokens or budget_tokens, budget_tokens)
     own = [PrefillCandidate(c.key, min(c.tokens, longest)) for c in running]
-    left = max(0, budget_tokens - decode_tokens)
+    left = max(0, budget_tokens - decodes)
     shares = share_prefill_budget(own, (), left)
     claimed = False
     if newcomers:
