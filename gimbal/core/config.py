@@ -16,8 +16,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gimbal.core.dispatch import POLICIES
-from gimbal.core.errors import InputError, nearest, one_line
-from gimbal.core.numbers import shown
+from gimbal.core.errors import InputError, nearest
 from gimbal.core.options import (
     AtLeastOne,
     Count,
@@ -26,6 +25,7 @@ from gimbal.core.options import (
     Port,
     Positive,
     PositiveCount,
+    complaint,
     option,
 )
 from gimbal.core.placement import PLACERS
@@ -188,15 +188,11 @@ def parse_config(values: Mapping[str, Any], where: str = "configuration") -> Gim
     try:
         config = _ADAPTER.validate_python(modernized(values, where))
     except ValidationError as error:
-        first = error.errors()[0]
-        path = tuple(str(part) for part in first["loc"])
-        dotted = ".".join(path) or "(top level)"
-        if first["type"] == "unexpected_keyword_argument":
-            hint = nearest(path[-1], _keys_at(path))
-            raise InputError(f"{where}: unknown key {dotted!r}{hint}") from None
-        got = shown(first.get("input"))
-        message = f"{where}: {dotted}: {one_line(first['msg'].lower())}, got {got}"
-        raise InputError(message) from None
+        found = complaint(error)
+        if found.unknown:
+            hint = nearest(found.path[-1], _keys_at(found.path))
+            raise InputError(f"{where}: unknown key {found.key!r}{hint}") from None
+        raise InputError(f"{where}: {found.key or '(top level)'}: {found.text}") from None
     for level in config.levels:
         if level not in LEVELS:
             raise InputError(f"{where}: levels: unknown level {level!r}{nearest(level, LEVELS)}")

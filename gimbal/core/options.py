@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import field
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -34,6 +34,37 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+class Complaint(NamedTuple):
+    """The first thing that a checked mapping has wrong.
+
+    Attributes:
+        path: keys from the outside in; empty where the mapping itself is wrong.
+        text: what is wrong with the value, and what it is.
+        unknown: nothing is known by that key.
+    """
+
+    path: tuple[str, ...]
+    text: str
+    unknown: bool
+
+    @property
+    def key(self) -> str:
+        """The path, dotted."""
+        return ".".join(self.path)
+
+
+def complaint(error: ValidationError) -> Complaint:
+    """What a user is told of `error`."""
+    first = error.errors()[0]
+    # What lacks a key is the whole mapping: it says nothing.
+    got = "" if first["type"] == "missing" else f", got {shown(first.get('input'))}"
+    return Complaint(
+        tuple(map(str, first["loc"])),
+        one_line(first["msg"].lower()) + got,
+        first["type"] == "unexpected_keyword_argument",
+    )
+
+
 def parse_options(options: type, values: Mapping[str, Any], where: str) -> Any:
     """`options` (a dataclass) filled from `values`.
 
@@ -47,11 +78,8 @@ def parse_options(options: type, values: Mapping[str, Any], where: str) -> Any:
     try:
         return _adapter(options).validate_python(dict(values))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{where}.{key}: {one_line(first['msg'].lower())}, got {shown(first.get('input'))}"
-        ) from None
+        found = complaint(error)
+        raise InputError(f"{where}.{found.key}: {found.text}") from None
     except ValueError as error:  # from the dataclass's own __post_init__
         raise InputError(f"{where}: {one_line(error)}") from None
 

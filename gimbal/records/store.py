@@ -15,10 +15,10 @@ from typing import IO, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from gimbal.core.errors import InputError, one_line
+from gimbal.core.errors import InputError
 from gimbal.core.files import read_text, write_text, writing
 from gimbal.core.json_text import parse_json, read_json, to_json
-from gimbal.core.numbers import shown
+from gimbal.core.options import complaint
 from gimbal.records.schema import (
     PlacementRecord,
     RebalanceRecord,
@@ -139,10 +139,8 @@ def build(kind: type[Built], values: Any, where: str) -> Built:
     try:
         record: Built = _adapter(kind).validate_python(values)  # type: ignore[arg-type]
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        got = "" if first["type"] == "missing" else f", got {shown(first.get('input'))}"
-        raise InputError(f"{where}: {field}: {one_line(first['msg'].lower())}{got}") from None
+        found = complaint(error)
+        raise InputError(f"{where}: {found.key}: {found.text}") from None
     if isinstance(record, PlacementRecord):
         widths = [len(row) for name in PLACES for row in getattr(record, name)]
         layers = {len(getattr(record, name)) for name in PLACES}

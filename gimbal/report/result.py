@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from gimbal.core.errors import InputError, one_line
-from gimbal.core.numbers import MOST, MOST_COUNT, shown
+from gimbal.core.numbers import MOST, MOST_COUNT
+from gimbal.records.store import build
 
 # The page prints what is there, so that text which reads as a number will not do.
 Number = Annotated[float, Field(strict=True, ge=-MOST, le=MOST, allow_inf_nan=False)]
@@ -89,17 +88,6 @@ class _Result:
     client: _Client | None = None
 
 
-@lru_cache(maxsize=1)
-def _adapter() -> TypeAdapter[_Result]:
-    return TypeAdapter(_Result)
-
-
 def check_result(result: Mapping[str, Any], where: str) -> None:
     """Raises InputError that begins with `where` and names the key; more keys may be there."""
-    try:
-        _adapter().validate_python(result)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        got = "" if first["type"] == "missing" else f", got {shown(first.get('input'))}"
-        raise InputError(f"{where}: {key}: {one_line(first['msg'].lower())}{got}") from None
+    build(_Result, result, where)

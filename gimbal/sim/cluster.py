@@ -11,10 +11,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from gimbal.core.contracts import Topology
 from gimbal.core.cost.profile import Profile, load_profile
-from gimbal.core.errors import InputError, nearest, one_line
+from gimbal.core.errors import InputError, nearest
 from gimbal.core.named_yaml import packaged_names, read_named_yaml
-from gimbal.core.numbers import MOST_EXPERTS, shown
-from gimbal.core.options import Count, NotNegative, PositiveCount, Ranks
+from gimbal.core.numbers import MOST_EXPERTS
+from gimbal.core.options import Count, NotNegative, PositiveCount, Ranks, complaint
 from gimbal.core.placement.problem import validate_topology
 
 Slots = Annotated[int, Field(ge=0, le=MOST_EXPERTS)]
@@ -87,13 +87,10 @@ def load_cluster(name_or_path: str | Path) -> tuple[Cluster, Profile]:
     try:
         cluster = _ADAPTER.validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        dotted = ".".join(str(part) for part in first["loc"])
-        hint = ""
-        if first["type"] == "unexpected_keyword_argument":
-            hint = nearest(dotted, [f.name for f in dataclasses.fields(Cluster)])
-        message = f"{one_line(first['msg'].lower())}, got {shown(first.get('input'))}"
-        raise InputError(f"cluster {name_or_path}: {dotted}: {message}{hint}") from None
+        found = complaint(error)
+        known = [f.name for f in dataclasses.fields(Cluster)]
+        hint = nearest(found.key, known) if found.unknown else ""
+        raise InputError(f"cluster {name_or_path}: {found.key}: {found.text}{hint}") from None
     try:
         return cluster, _fitting_profile(cluster)
     except InputError as error:

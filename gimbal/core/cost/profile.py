@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from gimbal.core.errors import InputError, one_line
+from gimbal.core.errors import InputError
 from gimbal.core.named_yaml import packaged_names, read_named_yaml
-from gimbal.core.numbers import MOST_EXPERTS, MOST_LAYERS, shown
-from gimbal.core.options import Count, NotNegative, PositiveCount, Ranks
+from gimbal.core.numbers import MOST_EXPERTS, MOST_LAYERS
+from gimbal.core.options import Count, NotNegative, PositiveCount, Ranks, complaint
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -196,11 +196,8 @@ def parse_profile(values: Any, where: str) -> Profile:
     try:
         return _ADAPTER.validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        dotted = ".".join(str(part) for part in first["loc"])
-        got = shown(first.get("input"))
-        reason = f"{one_line(first['msg'].lower())}, got {got}"
-        raise InputError(f"profile {where}: {dotted}: {reason}") from None
+        found = complaint(error)
+        raise InputError(f"profile {where}: {found.key}: {found.text}") from None
 
 
 def slowed(profile: Profile, factor: float) -> Profile:
