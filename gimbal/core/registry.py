@@ -97,7 +97,9 @@ class Registry(Generic[T]):
 
     def build(self, name: str, values: Mapping[str, Any] | None = None) -> T:
         """The policy `name` with options `values`; raises InputError, also for what it raises."""
-        options = self.options(name, values)
+        return self._made(name, self.options(name, values))
+
+    def _made(self, name: str, options: Any) -> T:
         policy: Any = self.load(name)
         try:
             built: T = policy() if options is None else policy(options)
@@ -132,16 +134,14 @@ class Registry(Generic[T]):
         known = name in self._targets or name in _installed(self.group) or ":" in name
         if not known:
             raise InputError(f"{where}: {key}: unknown {name!r}{nearest(name, self.names())}")
-        if values or name not in self._targets:
-            if options_key is None:
-                options_key = ".".join([*key.split(".")[:-1], "options"])
-            try:
-                self.options(name, values, f"{where}: {options_key}")
-                self.build(name, values)
-            except InputError as error:
-                text = str(error)
-                prefix = "" if text.startswith(where) else f"{where}: {key}: "
-                raise InputError(prefix + text) from error
+        if options_key is None:
+            options_key = ".".join([*key.split(".")[:-1], "options"])
+        try:
+            self._made(name, self.options(name, values, f"{where}: {options_key}"))
+        except InputError as error:
+            text = str(error)
+            prefix = "" if text.startswith(where) else f"{where}: {key}: "
+            raise InputError(prefix + text) from error
 
     def names(self) -> list[str]:
         """Every name that is known without importing: built-in first, then installed."""
