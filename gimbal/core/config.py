@@ -221,13 +221,19 @@ def _check_placement(placement: PlacementConfig, where: str) -> None:
             raise InputError(f"{where}: placement.profile: {error}") from None
 
 
-def modernized(values: Mapping[str, Any], where: str, warn: bool = True) -> dict[str, Any]:
+def checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values` with today's keys; raises as `parse_config`."""
+    new = modernized(values, where)
+    parse_config(new, where)
+    return new
+
+
+def modernized(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`values` with keys of an older version at their new place, each with a warning."""
-    say = logger.warning if warn else logger.debug
     new = dict(values)
     for key in GONE:
         if new.pop(key, None) is not None:
-            say("Gimbal: %s: %s says nothing any more; remove it", where, key)
+            logger.warning("Gimbal: %s: %s says nothing any more; remove it", where, key)
     for section, key, registry in NAMED:
         old = new.get(section)
         if not isinstance(old, Mapping):
@@ -242,7 +248,7 @@ def modernized(values: Mapping[str, Any], where: str, warn: bool = True) -> dict
             given = rest.get("options") or {}
             if name == owner and isinstance(given, Mapping):  # else it is refused below
                 rest["options"] = {option_name: value, **given}
-            say(
+            logger.warning(
                 "Gimbal: %s: %s.%s is now %s.options.%s of %s %r%s",
                 where, section, option_name, section, option_name, registry.kind, owner,
                 "" if name == owner else f" and says nothing to {name!r}",

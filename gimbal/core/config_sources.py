@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from gimbal.core.config import LEVELS, NAMED, GimbalConfig, modernized, parse_config
+from gimbal.core.config import LEVELS, NAMED, GimbalConfig, checked, parse_config
 from gimbal.core.errors import InputError
 from gimbal.core.yaml_reader import read_yaml
 
@@ -52,8 +52,7 @@ def merge_config(sources: Iterable[tuple[str, Mapping[str, Any]]]) -> GimbalConf
     """
     merged: dict[str, Any] = {}
     for where, values in sources:
-        parse_config(values, where)
-        merged = overlay(merged, modernized(values, where, warn=False))
+        merged = overlay(merged, checked(values, where))
     return parse_config(merged)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gimbal.core.config import LEVELS, modernized, parse_config
+from gimbal.core.config import LEVELS, checked
 from gimbal.core.config_sources import overlay, read_config_file
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.options import parse_options
@@ -69,9 +69,7 @@ def known_arms(
     """Built-in arms and `own`, over the configuration of `config_file`; see `select_arms`."""
     known = ARMS | dict(own)
     if config_file is not None:
-        base = read_config_file(config_file)
-        parse_config(base, str(config_file))
-        base = modernized(base, str(config_file), warn=False)
+        base = checked(read_config_file(config_file), str(config_file))
         known = {n: replace(arm, config=overlay(base, arm.config)) for n, arm in known.items()}
     if levels is not None:
         for level in levels:
@@ -159,8 +157,7 @@ def _config(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"{where}: config.{section}: expected a mapping")
         config[section] = dict(config.get(section, {}))
         _put(where, config[section], inner, given[key], key, f"config.{section}.{inner}")
-    parse_config(config, where)
-    return modernized(config, where, warn=False)
+    return checked(config, where)
 
 
 def _put(where: str, target: dict[str, Any], key: str, value: Any, short: str, dotted: str) -> None:
