@@ -31,6 +31,11 @@ def one_line(error: object) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def with_type(error: BaseException) -> str:
+    """`one_line` of `error` behind the name of its type: for what is not ours to have raised."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Ends an "unknown NAME" message: `` (did you mean 'x'?)``, or the choices."""
     choices = sorted(valid)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gimbal.core.errors import InputError, one_line
+from gimbal.core.errors import InputError, with_type
 
 
 @contextmanager
@@ -47,8 +47,7 @@ def structured(name: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{name}: not what is expected there ({what})") from None
+        raise InputError(f"{name}: not what is expected there ({with_type(error)})") from None
 
 
 def read_text(path: Path, name: str | Path | None = None, most_bytes: int | None = None) -> str:

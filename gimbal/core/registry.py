@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from gimbal.core.errors import InputError, PolicyError, nearest, one_line
+from gimbal.core.errors import InputError, PolicyError, nearest, with_type
 from gimbal.core.options import parse_options
 
 T = TypeVar("T")
@@ -67,8 +67,8 @@ class Registry(Generic[T]):
             loaded = point.load() if point is not None else _attribute(name)
             methods = (*self.methods, *self._declared(loaded))
         except (Exception, SystemExit) as error:
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise InputError(f"{self.kind} {name!r} cannot be imported: {reason}") from error
+            text = f"{self.kind} {name!r} cannot be imported: {with_type(error)}"
+            raise InputError(text) from error
         for method in methods:
             if not callable(getattr(loaded, method, None)):
                 raise InputError(f"{self.kind} {name!r} ({loaded!r}) has no method {method}")
@@ -92,8 +92,8 @@ class Registry(Generic[T]):
         except InputError:
             raise
         except Exception as error:  # a type that cannot be checked, say
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise InputError(f"{self.kind} {name!r}: Options cannot be read: {reason}") from error
+            text = f"{self.kind} {name!r}: Options cannot be read: {with_type(error)}"
+            raise InputError(text) from error
 
     def build(self, name: str, values: Mapping[str, Any] | None = None) -> T:
         """The policy `name` with options `values`; raises InputError, also for what it raises."""
@@ -106,8 +106,7 @@ class Registry(Generic[T]):
         except InputError:
             raise
         except (Exception, SystemExit) as error:
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise PolicyError(f"{self.kind} {name!r} cannot be made: {reason}") from error
+            raise PolicyError(f"{self.kind} {name!r} cannot be made: {with_type(error)}") from error
         return built
 
     def check(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gimbal.core.errors import InputError, one_line
+from gimbal.core.errors import InputError, with_type
 from gimbal.core.files import reading, require_file
 
 MOST_BYTES = 1 << 32
@@ -40,8 +40,7 @@ def guarded(path: Path, read: Callable[[], Result]) -> Result:
     except InputError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{path}: cannot be read: {what}") from None
+        raise InputError(f"{path}: cannot be read: {with_type(error)}") from None
 
 
 def _npz(path: Path) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ from gimbal.core.dispatch import POLICIES
 from gimbal.core.dispatch.ledger import Ledger
 from gimbal.core.dispatch.prefix_index import PrefixIndex, PrefixMatch
 from gimbal.core.dispatch.sessions import Sessions
-from gimbal.core.errors import PolicyError, one_line
+from gimbal.core.errors import PolicyError, one_line, with_type
 from gimbal.core.snapshot import Field
 
 _REUSE_RATE = 0.01
@@ -243,8 +243,8 @@ class Dispatcher:
                 -math.inf < sum(costs.tolist()) < math.inf
             )
         except Exception as error:
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            raise PolicyError(f"dispatch policy {self.policy_name!r}: {reason}") from error
+            text = f"dispatch policy {self.policy_name!r}: {with_type(error)}"
+            raise PolicyError(text) from error
         if wrong:
             self._refuse(costs, len(loads.board))
         return costs, terms, names

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 
 from gimbal.core.contracts import IntArray, Placer, RoutingCounts, Topology
-from gimbal.core.errors import InputError, PolicyError, one_line
+from gimbal.core.errors import InputError, PolicyError, one_line, with_type
 from gimbal.core.placement.problem import validate_placement
 
 
@@ -44,7 +44,7 @@ def answer(
     try:
         placed = placer.place(routing, topology, current)
     except Exception as error:
-        raise PolicyError(f"placer {name!r}: {type(error).__name__}: {one_line(error)}") from error
+        raise PolicyError(f"placer {name!r}: {with_type(error)}") from error
     return check_answer(name, placed, current, routing.counts.shape[2])
 
 

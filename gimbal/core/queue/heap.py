@@ -23,7 +23,7 @@ from gimbal.core.contracts import (
     QueueState,
     traits_of,
 )
-from gimbal.core.errors import PolicyError, one_line
+from gimbal.core.errors import PolicyError, with_type
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def _named(ordering: QueueOrdering) -> str:
 
 
 def _failed(ordering: QueueOrdering, error: Exception) -> PolicyError:
-    return PolicyError(f"{_named(ordering)}: {type(error).__name__}: {one_line(error)}")
+    return PolicyError(f"{_named(ordering)}: {with_type(error)}")
 
 
 class WaitingHeap(Generic[T]):
