@@ -50,6 +50,17 @@ def structured(name: str | Path) -> Iterator[None]:
         raise InputError(f"{name}: not what is expected there ({with_type(error)})") from None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold `text`: half a surrogate pair it cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_text(path: Path, name: str | Path | None = None, most_bytes: int | None = None) -> str:
     """The text of a file (UTF-8, a byte order mark is dropped).
 

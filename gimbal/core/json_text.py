@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gimbal.core.errors import InputError
-from gimbal.core.files import read_text
+from gimbal.core.files import is_unicode, read_text
 from gimbal.core.numbers import DIGITS
 
 DEPTH = 100
@@ -79,21 +79,13 @@ def _look_through(document: Any, where: str) -> None:
         elif isinstance(value, _Refused):
             name = path.removeprefix(".") or "document"
             raise InputError(f"{where}: {name}={_cut(value)}: expected a finite number")
-        elif isinstance(value, str) and not value.isascii() and not _encodable(value):
+        elif isinstance(value, str) and not is_unicode(value):
             name = path.removeprefix(".") or "document"
             raise InputError(f"{where}: {name}: half a surrogate pair: not Unicode text")
 
 
 def _cut(text: str) -> str:
     return ascii(text)[1:-1] if len(text) <= 40 else ascii(text[:37])[1:-1] + "..."
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def to_json(values: Any, **layout: Any) -> str:

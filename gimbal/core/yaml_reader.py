@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from gimbal.core.errors import InputError, one_line
-from gimbal.core.files import read_text
+from gimbal.core.files import is_unicode, read_text
 from gimbal.core.numbers import shown
 
 MOST_BYTES = 1 << 20
@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
             raise
         except Exception as error:  # a month 13 or !!int "": its constructors check little
             raise _refused(node, f"{one_line(error)[:80]} in {shown(node.value)}") from None
-        if isinstance(value, str) and not value.isascii() and _halved(value):
+        if isinstance(value, str) and not is_unicode(value):
             raise _refused(node, "half a surrogate pair")
         if not isinstance(value, str | int | float | list | dict | None):
             raise _refused(node, f"a value of type {type(value).__name__}: quote what is text")
@@ -73,14 +73,6 @@ def parse_yaml(text: str, where: str) -> Any:
         raise InputError(f"{where}{line}: not YAML ({one_line(reason)})") from None
     except RecursionError:
         raise InputError(f"{where}: nested deeper than {DEPTH} levels") from None
-
-
-def _halved(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _refused(node: yaml.Node, reason: str) -> yaml.MarkedYAMLError:

@@ -10,9 +10,11 @@ LONGEST = 64
 def kept(name: str) -> str | bytes:
     """`name` itself up to `LONGEST` characters, else its 16-byte BLAKE2b digest.
 
-    A digest is never equal to a name, since one is bytes and the other text. Half an emoji (a lone
-    surrogate) is a character like any other.
+    A digest is never equal to a name, since one is bytes and the other text.
     """
-    if len(name) <= LONGEST:
-        return name
+    return name if len(name) <= LONGEST else digest(name)
+
+
+def digest(name: str) -> bytes:
+    """16 bytes for `name`. Half an emoji (a lone surrogate) is a character like any other."""
     return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -11,10 +11,10 @@ name that UTF-8 cannot hold (half an emoji), or a long one, goes there as its di
 from __future__ import annotations
 
 from functools import wraps
-from hashlib import blake2b
 from typing import Any
 
-from gimbal.core.dispatch.names import LONGEST
+from gimbal.core.dispatch.names import LONGEST, digest
+from gimbal.core.files import is_unicode
 from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin.dispatch.metrics import dispatch_metrics
 
@@ -50,10 +50,6 @@ def session_of_user(user: Any) -> str | None:
     """The session of OpenAI's `user`: the name itself or, where that would not do, its digest."""
     if not isinstance(user, str) or not user:
         return None
-    if len(user) <= LONGEST:
-        try:
-            user.encode()
-            return user
-        except UnicodeEncodeError:
-            pass
-    return blake2b(user.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    if len(user) <= LONGEST and is_unicode(user):
+        return user
+    return digest(user).hex()

@@ -16,6 +16,8 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
+from gimbal.core.files import is_unicode
+
 MESSAGE_BYTES = 64 << 10
 NESTING = 16
 _DIGITS = 19  # of an integer
@@ -110,7 +112,7 @@ def _integer(text: str) -> int:
 def _check(value: Any, levels: int) -> None:
     """Raises RefusedError unless `value` has at most `levels` levels and its text is Unicode."""
     if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        if not is_unicode(value):
             raise RefusedError(400, "control: half a character (a lone surrogate)")
     elif isinstance(value, dict | list):
         if not levels:
