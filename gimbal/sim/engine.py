@@ -150,11 +150,14 @@ class Engine:
         decision = self.decision = self._decide(now_s, due)
         if decision.admit:
             self._left = decision.budget_tokens - self.decodes
-            self._continue_prefills(decision.caps, batch)
-            self._admit_waiting(now_s, batch)
-            self.capacity_bound = len(self.waiting) > 0
-            given = decision.budget_tokens - self._left
-            self.view.memory.ended(self.step, decision, given, self.capacity_bound)
+            if self.prefilling:
+                self._continue_prefills(decision.caps, batch)
+            if self.waiting:
+                self._admit_waiting(now_s, batch)
+            self.capacity_bound = bool(self.waiting)
+            if decision is not self._whole:
+                given = decision.budget_tokens - self._left
+                self.view.memory.ended(self.step, decision, given, self.capacity_bound)
         self.step += 1
         return batch
 
@@ -173,7 +176,7 @@ class Engine:
         """Waiting requests start while tokens, seats and KV blocks last."""
         if self.waiting.is_dynamic:
             self.waiting.refresh(self._queue_state(now_s))
-        while self._left > 0 and len(self.running) < self.seats and len(self.waiting):
+        while self._left > 0 and len(self.running) < self.seats and self.waiting:
             entry = self._next(now_s)
             request = entry.item
             if not self._fits(request, self._left):
@@ -186,8 +189,7 @@ class Engine:
 
     def _decide(self, now_s: float, due: bool) -> StepDecision:
         """What this step may do: by the queue level's decision, or by vLLM's own rule."""
-        nothing_to_prefill = not (self.prefilling or len(self.waiting))
-        if not self.decides or nothing_to_prefill:
+        if not (self.decides and (self.prefilling or self.waiting)):
             admit = due or self.capacity_bound or self.decodes == 0
             return self._whole if admit else StepDecision(self.budget, False)
         view = self.view

@@ -67,7 +67,7 @@ class Experts:
         self._window = np.zeros((cluster.dp, len(population.names)))
         self._steps_in_window = 0
         self._squares = 0.0  # sum over the window's steps of squared tokens
-        self._decodes = 0.0
+        self._decodes: FloatArray = np.zeros(self._window.shape)
         self._balance_sum = 0.0
         self._balance_steps = 0
         m = profile.moe
@@ -92,12 +92,6 @@ class Experts:
         if policies.feedback is not None:
             pressure, domains = policies.simulated.pressure, len(population.names)
             self.loop = Loop(cluster, profile, pressure, domains, self._off_source_us)
-        self._no_pressure: FloatArray = np.zeros(cluster.dp)
-
-    @property
-    def pressure_us(self) -> FloatArray:
-        """[dp] damped expert pressure; zeros without feedback."""
-        return self._no_pressure if self.loop is None else self.loop.pressure_us
 
     def affinity_us_per_token(self) -> FloatArray:
         """[domains, dp] time that the pairs of one token of the domain take to leave the engine."""
@@ -118,10 +112,10 @@ class Experts:
         """
         self._window += tokens
         self._steps_in_window += 1
-        self._squares += float(tokens.sum()) ** 2
-        self._decodes += float(decodes.sum())
+        self._decodes += decodes
         self._turn = (self._turn + 1) % NOISE_POOL
-        time, balance = self._price(tokens, self._tables)
+        time, balance, group_tokens = self._price(tokens, self._tables)
+        self._squares += group_tokens * group_tokens
         self._balance_sum += balance / self.profile.model.layers
         self._balance_steps += 1
         if self.loop is not None:
@@ -142,8 +136,9 @@ class Experts:
         self._saved_us += saved_us
         self._compared += 1
 
-    def _price(self, tokens: FloatArray, tables: RoutingTables) -> tuple[float, float]:
-        time, balance = kernels.experts_us(
+    def _price(self, tokens: FloatArray, tables: RoutingTables) -> tuple[float, float, float]:
+        """Time, sum of balance over layers, tokens of all engines."""
+        time, balance, group_tokens = kernels.experts_us(
             tokens,
             tables.pairs,
             tables.active,
@@ -154,7 +149,7 @@ class Experts:
             self._off_source_us,
             self._owner,
         )
-        return float(time), float(balance)
+        return time, balance, group_tokens
 
     def before_step(self, step: int, now_us: float) -> float:
         """Rearranges when it is due; returns the stall in microseconds (0 when asynchronous)."""
@@ -175,8 +170,8 @@ class Experts:
             counts, self.topology, self.placement, windows=windows, kinds=kinds
         )
         stall = self._record(step, now_us, decision)
-        self._window[:] = 0
-        self._steps_in_window, self._squares, self._decodes = 0, 0.0, 0.0
+        self._window[:] = self._decodes[:] = 0
+        self._steps_in_window, self._squares = 0, 0.0
         return 0.0 if self.cluster.eplb_async else stall
 
     def close_comparison(self) -> None:
@@ -199,7 +194,7 @@ class Experts:
         if tokens <= 0.0:
             return MEAN_STEP
         typical = typical_share(tokens, self._squares, self._steps_in_window)
-        return step_kinds(typical, self._decodes / tokens)
+        return step_kinds(typical, float(self._decodes.sum()) / tokens)
 
     def _record(self, step: int, now_us: float, decision: PlacementDecision) -> float:
         """Puts a plan in force that may be; returns the stall of a synchronous rearrangement."""

@@ -45,8 +45,8 @@ def experts_us(  # pragma: no cover - compiled
     constants: FloatArray,
     off_source_us: float,
     source_of_rank: FloatArray,
-) -> tuple[float, float]:
-    """(sum over layers of the slowest rank's time, sum over layers of mean/max of rank pairs).
+) -> tuple[float, float, float]:
+    """Sums over layers of the slowest rank's time and of mean/max of rank pairs; the step's tokens.
 
     The same time as `step.moe_us` with fewer powers, which are most of its cost: a rank that has
     neither more pairs nor more active experts than the slowest so far is passed over, and one
@@ -71,7 +71,7 @@ def experts_us(  # pragma: no cover - compiled
             per_domain[d] += tokens[e, d]
     group = per_domain.sum()
     if group <= 0.0:
-        return layers * constants[0], float(layers)
+        return layers * constants[0], float(layers), group
     position = math.log(max(group, 1.0))
     upper = min(max(int(np.searchsorted(grid_log, position)), 1), len(grid_log) - 1)
     lower = upper - 1
@@ -100,7 +100,7 @@ def experts_us(  # pragma: no cover - compiled
         time += slowest ** (1.0 / norm)
         if off_source_us > 0.0:
             time += off_source_us * _most_leaving(tokens, pairs, layer, source_of_rank)
-    return time, balance
+    return time, balance, group
 
 
 @nb.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -226,8 +226,8 @@ class Simulation:
         due = interval <= 1 or len(self._step_us) % interval == 0
         group, engines = self.group, self.engines
         if engines[0].decides:
-            group.backlog_tokens = max(engine.backlog_tokens for engine in engines)
-            group.decode_tokens = max(engine.decodes for engine in engines)
+            group.backlog_tokens = max([engine.backlog_tokens for engine in engines])
+            group.decode_tokens = max([engine.decodes for engine in engines])
         batches = [engine.schedule(start_us / 1e6, due) for engine in engines]
         if group.graphs is not None and any(e.decision.asked_graphs for e in engines):
             group.graphs.decided()
@@ -264,7 +264,8 @@ class Simulation:
                 return
             self._next += 1
             board = self.signals.read(request.arrival_us)
-            board[:, Field.EXPERT_PRESSURE_US] = self.experts.pressure_us
+            if self.experts.loop is not None:
+                board[:, Field.EXPERT_PRESSURE_US] = self.experts.loop.pressure_us
             decision = self.dispatcher.dispatch(
                 DispatchRequest(
                     request.request_id,

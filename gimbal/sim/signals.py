@@ -77,8 +77,10 @@ class Signals:
     def step_done(self, batches: Sequence[StepBatch], duration_us: float) -> None:
         """Learns from one finished step (every engine saw the same duration)."""
         self._dirty = True
-        fullest = 0
+        fullest = tokens = decodes = 0
         for engine, batch in zip(self._engines, batches, strict=True):
+            decodes = max(decodes, batch.decodes)
+            tokens = max(tokens, batch.tokens)
             if batch.prefill_tokens:  # the queue's orderings read it, whatever dispatch sees
                 fullest = max(fullest, batch.prefill_tokens)
                 rate = batch.prefill_tokens / max(duration_us, 1.0) * 1e6
@@ -87,8 +89,6 @@ class Signals:
             for cost, batch in zip(self.costs, batches, strict=True):
                 cost.observe(batch.prefill_tokens, batch.decodes, duration_us, fullest)
         if self.graph_costs is not None:
-            decodes = max(batch.decodes for batch in batches)
-            tokens = max(batch.tokens for batch in batches)
             self.graph_costs.observe(decodes, duration_us, fullest, tokens)
 
     def read(self, now_us: float) -> FloatArray:

@@ -52,14 +52,11 @@ class EngineView:
         self.now_s = 0.0
         self.held_back = False
         self.learned: OnlineStepCost | None = None
+        self.block_tokens, self.longest_chunk_tokens = engine.block_tokens, engine.chunk_limit
 
     @property
     def budget_tokens(self) -> int:
         return self._engine.budget
-
-    @property
-    def block_tokens(self) -> int:
-        return self._engine.block_tokens
 
     @property
     def capacity_bound(self) -> bool:
@@ -76,6 +73,8 @@ class EngineView:
     @property
     def running(self) -> Sequence[PrefillCandidate]:
         engine, now_s = self._engine, self.now_s
+        if not engine.prefilling:
+            return ()
         return [
             running_candidate(r.entry, engine.waiting, now_s, r.target - r.computed, strict=False)
             for r in engine.prefilling
@@ -89,7 +88,7 @@ class EngineView:
     def newcomers(self) -> Sequence[PrefillCandidate]:
         engine = self._engine
         seats = engine.seats - len(engine.running)
-        if seats <= 0 or not len(engine.waiting):
+        if seats <= 0 or not engine.waiting:
             return ()
         free, found = engine.free_blocks(), []
         for entry in engine.waiting.first(min(seats, NEWCOMERS)):
@@ -98,10 +97,6 @@ class EngineView:
                 break
             found.append(waiting_candidate(entry, strict=False))
         return found
-
-    @property
-    def longest_chunk_tokens(self) -> int:
-        return self._engine.chunk_limit
 
     @property
     def backlog_tokens(self) -> int:

@@ -121,37 +121,29 @@ class OnlineStepCost:
             and 0.0 <= decode_requests <= largest
         ):
             return
-        fullest = max(prefill_tokens, group)
-        x1, x2 = decode_requests / _DECODE_SCALE, fullest / self._prefill_scale
-        residual = self._clip(
-            duration_us - self._theta[0] - self._theta[1] * x1 - self._theta[2] * x2
-        )
+        x1 = decode_requests / _DECODE_SCALE
+        x2 = (group if group > prefill_tokens else prefill_tokens) / self._prefill_scale
+        base, decode, prefill = self._theta
+        residual = self._clip(duration_us - base - decode * x1 - prefill * x2)
         p00, p01, p02, p11, p12, p22 = self._p
         v0 = p00 + p01 * x1 + p02 * x2
         v1 = p01 + p11 * x1 + p12 * x2
         v2 = p02 + p12 * x1 + p22 * x2
         scale = 1.0 / (FORGETTING + v0 + v1 * x1 + v2 * x2)
         gain = residual * scale
-        base, decode, prefill = self._theta
-        self._theta[0] = base + v0 * gain
-        self._theta[1] = decode + v1 * gain
-        self._theta[2] = prefill + v2 * gain
+        base, decode, prefill = base + v0 * gain, decode + v1 * gain, prefill + v2 * gain
         p00, p01, p02 = p00 - v0 * v0 * scale, p01 - v0 * v1 * scale, p02 - v0 * v2 * scale
         p11, p12, p22 = p11 - v1 * v1 * scale, p12 - v1 * v2 * scale, p22 - v2 * v2 * scale
         trace = p00 + p11 + p22
         # One sum tells whether any of them is no number.
-        if not -_INFINITY < sum(self._theta) + trace + self._usual_residual < _INFINITY:
+        figures = base + decode + prefill + trace + self._usual_residual
+        if not -_INFINITY < figures < _INFINITY:
             self._start()
             return
         forget = 1.0 / FORGETTING if trace < _MAX_VARIANCE else 1.0
-        self._p[:] = (
-            p00 * forget,
-            p01 * forget,
-            p02 * forget,
-            p11 * forget,
-            p12 * forget,
-            p22 * forget,
-        )
+        self._theta = [base, decode, prefill]
+        p00, p01, p02 = p00 * forget, p01 * forget, p02 * forget
+        self._p = [p00, p01, p02, p11 * forget, p12 * forget, p22 * forget]
         self.steps += 1
 
     def _clip(self, residual: float) -> float:

@@ -16,9 +16,8 @@ depends on them, so whoever builds a view may look a thing up when it is asked f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gimbal.core.queue.budget import (
@@ -181,30 +180,33 @@ def decide(view: StepView, config: QueueConfig) -> StepDecision:
             lifted = view.group_backlog_tokens > config.interval_backlog_steps * budget
         if not lifted and view.decoding > 0:
             return StepDecision(budget, False, lifted)
-    decode_tokens = cache(lambda: view.decode_tokens)  # a server counts it over all that run
+    graphs = view.graphs if config.graph_steps > 0.0 else None
+    if graphs is not None and not 0 < graphs.graph_tokens < budget:
+        graphs = None
+    running = view.running if config.in_batch else ()
+    decodes = 0
+    if graphs is not None or running or config.protect_decodes:
+        decodes = view.decode_tokens  # a server counts it over all that run
     asked = cut = False
-    if config.graph_steps > 0.0:
-        graph_tokens, asked = _graph_tokens(view, budget, decode_tokens, config.graph_steps)
+    if graphs is not None:
+        graph_tokens, asked = _graph_tokens(view, graphs, budget, decodes, config.graph_steps)
         cut = graph_tokens < budget
         budget = graph_tokens
     if config.protect_decodes:
-        protected = _protected(view, budget, decode_tokens, config)
+        protected = _protected(view, budget, decodes, config)
         cut = cut and protected == budget
         budget = protected
-    if not config.in_batch:
+    if not running:
         return StepDecision(budget, True, lifted, None, False, asked, cut)
-    caps, claimed = _caps(view, budget, decode_tokens)
+    caps, claimed = _caps(view, running, budget, decodes)
     return StepDecision(budget, True, lifted, caps, claimed, asked, cut)
 
 
 def _graph_tokens(
-    view: StepView, budget_tokens: int, decode_tokens: Callable[[], int], most_steps: float
+    view: StepView, graphs: GraphPrices, budget_tokens: int, decodes: int, most_steps: float
 ) -> tuple[int, bool]:
     """Tokens of a step where a CUDA graph had better cover it, and whether small steps pay."""
-    graphs = view.graphs
-    if graphs is None or not 0 < graphs.graph_tokens < budget_tokens:
-        return budget_tokens, False
-    graph, backlog, decodes = graphs.graph_tokens, view.backlog_tokens, decode_tokens()
+    graph, backlog = graphs.graph_tokens, view.backlog_tokens
     if backlog + decodes <= graph:
         return budget_tokens, False
     most_backlog = max(backlog, view.group_backlog_tokens)
@@ -215,11 +217,9 @@ def _graph_tokens(
     return (budget_tokens if graphs.exploring else graph), True
 
 
-def _protected(
-    view: StepView, budget_tokens: int, decode_tokens: Callable[[], int], config: QueueConfig
-) -> int:
+def _protected(view: StepView, budget_tokens: int, decodes: int, config: QueueConfig) -> int:
     """Tokens of a step under decode protection; at most `budget_tokens`."""
-    decodes, decoding = decode_tokens(), view.decoding
+    decoding = view.decoding
     # Without chunked prefill a prompt above the budget would stop everybody behind it.
     if not view.chunked or decoding <= 0 or decodes >= budget_tokens:
         return budget_tokens
@@ -235,7 +235,7 @@ def _protected(
 
 
 def _caps(
-    view: StepView, budget_tokens: int, decode_tokens: Callable[[], int]
+    view: StepView, running: Sequence[PrefillCandidate], budget_tokens: int, decodes: int
 ) -> tuple[tuple[int, ...] | None, bool]:
     """Caps of the running prefills, and whether a newcomer claims what one could use.
 
@@ -243,16 +243,12 @@ def _caps(
     running list in order, and whoever was admitted past a long prefill stands behind it there, so
     that its decode would wait until that prefill is done.
     """
-    running = view.running
-    if not running:
-        return None, False
     newcomers = view.newcomers if view.may_yield else ()
-    decodes = decode_tokens()
-    if not newcomers and not decodes:
-        return None, False
+    left = max(0, budget_tokens - decodes)
+    if not newcomers and (not decodes or sum([c.tokens for c in running]) <= left):
+        return None, False  # nobody behind them in the running list goes without
     longest = min(view.longest_chunk_tokens or budget_tokens, budget_tokens)
     own = [PrefillCandidate(c.key, min(c.tokens, longest)) for c in running]
-    left = max(0, budget_tokens - decodes)
     shares = share_prefill_budget(own, (), left)
     claimed = False
     if newcomers:
