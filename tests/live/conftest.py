@@ -12,6 +12,7 @@ process and no shared-memory file of the server is left.
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import socket
@@ -44,11 +45,25 @@ def server_key(item: pytest.Item) -> Key:
     return tuple(mark.args), mark.kwargs.get("levels"), tuple(sorted(environment.items()))
 
 
+def ends_it(item: pytest.Item) -> int:
+    """0 if a test leaves its server running, 1 if it ends it, 2 if it has servers of its own.
+
+    The test's own parameters tell: `fixturenames` holds `server_pool` for every test of a server.
+    """
+    names = inspect.signature(item.function).parameters  # type: ignore[attr-defined]
+    if "server_pool" not in names:
+        return 0
+    return 1 if "server" in names else 2
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups live tests by server, the plain one first; other tests keep their place."""
+    """Groups live tests by server, the plain one last; other tests keep their place.
+
+    Within a group, tests that end the server come after those that leave it running.
+    """
     here = Path(__file__).parent
     places = [i for i, item in enumerate(items) if item.path.is_relative_to(here)]
-    live = sorted((items[i] for i in places), key=lambda item: repr(server_key(item)))
+    live = sorted((items[i] for i in places), key=lambda i: (repr(server_key(i)), ends_it(i)))
     for place, item in zip(places, live, strict=True):
         items[place] = item
 
