@@ -14,9 +14,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from left_over import gone
+from tests.left_over import gone
 
 pytestmark = pytest.mark.live
 SERVE = [sys.executable, "-m", "gimbal.cli", "serve", "--demo"]
