@@ -338,7 +338,7 @@ def test_a_full_file_system_is_an_error_at_creation_only(tmp_path: Path) -> None
 # Anything at all.
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(
     writes=st.lists(
         st.tuples(st.integers(0, BOARD_BYTES // 8 - 1), st.binary(min_size=1, max_size=64)),

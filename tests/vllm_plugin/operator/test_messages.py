@@ -182,7 +182,7 @@ messages = json_values | st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(messages)
 def test_any_message_is_taken_whole_or_refused_in_one_line(message: Any) -> None:
     """What is taken can be published and shown: JSON without NaN, infinity or half characters."""
@@ -196,7 +196,7 @@ def test_any_message_is_taken_whole_or_refused_in_one_line(message: Any) -> None
     json.dumps(control, allow_nan=False, ensure_ascii=False).encode()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.binary(max_size=200) | st.text('[]{}:,"0123456789eE+-.nutrlfas \\', max_size=200))
 def test_any_bytes_are_json_or_refused(body: Any) -> None:
     value, status = None, 400
