@@ -28,11 +28,6 @@ def row(value: float) -> np.ndarray:
     return np.full(ROW_WIDTH, float(value))
 
 
-@pytest.fixture
-def path(folder: Path) -> Path:
-    return board_path("server", folder)
-
-
 ENGINE = """
 import sys, time; from pathlib import Path; import numpy as np
 from gimbal.board.file import Board; from gimbal.board.slots import SlotWriter, BoardReader

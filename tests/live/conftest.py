@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from gimbal.bench.servers import free_port
 
 READY_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
@@ -115,12 +116,6 @@ class ServerPool:
         assert self.server is not None
         return self.server
 
-    @staticmethod
-    def free_port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
     def forget(self) -> None:
         """For a test that ended the server itself."""
         if self.process is not None:
@@ -129,7 +124,7 @@ class ServerPool:
 
     def start(self, key: Key) -> None:
         flags, levels, environment = key
-        port = self.free_port()
+        port = free_port()
         log = self.folder / f"server-{port}.log"
         command = [sys.executable, "-m", "gimbal.cli", "serve", "--demo", "--port", str(port)]
         command += ["--levels", levels] if levels is not None else []
