@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import random
-import sys
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +15,11 @@ import pytest
 from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field, check_row
 
 pytest.importorskip("vllm")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import real_scheduler
-
 from gimbal.records.schema import StepRecord
 from gimbal.records.store import read_records
 from gimbal.vllm_plugin.engine.signals import SchedulerSignals
 from gimbal.vllm_plugin.engine.state import graph_tokens
+from tests.vllm_plugin import real_scheduler
 
 
 class Rows:
@@ -256,22 +253,9 @@ def test_counters_equal_a_recount_under_random_events(engine: Any, seed: int, bl
 
 def _finish(scheduler: Any, output: Any, prompt_done: list[bool]) -> None:
     """Plays the model for a step that was scheduled when the prompts were `prompt_done`."""
-    from vllm.v1.outputs import ModelRunnerOutput
-
-    ids = list(output.num_scheduled_tokens)
     tokens = [[7] if done else [] for done in prompt_done]
-    index = {name: i for i, name in enumerate(ids)}
-    scheduler.update_from_output(
-        output,
-        ModelRunnerOutput(
-            req_ids=ids,
-            req_id_to_index=index,
-            sampled_token_ids=tokens,
-            logprobs=None,
-            prompt_logprobs_dict={},
-            pooler_output=[],
-        ),
-    )
+    result = real_scheduler.result_of(list(output.num_scheduled_tokens), tokens)
+    scheduler.update_from_output(output, result)
 
 
 def test_a_missed_event_is_made_good_by_a_recount(engine: Any, monkeypatch: Any) -> None:
