@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "placement"))
 
 import faults
-import real_scheduler as real
 
 from gimbal.core.errors import InputError
+from tests.vllm_plugin import real_scheduler as real
 
 pytestmark = [
     pytest.mark.slow,
