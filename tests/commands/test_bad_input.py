@@ -82,7 +82,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# Numbers of options: (command words, option, value, part of the line).
+# Numbers of options: (command words, option, value).
 SIMULATE = ("simulate", "--trace", "trace.jsonl")
 BENCH = ("bench", "--demo", "--trace", "trace.jsonl")
 PLACE = ("place", "--routing", "routing.npz", "--ranks", "4")
@@ -371,9 +371,6 @@ def test_counts(run: Run, here: Path, command: str, counts: np.ndarray, message:
 def test_recordings(run: Run, here: Path, field: str, value: object, message: str) -> None:
     np.savez(here / "bad.npz", counts=np.ones((2, 1, 4)), **{field: np.asarray(value)})
     refused(run("stats", "bad.npz"), f"bad.npz: {message}")
-
-
-RESULT = '{"arms": {"vllm": {}}, "ratios": {}}'
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ class Server:
     def _text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def last_line(self, start: str = "gimbal:") -> str:
+    def last_line(self) -> str:
         """The last thing that Gimbal itself said."""
-        lines = [line for line in self._text().splitlines() if line.startswith(start)]
+        lines = [line for line in self._text().splitlines() if line.startswith("gimbal:")]
         return lines[-1][:200] if lines else "nothing said"
 
     def pid_of(self, title: str) -> int:
