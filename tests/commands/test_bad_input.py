@@ -67,6 +67,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     rows = "".join(TRACE % (i * 0.02) for i in range(20))
     (tmp_path / "trace.jsonl").write_text(rows)
+    monkeypatch.setenv("GIMBAL_DATA", str(tmp_path))  # the trace of `reproduce live`
+    (tmp_path / "burstgpt").mkdir()
+    rows = "".join(f"{i},40,4\n" for i in range(20))
+    text = f"Timestamp,Request tokens,Response tokens\n{rows}"
+    (tmp_path / "burstgpt" / "BurstGPT_1.csv").write_text(text)
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "routing.npz", counts=np.floor(rng.pareto(1.5, (4, 3, 16)) * 1000))
     model = tmp_path / "model"
