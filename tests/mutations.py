@@ -14,7 +14,6 @@ from gimbal.core.errors import MOST_CHARACTERS, InputError
 
 EXAMPLES = settings(
     max_examples=100,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 PIECES = [

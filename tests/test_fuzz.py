@@ -29,7 +29,7 @@ def test_nothing_but_the_documented_error_is_raised(target: Target) -> None:
     assert outcome.taken > 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.randoms(use_true_random=False))
 def test_policies_hold_on_inputs_that_hypothesis_draws(rng: random.Random) -> None:
     policies.queue(rng)

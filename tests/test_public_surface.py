@@ -47,9 +47,11 @@ def test_testing_holds_what_it_names() -> None:
 
 @pytest.mark.parametrize("module", [gimbal.contracts, gimbal.testing])
 def test_every_public_function_says_what_it_is_for(module: ModuleType) -> None:
-    undocumented = [
-        name
-        for name in module.__all__
-        if callable(getattr(module, name)) and not getattr(getattr(module, name), "__doc__", None)
-    ]
+    undocumented = []
+    for name in module.__all__:
+        found = getattr(module, name)
+        doc = getattr(found, "__doc__", None) or ""
+        # A dataclass or NamedTuple without a docstring is given its signature for one.
+        if callable(found) and (not doc or doc.startswith(f"{name}(")):
+            undocumented.append(name)
     assert undocumented == []

@@ -50,7 +50,7 @@ def test_columns_that_cannot_be(call: Any, message: str) -> None:
 
 
 def test_the_other_builders() -> None:
-    assert (request(30, session="s").prompt_tokens, request().session) == (100 - 70, None)
+    assert (request(30, session="s").prompt_tokens, request().session) == (30, None)
     assert queued(5, priority=2).uncached_tokens == 5
     assert queue_state(3.0).now_s == 3.0
     assert routing([[[1, 2]]]).counts.shape == (1, 1, 2)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import pareto
 
 
-@pytest.fixture(scope="module")
-def pareto() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pareto", ROOT / "benchmarks" / "pareto.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["pareto"] = importlib.util.module_from_spec(spec)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_front_keeps_what_nobody_dominates(pareto: ModuleType) -> None:
+def test_front_keeps_what_nobody_dominates() -> None:
     rows = {"a": (1.0, 5.0), "b": (2.0, 3.0), "c": (2.0, 4.0), "d": (5.0, 1.0), "e": (6.0, 6.0)}
     points = [pareto.Point(name, *row) for name, row in rows.items()]
     assert [p.name for p in pareto.front(points)] == ["a", "b", "d"]
@@ -33,12 +20,12 @@ def test_front_keeps_what_nobody_dominates(pareto: ModuleType) -> None:
     ("ttft", "tpot", "expected"),
     [(1.5, 1.5, True), (0.5, 9.0, True), (2.0, 2.0, False), (3.0, 2.0, False), (2.5, 1.9, True)],
 )
-def test_outside_is_strict(pareto: ModuleType, ttft: float, tpot: float, expected: bool) -> None:
+def test_outside_is_strict(ttft: float, tpot: float, expected: bool) -> None:
     others = [pareto.Point("x", 2.0, 2.0), pareto.Point("y", 1.0, 4.0)]
     assert pareto.outside(pareto.Point("ours", ttft, tpot), others) is expected
 
 
-def test_several_files_are_compared_by_their_own_vllm(pareto: ModuleType, tmp_path: Path) -> None:
+def test_several_files_are_compared_by_their_own_vllm(tmp_path: Path) -> None:
     paths = []
     for index, (base, other) in enumerate(((10.0, 5.0), (20.0, 30.0))):
         arms = {

@@ -33,7 +33,7 @@ tricky = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(tricky, max_size=8), st.lists(st.integers(0, 5000), max_size=12))
 def test_counts_do_not_depend_on_cuts_or_text(texts: list[str], cuts: list[int]) -> None:
     count, scanner = scan(stream(texts), cuts)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gimbal.board.file import board_directory
+from gimbal.board.file import board_directory, board_path
 
 Start = Callable[..., Any]
 
@@ -23,6 +23,12 @@ def folder() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="gimbal-test-", dir=board_directory()))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def path(folder: Path) -> Path:
+    """Of the board of the server ``server`` in `folder`; there is no file yet."""
+    return board_path("server", folder)
 
 
 @pytest.fixture

@@ -13,13 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gimbal.board.control import decoded_control, encoded_control, write_control
-from gimbal.board.file import Board, board_path
+from gimbal.board.file import Board
 from gimbal.board.layout import CONTROL_AT, CONTROL_BYTES
-
-
-@pytest.fixture
-def path(folder: Path) -> Path:
-    return board_path("server", folder)
 
 
 def test_control_messages_replace_each_other(path: Path) -> None:

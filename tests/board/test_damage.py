@@ -28,11 +28,6 @@ def row(value: float) -> np.ndarray:
     return np.full(ROW_WIDTH, float(value))
 
 
-@pytest.fixture
-def path(folder: Path) -> Path:
-    return board_path("server", folder)
-
-
 ENGINE = """
 import sys, time; from pathlib import Path; import numpy as np
 from gimbal.board.file import Board; from gimbal.board.slots import SlotWriter, BoardReader
@@ -338,7 +333,7 @@ def test_a_full_file_system_is_an_error_at_creation_only(tmp_path: Path) -> None
 # Anything at all.
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(
     writes=st.lists(
         st.tuples(st.integers(0, BOARD_BYTES // 8 - 1), st.binary(min_size=1, max_size=64)),

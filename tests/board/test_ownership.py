@@ -26,11 +26,6 @@ print("ready", flush=True); sys.stdin.readline()
 """
 
 
-@pytest.fixture
-def path(folder: Path) -> Path:
-    return board_path("server", folder)
-
-
 def test_a_board_is_kept_until_its_last_user_is_gone(path: Path, start: Any) -> None:
     owner, other = (start(USE, path, ROW_WIDTH) for _ in range(2))
     for process in (owner, other):

@@ -67,6 +67,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     rows = "".join(TRACE % (i * 0.02) for i in range(20))
     (tmp_path / "trace.jsonl").write_text(rows)
+    monkeypatch.setenv("GIMBAL_DATA", str(tmp_path))  # the trace of `reproduce live`
+    (tmp_path / "burstgpt").mkdir()
+    rows = "".join(f"{i},40,4\n" for i in range(20))
+    text = f"Timestamp,Request tokens,Response tokens\n{rows}"
+    (tmp_path / "burstgpt" / "BurstGPT_1.csv").write_text(text)
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "routing.npz", counts=np.floor(rng.pareto(1.5, (4, 3, 16)) * 1000))
     model = tmp_path / "model"
@@ -82,7 +87,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# Numbers of options: (command words, option, value, part of the line).
+# Numbers of options: (command words, option, value).
 SIMULATE = ("simulate", "--trace", "trace.jsonl")
 BENCH = ("bench", "--demo", "--trace", "trace.jsonl")
 PLACE = ("place", "--routing", "routing.npz", "--ranks", "4")
@@ -371,9 +376,6 @@ def test_counts(run: Run, here: Path, command: str, counts: np.ndarray, message:
 def test_recordings(run: Run, here: Path, field: str, value: object, message: str) -> None:
     np.savez(here / "bad.npz", counts=np.ones((2, 1, 4)), **{field: np.asarray(value)})
     refused(run("stats", "bad.npz"), f"bad.npz: {message}")
-
-
-RESULT = '{"arms": {"vllm": {}}, "ratios": {}}'
 
 
 @pytest.mark.parametrize(

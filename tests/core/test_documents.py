@@ -150,7 +150,7 @@ PIECES = st.lists(
 
 
 @pytest.mark.parametrize("parse", [parse_json, parse_yaml])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.one_of(PIECES, st.text()))
 def test_whatever_is_read_is_plain(parse: Callable[[str, str], Any], text: str) -> None:
     try:

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import random
-import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,17 @@ from gimbal.core.config_sources import read_config_file
 from gimbal.core.cost.profile import load_profile
 from gimbal.workloads.load import WorkloadOptions, build_workload, load_trace
 from gimbal.workloads.routing import read_routing
-from tests.fuzz.values import absurd, check, count, finite, json_value, mutated, number, text
+from tests.fuzz.values import (
+    absurd,
+    check,
+    count,
+    finite,
+    folder,
+    json_value,
+    mutated,
+    number,
+    text,
+)
 
 MOST_TOKENS = 2**53
 
@@ -56,13 +65,8 @@ def configuration(rng: random.Random) -> None:
     check(parse_config(values) == config, "another configuration when read again")
 
 
-@lru_cache(maxsize=1)
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="gimbal-fuzz-")
-
-
 def _file(suffix: str, data: bytes) -> Path:
-    path = Path(_folder().name) / f"input{suffix}"
+    path = Path(folder().name) / f"input{suffix}"
     path.write_bytes(data)
     return path
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import struct
-import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +24,7 @@ from gimbal.core.queue import ORDERINGS
 from gimbal.core.snapshot import ROW_WIDTH
 from gimbal.vllm_plugin.engine.remote import parse_row
 from gimbal.vllm_plugin.operator.routes import GimbalEndpoints, check_control
-from tests.fuzz.values import absurd, check, count, finite, json_value, mutated
+from tests.fuzz.values import absurd, check, count, finite, folder, json_value, mutated
 
 HEAD, MAGIC = struct.Struct("<4sHH"), b"GBR1"
 """What stands before a row on the wire: magic, engine, row width."""
@@ -47,11 +46,6 @@ MESSAGE: dict[str, Any] = {
     },
     "reset": [True, False, "no", 0],
 }
-
-
-@lru_cache(maxsize=1)
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="gimbal-fuzz-")
 
 
 def rows(rng: random.Random) -> None:
@@ -83,7 +77,7 @@ def rows(rng: random.Random) -> None:
 
 def board_words(rng: random.Random) -> None:
     """Words of the board overwritten at random: whole rows or none are read, and nobody fails."""
-    board = Board(Path(_folder().name) / "fuzz.board")
+    board = Board(Path(folder().name) / "fuzz.board")
     writer, reader = SlotWriter(board, 1), BoardReader(board, 4)
     rows = np.zeros((3, ROW_WIDTH))
     for number in (1, 2):
@@ -150,7 +144,7 @@ def _site() -> tuple[Any, asyncio.AbstractEventLoop]:
     )
     operator = app.state.gimbal_operator
     operator.board.close()
-    operator.board = Board(Path(_folder().name) / "site.board")
+    operator.board = Board(Path(folder().name) / "site.board")
     operator.reader = BoardReader(operator.board, 2)
     return app, loop
 

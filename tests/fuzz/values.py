@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 EDGES: tuple[Any, ...] = (
@@ -86,6 +88,12 @@ def mutated(
         else:
             found[name] = rng.choice(plausible)
     return found
+
+
+@lru_cache(maxsize=1)
+def folder() -> tempfile.TemporaryDirectory[str]:
+    """Of the files that inputs are written to; gone with the process."""
+    return tempfile.TemporaryDirectory(prefix="gimbal-fuzz-")
 
 
 def finite(value: Any) -> bool:

@@ -12,9 +12,9 @@ process and no shared-memory file of the server is left.
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from gimbal.bench.servers import free_port
 
 READY_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
@@ -44,11 +46,25 @@ def server_key(item: pytest.Item) -> Key:
     return tuple(mark.args), mark.kwargs.get("levels"), tuple(sorted(environment.items()))
 
 
+def ends_it(item: pytest.Item) -> int:
+    """0 if a test leaves its server running, 1 if it ends it, 2 if it has servers of its own.
+
+    The test's own parameters tell: `fixturenames` holds `server_pool` for every test of a server.
+    """
+    names = inspect.signature(item.function).parameters  # type: ignore[attr-defined]
+    if "server_pool" not in names:
+        return 0
+    return 1 if "server" in names else 2
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups live tests by server, the plain one first; other tests keep their place."""
+    """Groups live tests by server, the plain one last; other tests keep their place.
+
+    Within a group, tests that end the server come after those that leave it running.
+    """
     here = Path(__file__).parent
     places = [i for i, item in enumerate(items) if item.path.is_relative_to(here)]
-    live = sorted((items[i] for i in places), key=lambda item: repr(server_key(item)))
+    live = sorted((items[i] for i in places), key=lambda i: (repr(server_key(i)), ends_it(i)))
     for place, item in zip(places, live, strict=True):
         items[place] = item
 
@@ -100,12 +116,6 @@ class ServerPool:
         assert self.server is not None
         return self.server
 
-    @staticmethod
-    def free_port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
     def forget(self) -> None:
         """For a test that ended the server itself."""
         if self.process is not None:
@@ -114,7 +124,7 @@ class ServerPool:
 
     def start(self, key: Key) -> None:
         flags, levels, environment = key
-        port = self.free_port()
+        port = free_port()
         log = self.folder / f"server-{port}.log"
         command = [sys.executable, "-m", "gimbal.cli", "serve", "--demo", "--port", str(port)]
         command += ["--levels", levels] if levels is not None else []

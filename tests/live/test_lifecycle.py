@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from left_over import gone
+from gimbal.bench.servers import free_port
+from tests.left_over import gone
 
 pytestmark = pytest.mark.live
 SERVE = [sys.executable, "-m", "gimbal.cli", "serve", "--demo"]
@@ -38,7 +37,7 @@ def test_a_stop_while_starting_leaves_nothing(server_pool: Any, tmp_path: Path, 
     server_pool.stop()
     log = tmp_path / "log"
     with log.open("wb") as out:
-        process = subprocess.Popen([*SERVE, "--port", str(server_pool.free_port())], stdout=out)
+        process = subprocess.Popen([*SERVE, "--port", str(free_port())], stdout=out)
     wait_for(phase, log, process, 120)
     time.sleep(0.5)
     family = descendants_of(process.pid)
@@ -100,7 +99,7 @@ def test_an_engine_that_dies_while_starting_leaves_nothing(
     log = tmp_path / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [*SERVE, "--port", str(server_pool.free_port())], stdout=out, stderr=subprocess.STDOUT
+            [*SERVE, "--port", str(free_port())], stdout=out, stderr=subprocess.STDOUT
         )
     wait_for("loading the model", log, process, 120)
     family = descendants_of(process.pid)
@@ -138,7 +137,7 @@ def test_plain_vllm_runs_the_plugin_only_when_it_is_enabled(
     from gimbal.vllm_plugin.serve.plan import demo_model
 
     server_pool.stop()
-    port = server_pool.free_port()
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(demo_model())]
     command += ["--port", str(port), "--enforce-eager", "--max-model-len", "2048"]

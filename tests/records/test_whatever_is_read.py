@@ -76,7 +76,6 @@ def test_fields_of_other_types(tmp_path: Path, record: Any, data: st.DataObject)
     kind = type(record)
     found = read_or_refuse(lambda p: list(read_records(p, kind)), tmp_path / "x.jsonl", content)
     if found is not None:
-        assert len({len(getattr(found[0], n)) for n in ("pairs",) if hasattr(found[0], n)}) <= 1
         assert all(map(math.isfinite, numbers(list(dataclasses.asdict(found[0]).values()))))
 
 

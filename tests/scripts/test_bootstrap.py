@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def bootstrap() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "scripts" / "bootstrap.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import bootstrap
 
 
 class FakePip:
@@ -42,63 +30,53 @@ NO_WHEEL = "ERROR: No matching distribution found for torch==2.13.0+cpu"
 DROPPED = "ReadTimeoutError: Read timed out."
 
 
-def use(pip: FakePip, monkeypatch: pytest.MonkeyPatch, bootstrap: ModuleType) -> FakePip:
+def use(pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> FakePip:
     monkeypatch.setattr(bootstrap.subprocess, "run", pip)
     return pip
 
 
-def test_torch_that_pip_sees_needs_no_other_index(
-    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pip = use(FakePip((0, "")), monkeypatch, bootstrap)
+def test_torch_that_pip_sees_needs_no_other_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = use(FakePip((0, "")), monkeypatch)
     bootstrap.install_torch(Path("python"))
     assert len(pip.calls) == 1
     assert bootstrap.TORCH_INDEX not in pip.calls[0]
 
 
-def test_torch_falls_back_to_pytorchs_index(
-    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pip = use(FakePip((1, NO_WHEEL), (0, "")), monkeypatch, bootstrap)
+def test_torch_falls_back_to_pytorchs_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = use(FakePip((1, NO_WHEEL), (0, "")), monkeypatch)
     bootstrap.install_torch(Path("python"))
     assert bootstrap.TORCH_INDEX in pip.calls[1]
 
 
-def test_a_torch_nobody_has_is_explained(
-    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use(FakePip((1, NO_WHEEL), (1, NO_WHEEL), (0, "")), monkeypatch, bootstrap)
+def test_a_torch_nobody_has_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(FakePip((1, NO_WHEEL), (1, NO_WHEEL), (0, "")), monkeypatch)
     with pytest.raises(bootstrap.InstallError, match=r"no wheel of torch.*for Python 3\.12\.1"):
         bootstrap.install_torch(Path("python"))
 
 
-def test_a_dropped_download_is_tried_once_more(
-    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pip = use(FakePip((1, DROPPED), (0, "")), monkeypatch, bootstrap)
+def test_a_dropped_download_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = use(FakePip((1, DROPPED), (0, "")), monkeypatch)
     bootstrap.pip(Path("python"), "install", "x")
     assert len(pip.calls) == 2
-    use(FakePip((1, DROPPED), (1, DROPPED)), monkeypatch, bootstrap)
+    use(FakePip((1, DROPPED), (1, DROPPED)), monkeypatch)
     with pytest.raises(bootstrap.InstallError, match="Read timed out"):
         bootstrap.pip(Path("python"), "install", "x")
 
 
-def test_an_unsuitable_interpreter_is_named(bootstrap: ModuleType) -> None:
+def test_an_unsuitable_interpreter_is_named() -> None:
     with pytest.raises(bootstrap.InstallError, match=r"/no/python is not a Python 3\.11"):
         bootstrap.find_python("/no/python")
     assert bootstrap.find_python(sys.executable) == sys.executable
 
 
-def test_nothing_is_done_twice(
-    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_nothing_is_done_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".gimbal-installed").write_text(bootstrap.fingerprint())
-    pip = use(FakePip(), monkeypatch, bootstrap)
+    pip = use(FakePip(), monkeypatch)
     bootstrap.install(tmp_path, None)
     assert pip.calls == []
 
 
-def test_the_lock_pins_every_line_and_leaves_the_mismatched_out(bootstrap: ModuleType) -> None:
+def test_the_lock_pins_every_line_and_leaves_the_mismatched_out() -> None:
     lines = [line for line in bootstrap.LOCK.read_text().splitlines() if not line.startswith("#")]
     assert bootstrap.TORCH in lines
     assert all(re.fullmatch(r"[a-z0-9.-]+==[^=\s]+", line) for line in lines)

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from gimbal.core.config import GimbalConfig
 from gimbal.core.config_sources import to_yaml
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def maker() -> ModuleType:
-    path = ROOT / "scripts" / "configuration_page.py"
-    spec = importlib.util.spec_from_file_location("configuration_page", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["configuration_page"] = module  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
+from scripts import configuration_page
 
 
-def test_the_page_is_not_stale(maker: ModuleType) -> None:
-    page = maker.page(to_yaml(GimbalConfig()))
-    assert maker.OUT.read_text() == page, "run scripts/configuration_page.py"
+def test_the_page_is_not_stale() -> None:
+    page = configuration_page.page(to_yaml(GimbalConfig()))
+    assert configuration_page.OUT.read_text() == page, "run scripts/configuration_page.py"
 
 
-def test_sections_of_sections_get_tables_of_their_own(maker: ModuleType) -> None:
+def test_sections_of_sections_get_tables_of_their_own() -> None:
     text = """\
 # false leaves vLLM as it is
 enabled: true
@@ -51,7 +36,7 @@ dispatch:
   max_signal_age_ms: 2000.0
 """
     assert (
-        maker.page(text).removeprefix(maker.HEAD).strip()
+        configuration_page.page(text).removeprefix(configuration_page.HEAD).strip()
         == """\
 ## Top level
 
@@ -78,23 +63,22 @@ Options of the policy.
     )
 
 
-def test_a_line_that_is_no_key_is_refused(maker: ModuleType) -> None:
+def test_a_line_that_is_no_key_is_refused() -> None:
     with pytest.raises(ValueError, match="line 2"):
-        list(maker.entries("levels:\n- dispatch\n"))
+        list(configuration_page.entries("levels:\n- dispatch\n"))
 
 
 def test_check_tells_a_stale_page_by_its_exit_code(
-    maker: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(maker, "OUT", tmp_path / "configuration.md")
+    monkeypatch.setattr(configuration_page, "OUT", tmp_path / "configuration.md")
     monkeypatch.setattr(sys, "argv", ["configuration_page.py", "--check"])
-    assert maker.main() == 1
+    assert configuration_page.main() == 1
     assert "stale" in capsys.readouterr().err
 
     monkeypatch.setattr(sys, "argv", ["configuration_page.py"])
-    assert maker.main() == 0
+    assert configuration_page.main() == 0
     monkeypatch.setattr(sys, "argv", ["configuration_page.py", "--check"])
-    assert maker.main() == 0
+    assert configuration_page.main() == 0

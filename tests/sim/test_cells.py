@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from left_over import gone
+from tests.left_over import gone
 
 RUN = """
 import json, os, signal, sys, time

@@ -43,7 +43,7 @@ requests = st.lists(
 
 
 @given(requests, st.integers(24, 60), st.integers(4, 32), st.integers(1, 8), st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_counters_match_a_recount_and_every_request_ends(specs, blocks, budget, seats, in_batch):
     ours = {"ordering": "gimbal", "queue": QueueConfig(max_wait_s=20.0)} if in_batch else {}
     engine = make_engine(blocks, max(budget, seats + 1), seats, **ours)

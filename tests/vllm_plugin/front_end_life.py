@@ -13,7 +13,6 @@ from typing import Any
 
 import faults
 import numpy as np
-from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
@@ -24,6 +23,7 @@ from gimbal.core.guard import LevelGuard
 from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 from gimbal.vllm_plugin.dispatch import hook, unsent, user_session
 from gimbal.vllm_plugin.engine.identity import server_board_path
+from tests.vllm_plugin.dispatch.fakes import book_keeping, request_of
 
 ENGINES = 3
 VLLM = inspect.unwrap(DPLBAsyncMPClient.get_core_engine_for_request)
@@ -52,14 +52,7 @@ class PlainClient(DPLBAsyncMPClient):
             model_config=SimpleNamespace(is_moe=True),
             kv_events_config=None,
         )
-        self.client_count, self.client_index = 1, 0
-        self.reqs_in_flight: dict[str, bytes] = {}
-        self.engine_inflight: Counter[bytes] = Counter()
-        self.streaming_reqs: set[str] = set()  # 0.33
-        self.engine_ranks_managed = list(range(ENGINES))
-        self.core_engines = [rank.to_bytes(2, "little") for rank in range(ENGINES)]
-        self.lb_engines: list[list[float]] = [[0, 0, 0.0] for _ in range(ENGINES)]
-        self.eng_start_index = 0
+        book_keeping(self, ENGINES)
         self.asked: Counter[str] = Counter()  # vLLM's own method, by request
 
     def get_core_engine_for_request(self, request: Any) -> bytes:
@@ -86,15 +79,9 @@ def request(name: str, number: int, session: str | None) -> EngineCoreRequest:
     """One in 20 is pinned, one in 20 a turn of a streaming session."""
     rng = random.Random(number)
     first = rng.randrange(50) * 1000
-    return EngineCoreRequest(
-        request_id=name,
-        prompt_token_ids=list(range(first, first + rng.choice((10, 200, 1500)))),
-        mm_features=None,
-        sampling_params=SamplingParams(max_tokens=1),
-        pooling_params=None,
-        arrival_time=0.0,
-        lora_request=None,
-        cache_salt=None,
+    return request_of(
+        name,
+        list(range(first, first + rng.choice((10, 200, 1500)))),
         data_parallel_rank=1 if number % 20 == 7 else None,
         session_id=session,
         resumable=number % 20 == 11,

@@ -122,21 +122,11 @@ def request(
     )
 
 
-def finish_step(
-    scheduler: Any, output: Any, attach: Callable[[Any], None] = lambda _result: None
-) -> dict[str, int]:
-    """Plays the model: every request whose prompt is done gets a token; returns what clients get.
-
-    `attach` puts on the model's result what workers send along.
-    """
+def result_of(ids: list[str], tokens: list[list[int]]) -> Any:
+    """The model's result for a step: the tokens sampled for each of its requests."""
     from vllm.v1.outputs import ModelRunnerOutput
 
-    ids = list(output.num_scheduled_tokens)
-    tokens = []
-    for request_id in ids:
-        done = scheduler.requests[request_id]
-        tokens.append([] if done.is_prefill_chunk else [7])
-    result = ModelRunnerOutput(
+    return ModelRunnerOutput(
         req_ids=ids,
         req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
         sampled_token_ids=tokens,
@@ -144,6 +134,21 @@ def finish_step(
         prompt_logprobs_dict={},
         pooler_output=[],
     )
+
+
+def finish_step(
+    scheduler: Any, output: Any, attach: Callable[[Any], None] = lambda _result: None
+) -> dict[str, int]:
+    """Plays the model: every request whose prompt is done gets a token; returns what clients get.
+
+    `attach` puts on the model's result what workers send along.
+    """
+    ids = list(output.num_scheduled_tokens)
+    tokens = []
+    for request_id in ids:
+        done = scheduler.requests[request_id]
+        tokens.append([] if done.is_prefill_chunk else [7])
+    result = result_of(ids, tokens)
     attach(result)
     answers = scheduler.update_from_output(output, result).values()
     return {one.request_id: len(one.new_token_ids) for all_ in answers for one in all_.outputs}

@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -24,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "placement"))
 
 import faults
-import real_scheduler as real
 
 from gimbal.core.errors import InputError
+from tests.vllm_plugin import real_scheduler as real
 
 pytestmark = [
     pytest.mark.slow,
@@ -135,6 +136,14 @@ def board(monkeypatch: Any) -> Any:
     path.unlink(missing_ok=True)
 
 
+def lived(board: Any, kind: Any) -> Any:
+    """A `Life` of one of the neighbouring modules, on a board of its own, at its end."""
+    board()
+    life = kind()
+    life.run()
+    return life
+
+
 def test_an_engine_serves_through_every_fault(tmp_path: Path, board: Any, capsys: Any) -> None:
     def engine(gimbal: Any = GIMBAL) -> Any:
         board()
@@ -181,12 +190,7 @@ def test_a_front_end_dispatches_through_every_fault(
 
     monkeypatch.setattr(hook, "compile_in_background", lambda: None)
 
-    def whole_life() -> Life:
-        board()
-        life = Life()
-        life.run()
-        return life
-
+    whole_life = partial(lived, board, Life)
     functions, met = faults.called(whole_life)
     assert met >= faults.entries("dispatch.")
     tally = faults.Tally("front end", functions)
@@ -237,12 +241,7 @@ def test_a_server_starts_through_every_fault(board: Any, capsys: Any) -> None:
     """The hooks that act as a server starts, and its loggers of finished requests."""
     from start_life import ITERATIONS, Life
 
-    def whole_life() -> Life:
-        board()
-        life = Life()
-        life.run()
-        return life
-
+    whole_life = partial(lived, board, Life)
     functions, met = faults.called(whole_life)
     assert met >= faults.entries("engine.identity", "queue.metrics") | set(Life.ENTRIES)
     tally = faults.Tally("start", functions, f"{ITERATIONS} steps")

@@ -128,7 +128,7 @@ def test_each_distribution_has_its_shape() -> None:
     assert average == pytest.approx([1 / 3] * 3, abs=0.03)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 100000), min_size=1, max_size=300), st.sampled_from(DISTRIBUTIONS))
 def test_weights_are_a_distribution_over_any_pool(lengths: list[int], name: str) -> None:
     w = weights(name, np.array(lengths, dtype=np.int64))

@@ -4,7 +4,7 @@ import tracemalloc
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from gimbal.core.dispatch.block_names import BlockNames
 from gimbal.core.dispatch.prefix_index import PrefixIndex
@@ -78,7 +78,6 @@ def test_bytes_held_are_bounded_whatever_the_blocks():
     assert held_bytes < 1.5 * 2**20
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 1), max_size=9)), max_size=12),
     st.integers(1, 3),

@@ -165,7 +165,7 @@ class Engines(RuleBasedStateMachine):
             assert not ledger._cached
 
 
-Engines.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Engines.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestEngines = Engines.TestCase
 
 

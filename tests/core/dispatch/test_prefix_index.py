@@ -3,7 +3,7 @@ import sys
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from gimbal.core.dispatch.prefix_index import PrefixIndex
 
@@ -119,7 +119,6 @@ def test_bounded_and_keeps_what_is_used(capacity):
     assert cached(index, [0, 1, 0, 2]) == [0]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 1), max_size=9)), max_size=12))
 def test_agrees_with_a_set_of_prefixes(history):
     """Against the obvious implementation, over prompts that overlap a lot."""

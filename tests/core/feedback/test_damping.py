@@ -24,7 +24,7 @@ def largest_root(filter_gain, loop_gain, delay):
 
 
 @given(st.floats(0.001, 1.0), st.floats(0.0, 50.0), st.integers(0, 40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_stated_conditions_put_every_root_inside_the_unit_circle(g, loop_gain, delay):
     if loop_gain < 0.999 or g * loop_gain < 0.999 * gain_limit(delay):
         assert largest_root(g, loop_gain, delay) < 1.0
@@ -43,7 +43,7 @@ def test_the_bound_is_tight_for_a_slow_filter(delay):
 
 
 @given(st.floats(0.0, 100.0), st.integers(0, 50))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_derived_gain_bears_almost_twice_the_loop_gain(loop_gain, delay):
     g = gain(loop_gain, delay)
     assert 0 < g <= 1

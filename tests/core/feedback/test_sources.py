@@ -18,7 +18,7 @@ tokens = hnp.arrays(float, (3, 4), elements=st.floats(1.0, 1e4))
 
 
 @given(tokens, st.floats(0.0, 1.0), tokens)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_moving_work_conserves_every_domain_and_every_expert(recent, movable, wish):
     preferred = wish / wish.sum(axis=0)
     expected = expected_tokens(recent, preferred, movable)
@@ -86,7 +86,7 @@ def test_differences_that_dispatch_keeps_up_are():
 
 
 @given(hnp.arrays(float, (3, 2, 4), elements=st.floats(1.0, 1e3)), st.floats(0.0, 1.0))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shrinking_keeps_every_experts_total(rows, kept):
     result = shrunk(RoutingCounts(rows), kept).counts
     np.testing.assert_allclose(result.sum(axis=0), rows.sum(axis=0))

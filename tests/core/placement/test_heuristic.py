@@ -18,7 +18,7 @@ from gimbal.testing import placement
 from tests.core.placement.problems import make, problems
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problem=problems())
 def test_any_valid_problem_gives_a_valid_plan_that_is_never_worse(
     problem: PlacementProblem,

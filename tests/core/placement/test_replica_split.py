@@ -83,7 +83,7 @@ def cases(draw):
     return counts, np.array(rows, dtype=np.int32), topology
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_every_token_is_served_and_balance_is_bounded(case):
     counts, placement, topology = case

@@ -8,7 +8,7 @@ from gimbal.core.errors import PolicyError
 from gimbal.core.placement.verify import answer, check_answer
 
 CURRENT = np.array([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=np.int32)
-EXPERTS = 3 + 1
+EXPERTS = 4
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8])

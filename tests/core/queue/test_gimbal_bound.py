@@ -63,7 +63,7 @@ class Server:
         return slot[0].key - (slot[0].request.uncached_tokens - slot[1])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.tuples(

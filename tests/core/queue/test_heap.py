@@ -42,7 +42,7 @@ def reference_head(heap: WaitingHeap[str], entries: list[Entry[str]], now_s: flo
     return oldest if now_s - oldest.queued_s > heap.max_wait_s else head
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     OPERATIONS,
     st.sampled_from(sorted(ORDERINGS)),

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import aiohttp
 
+from gimbal.bench.servers import free_port
 from tests.left_over import gone, is_running
 from tests.live.chaos.table import EXACT
 
@@ -48,9 +48,7 @@ class Server:
 
     def __init__(self, folder: Path, gimbal: Mapping[str, Any] | None) -> None:
         self.alone = gimbal is None
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / f"server-{port}.log"
         self.shared_before = shared_files()
@@ -92,9 +90,9 @@ class Server:
     def _text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def last_line(self, start: str = "gimbal:") -> str:
+    def last_line(self) -> str:
         """The last thing that Gimbal itself said."""
-        lines = [line for line in self._text().splitlines() if line.startswith(start)]
+        lines = [line for line in self._text().splitlines() if line.startswith("gimbal:")]
         return lines[-1][:200] if lines else "nothing said"
 
     def pid_of(self, title: str) -> int:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from gimbal.bench.endpoint import Endpoint
+from gimbal.bench.servers import free_port
 from gimbal.core.config_sources import parse_levels
 
 READY_LIMIT_S = 300.0
@@ -98,9 +98,7 @@ class CheckedServer:
     def __enter__(self) -> CheckedServer:
         # The default action of SIGTERM would end this process and leave the server behind.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         command = self._launcher()
         command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--enforce-eager", *self.layout.flags(), *self.extra]

@@ -35,7 +35,7 @@ def spelled_out(ids, load, table, count, record, unpadded):
     return out
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     tokens=st.integers(0, 40),

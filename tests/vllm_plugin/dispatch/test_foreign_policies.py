@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
+from tests.vllm_plugin.dispatch.fakes import Server
 
 FOREIGN = """
 import numpy as np
@@ -58,24 +56,13 @@ class Number:
 """
 
 
-def neighbour(name: str) -> ModuleType:
-    """A test module of this folder, imported by its path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[f"foreign_{name}"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def server_of(tmp_path: Path, monkeypatch: Any) -> Any:
-    """A server of `test_hook` that dispatches by a policy of `FOREIGN`."""
+    """Makes a server that dispatches by a policy of `FOREIGN`."""
     (tmp_path / "foreign_dispatch.py").write_text(FOREIGN)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(logging.getLogger("vllm.gimbal"), "propagate", True)
-    hook = neighbour("test_hook")
-    return lambda name: hook.Server(tmp_path, monkeypatch, policy=f"foreign_dispatch:{name}")
+    return lambda name: Server(tmp_path, monkeypatch, policy=f"foreign_dispatch:{name}")
 
 
 def test_a_foreign_policy_decides(server_of: Any) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,93 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gimbal.core.config import parse_config
-from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
-
 pytest.importorskip("vllm")
 from vllm import SamplingParams
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
-from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
-from gimbal.board.clock import now_us
-from gimbal.board.file import Board, board_path
-from gimbal.board.slots import SlotWriter
-from gimbal.vllm_plugin.dispatch.hook import FrontEnd
 from gimbal.vllm_plugin.dispatch.request import describe, session_of
 from gimbal.vllm_plugin.engine import identity
-
-ORIGINAL = DPLBAsyncMPClient.get_core_engine_for_request
-FINISH = DPLBAsyncMPClient.process_engine_outputs
-
-
-class Client(DPLBAsyncMPClient):
-    """The part of the client that dispatch touches."""
-
-    def __init__(self, engines: int = 2, client_count: int = 1, client_index: int = 0) -> None:
-        self.client_count, self.client_index = client_count, client_index
-        self.reqs_in_flight: dict[str, bytes] = {}
-        self.engine_inflight: Counter[bytes] = Counter()
-        self.streaming_reqs: set[str] = set()  # 0.33
-        self.engine_ranks_managed = list(range(engines))
-        self.core_engines = [rank.to_bytes(2, "little") for rank in range(engines)]
-        self.lb_engines: list[list[float]] = [[0, 0, 0.0] for _ in range(engines)]
-        self.eng_start_index = 0
-
-
-def request(name: str, tokens: int = 10, **fields: Any) -> EngineCoreRequest:
-    """A request whose prompt begins like no other name's."""
-    first = 100_000 * sum(name.encode())
-    values: dict[str, Any] = {
-        "request_id": name,
-        "prompt_token_ids": list(range(first, first + tokens)),
-        "mm_features": None,
-        "sampling_params": SamplingParams(max_tokens=1),
-        "pooling_params": None,
-        "arrival_time": 0.0,
-        "lora_request": None,
-        "cache_salt": None,
-        "data_parallel_rank": None,
-    }
-    return EngineCoreRequest(**(values | fields))
-
-
-class Server:
-    """Two fake engines, their board and one front end."""
-
-    def __init__(self, folder: Path, monkeypatch: Any, **dispatch: Any) -> None:
-        self.board = Board(board_path("server", folder))
-        self.writers = [SlotWriter(self.board, rank) for rank in range(2)]
-        self.rows = np.zeros((2, ROW_WIDTH))
-        self.client = Client()
-        config = parse_config({"levels": ["dispatch"], "dispatch": dispatch})
-        self.front_end = FrontEnd(self.client, config, self.board)
-        monkeypatch.setattr(self.front_end, "_start_refresh", lambda: None)
-        self.publish()
-
-    def publish(self, age_s: float = 0.0, **fields: list[float]) -> None:
-        """Both engines publish; `fields` gives both engines' values by field name."""
-        self.rows[:, Field.SEQUENCE] += 1
-        self.rows[:, Field.EPOCH] = 1
-        self.rows[:, Field.TIMESTAMP_US] = now_us() - age_s * 1e6
-        for name, values in fields.items():
-            self.rows[:, Field[name]] = values
-        for writer, row in zip(self.writers, self.rows, strict=True):
-            writer.publish(row)
-
-    def accept(self, engine: int, tokens: int) -> None:
-        self.rows[engine, ACCEPTED_REQUESTS] += 1
-        self.rows[engine, ACCEPTED_TOKENS] += tokens
-
-    def send(self, name: str, tokens: int = 10, **fields: Any) -> int:
-        sent = request(name, tokens, **fields)
-        engine = self.front_end.route(self.client, sent, ORIGINAL)
-        assert sent.data_parallel_rank == fields.get("data_parallel_rank")
-        return self.client.core_engines.index(engine)
-
-    def finish(self, *names: str) -> None:
-        self.front_end.finished(names)
-        outputs = EngineCoreOutputs(finished_requests=set(names))
-        asyncio.run(FINISH(self.client, outputs))
+from tests.vllm_plugin.dispatch.fakes import ORIGINAL, Client, Server, request
 
 
 @pytest.fixture
@@ -190,18 +106,16 @@ def test_an_idle_engine_that_said_so_long_ago_is_trusted(server: Server) -> None
 
 
 def test_a_failing_policy_falls_back_and_switches_itself_off(
-    server: Server, monkeypatch: Any, caplog: Any
+    server: Server, monkeypatch: Any
 ) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("injected")
 
     monkeypatch.setattr(server.front_end.dispatcher, "dispatch", broken)
-    with caplog.at_level(logging.WARNING, "vllm.gimbal"):
-        logging.getLogger("vllm.gimbal").propagate = True
-        first = server.send("a", 500)
-        assert server.send("b", 10) == 1 - first
-        for i in range(40):
-            server.send(f"r{i}", 10)
+    first = server.send("a", 500)
+    assert server.send("b", 10) == 1 - first
+    for i in range(40):
+        server.send(f"r{i}", 10)
     assert server.front_end.guard.disabled
     assert server.front_end.guard.counts == {"error": 20}
     assert server.front_end.decisions.total() == 42, "no request was lost"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from gimbal.board.file import Board, board_path
 from gimbal.board.slots import SlotWriter
 from gimbal.vllm_plugin.dispatch import hook, unsent
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of
+from tests.vllm_plugin.dispatch.fakes import book_keeping, request_of
 
 HALF_AN_EMOJI = "\ud83d"
 CHOOSE = DPLBAsyncMPClient.get_core_engine_for_request
@@ -55,14 +55,8 @@ class Client(DPLBAsyncMPClient):
     """vLLM's client with a socket of ours, and a front end that dispatches for it."""
 
     def __init__(self, board: Board) -> None:
-        self.client_count, self.client_index, self.current_wave = 1, 0, 0
-        self.reqs_in_flight: dict[str, bytes] = {}
-        self.engine_inflight: Counter[bytes] = Counter()
-        self.streaming_reqs: set[str] = set()  # 0.33
-        self.engine_ranks_managed = [0, 1]
-        self.core_engines = [rank.to_bytes(2, "little") for rank in range(2)]
-        self.lb_engines: list[list[float]] = [[0, 0, 0.0] for _ in range(2)]
-        self.eng_start_index = 0
+        book_keeping(self, 2)
+        self.current_wave = 0
         self.engines_running = True
         self.encoder = MsgpackEncoder()
         self.resources: Any = SimpleNamespace(
@@ -77,18 +71,7 @@ class Client(DPLBAsyncMPClient):
 
 
 def request(name: str, **fields: Any) -> EngineCoreRequest:
-    values: dict[str, Any] = {
-        "request_id": name,
-        "prompt_token_ids": list(range(200)),
-        "mm_features": None,
-        "sampling_params": SamplingParams(max_tokens=1),
-        "pooling_params": None,
-        "arrival_time": 0.0,
-        "lora_request": None,
-        "cache_salt": None,
-        "data_parallel_rank": None,
-    }
-    return EngineCoreRequest(**(values | fields))
+    return request_of(name, list(range(200)), **fields)
 
 
 @pytest.fixture

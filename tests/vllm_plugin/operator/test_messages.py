@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,44 +12,25 @@ import pytest
 from hypothesis import given, settings
 
 pytest.importorskip("vllm")
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from gimbal.board.file import Board
 from gimbal.core.config import parse_config
 from gimbal.core.errors import InputError
-from gimbal.vllm_plugin.operator import routes
 from gimbal.vllm_plugin.operator.messages import MESSAGE_BYTES, NESTING, RefusedError, parsed
-from gimbal.vllm_plugin.operator.routes import GimbalEndpoints, check_control
+from gimbal.vllm_plugin.operator.routes import check_control
 
 AS_JSON = {"Content-Type": "application/json"}
 GOOD = b'{"policy": "dynamo"}'
 CONFIG = parse_config({"levels": ["dispatch", "queue"], "admin": True})
 
 
-class Engine:
-    """vLLM's engine client as far as control asks it."""
-
-    def __init__(self) -> None:
-        self.vllm_config = SimpleNamespace(
-            additional_config={"gimbal": {"levels": ["dispatch", "queue"], "admin": True}},
-            parallel_config=SimpleNamespace(data_parallel_size=2),
-        )
-        self.engine_core = object()
-
-    async def reset_prefix_cache(self) -> None:
-        raise AssertionError("nothing here asks for a reset")
-
-
 @pytest.fixture
-def client(tmp_path: Path, monkeypatch: Any) -> Iterator[TestClient]:
-    path = tmp_path / "gimbal-test.board"
-    monkeypatch.setattr(routes, "server_board_path", lambda config: path)
-    app, plugin = FastAPI(), GimbalEndpoints()
-    plugin.attach_router(app)
-    asyncio.run(plugin.init_state(Engine(), app.state, SimpleNamespace(api_key=None)))
-    yield TestClient(app)
+def client(site: Any) -> Iterator[TestClient]:
+    made, engine, path = site({"levels": ["dispatch", "queue"], "admin": True})
+    yield made
     assert Board(path).read_control() in ({}, {"policy": "dynamo"})
+    assert engine.resets == 0, "nothing here asks for a reset"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +182,7 @@ messages = json_values | st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(messages)
 def test_any_message_is_taken_whole_or_refused_in_one_line(message: Any) -> None:
     """What is taken can be published and shown: JSON without NaN, infinity or half characters."""
@@ -217,7 +196,7 @@ def test_any_message_is_taken_whole_or_refused_in_one_line(message: Any) -> None
     json.dumps(control, allow_nan=False, ensure_ascii=False).encode()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.binary(max_size=200) | st.text('[]{}:,"0123456789eE+-.nutrlfas \\', max_size=200))
 def test_any_bytes_are_json_or_refused(body: Any) -> None:
     value, status = None, 400

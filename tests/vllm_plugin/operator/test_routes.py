@@ -17,14 +17,10 @@ from gimbal.core.errors import InputError
 from gimbal.core.snapshot import ROW_WIDTH, Field
 
 pytest.importorskip("vllm")
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
-
 from gimbal.board.file import Board
 from gimbal.board.slots import SlotWriter
 from gimbal.vllm_plugin.engine import identity
-from gimbal.vllm_plugin.operator import routes as control
-from gimbal.vllm_plugin.operator.routes import GimbalEndpoints, check_control
+from gimbal.vllm_plugin.operator.routes import check_control
 from gimbal.vllm_plugin.placement import route
 
 CONFIG = parse_config({"levels": ["dispatch", "queue", "placement"]})
@@ -112,40 +108,6 @@ def test_options_go_with_the_policy_they_were_given_with() -> None:
     # The flat key of before 0.2 is the ordering's own option now.
     flat = after({"queue": {"overtake_factor": 3}})
     assert flat == {"queue": {"options": {"overtake_factor": 3}}}
-
-
-class Engine:
-    """vLLM's engine client as the routes see it; no front end dispatches."""
-
-    def __init__(self, gimbal: dict[str, Any] | None) -> None:
-        self.vllm_config = SimpleNamespace(
-            additional_config={} if gimbal is None else {"gimbal": gimbal},
-            instance_id="x",
-            parallel_config=SimpleNamespace(data_parallel_size=2),
-        )
-        self.engine_core = object()
-        self.resets = 0
-
-    async def reset_prefix_cache(self) -> bool:
-        self.resets += 1
-        return True
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: Any) -> Any:
-    board = tmp_path / "gimbal-test.board"
-    monkeypatch.setattr(control, "server_board_path", lambda config: board)
-
-    def make(
-        gimbal: dict[str, Any] | None, key: str | None = None
-    ) -> tuple[TestClient, Engine, Path]:
-        app, engine, plugin = FastAPI(), Engine(gimbal), GimbalEndpoints()
-        plugin.attach_router(app)
-        args = SimpleNamespace(api_key=[key] if key else None)
-        asyncio.run(plugin.init_state(engine, app.state, args))
-        return TestClient(app), engine, board
-
-    return make
 
 
 def test_status_names_every_field_of_every_engine(site: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from gimbal.core.config import PlacementConfig
 from gimbal.core.guard import LevelGuard
 from gimbal.core.placement.planner import ModelFacts, planner_for
+from gimbal.testing import placement
 from gimbal.vllm_plugin.placement.controller import Controller
 from gimbal.vllm_plugin.placement.hook import _meter
 from gimbal.vllm_plugin.placement.member import Member
@@ -29,10 +30,11 @@ class VllmPolicy:
         return torch.roll(rest[-1], 1, dims=1)
 
 
-def model_state(placement: np.ndarray) -> SimpleNamespace:
-    slots = placement.shape[1]
+def model_state(experts: np.ndarray) -> SimpleNamespace:
+    """vLLM's state of a model whose slots hold `experts` [layers, slots]."""
+    slots = experts.shape[1]
     return SimpleNamespace(
-        physical_to_logical_map=torch.from_numpy(placement.astype(np.int64)),
+        physical_to_logical_map=torch.from_numpy(experts.astype(np.int64)),
         logical_to_physical_map=torch.full((LAYERS, EXPERTS, TABLE), -1),
         logical_replica_count=torch.zeros(LAYERS, EXPERTS, dtype=torch.long),
         expert_load_window=torch.zeros(WINDOW, LAYERS, slots, dtype=torch.int32),
@@ -51,8 +53,7 @@ class Group:
         feedback: bool = False,
         **config: Any,
     ) -> None:
-        order = np.concatenate([np.arange(EXPERTS), np.arange(redundant)])
-        placement = np.tile(order, (LAYERS, 1))
+        first = placement(LAYERS, EXPERTS + redundant, EXPERTS)
         self.votes: list[Any] = [None] * ranks
         facts = ModelFacts(2e5, 2, 512.0, True, "allgather_reducescatter", 1000)
         settings = PlacementConfig(**({"backend": "all2all", "gate": 0.0} | config))
@@ -72,22 +73,17 @@ class Group:
             member.controller = worker
             planner = planner_for(settings, facts)
             meter = _meter(planner, worker.place) if feedback else None
-            worker.models.append(ModelView(model_state(placement), planner, meter))
+            worker.models.append(ModelView(model_state(first), planner, meter))
 
     def run_step(self, counts: np.ndarray, prefill: int = 16, decode: int = 0) -> None:
-        """Every rank records `counts` [ranks, layers, experts] on each expert's first slot."""
+        """Every rank records its own of `counts` [ranks, layers, experts]."""
         for worker, own in zip(self.workers, counts, strict=True):
             state = worker.models[0].state
             slot = worker.step % WINDOW
             worker.step += 1
             worker.batch = (prefill, decode)
             worker.recorded(slot)
-            state.expert_load_window[slot] = 0
-            for layer in range(LAYERS):
-                table = state.physical_to_logical_map[layer].tolist()
-                for expert in range(EXPERTS):
-                    place = table.index(expert)
-                    state.expert_load_window[slot, layer, place] = int(own[layer, expert])
+            record(state, slot, own)
             worker.measure(slot)
 
     def rearrange(self) -> list[np.ndarray]:
@@ -105,10 +101,10 @@ class Group:
             sums = member.gather([raw], lambda _row: torch.stack(rows))
             assert torch.equal(sums[0], torch.stack(raws).sum(dim=0).to(raw.dtype))
         maps = self._plan(sums[0])
-        for worker, member, placement in zip(self.workers, self.members, maps, strict=True):
+        for worker, member, new in zip(self.workers, self.members, maps, strict=True):
             state = worker.models[0].state
             old = state.physical_to_logical_map.clone()
-            state.physical_to_logical_map = torch.from_numpy(placement)
+            state.physical_to_logical_map = torch.from_numpy(new)
             fill_tables(state)
             worker.committed(state, old, 0, LAYERS)
             worker.stalled(1000.0)
@@ -134,6 +130,14 @@ class Group:
             result = member.rebalance_experts(weight, slots, 1, 1, len(self.workers), old)
             maps.append(result.numpy())
         return maps
+
+
+def record(state: Any, slot: int, counts: np.ndarray) -> None:
+    """Writes a step's `counts` [layers, experts] into the window, at each expert's first slot."""
+    state.expert_load_window[slot] = 0
+    for layer, table in enumerate(state.physical_to_logical_map.tolist()):
+        for expert in range(EXPERTS):
+            state.expert_load_window[slot, layer, table.index(expert)] = int(counts[layer, expert])
 
 
 def fill_tables(state: Any) -> None:

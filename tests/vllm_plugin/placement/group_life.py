@@ -10,15 +10,17 @@ from typing import Any
 import faults
 import numpy as np
 import torch
-from fakes import EXPERTS, LAYERS, WINDOW, VllmPolicy, fill_tables, model_state, skewed
+from fakes import EXPERTS, LAYERS, WINDOW, VllmPolicy, fill_tables, model_state, record, skewed
 
 from gimbal.core.guard import LevelGuard
+from gimbal.testing import placement
 from gimbal.vllm_plugin.placement import hook
 from gimbal.vllm_plugin.placement.member import Member, member_of
 from gimbal.vllm_plugin.placement.stats import gimbal_experts_map, gimbal_routing
 from gimbal.vllm_plugin.placement.window import to_logical
 
 RANKS, REDUNDANT, STEPS, INTERVAL = 2, 2, 36, 4
+FIRST = placement(LAYERS, EXPERTS + REDUNDANT, EXPERTS)  # made once: no walk shall fail in it
 TIMEOUT_S = 20.0
 CONFIG = {
     "levels": ["placement", "feedback"],
@@ -89,8 +91,7 @@ class PlainState:
         self.layers: list[Any] = []  # of an asynchronous rearrangement, still to be committed
 
     def add_model(self, model: Any, model_config: Any) -> None:
-        order = np.concatenate([np.arange(EXPERTS), np.arange(REDUNDANT)])
-        state = model_state(np.tile(order, (LAYERS, 1)))
+        state = model_state(FIRST)
         fill_tables(state)
         state.model, state.model_name = model, "demo"
         self.model_states[model_config.compute_hash()] = state
@@ -108,12 +109,7 @@ class PlainState:
     ) -> None:
         state = self.state
         if not is_dummy:
-            window = state.expert_load_window[self.expert_load_window_step]
-            window.zero_()
-            for layer in range(LAYERS):
-                table = state.physical_to_logical_map[layer].tolist()
-                for expert in range(EXPERTS):
-                    window[layer, table.index(expert)] = int(self.routed[layer, expert])
+            record(state, self.expert_load_window_step, self.routed)
             self.expert_load_window_step = (self.expert_load_window_step + 1) % WINDOW
         self.since += 1
         if state.rebalanced:

@@ -1,9 +1,6 @@
 """Records on disk: appended, completed in place, and never in the way of serving."""
 
 import json
-import resource
-
-import pytest
 
 from gimbal.records.schema import RebalanceRecord
 from gimbal.vllm_plugin.placement.rebalance_log import RebalanceLog
@@ -69,16 +66,6 @@ def test_a_place_that_cannot_be_written_costs_the_records_only(tmp_path, caplog)
     assert log.last.stall_us == 1.0
     assert log.lost == 2
     assert len([r for r in caplog.records if "serving goes on" in r.message]) == 1
-
-
-@pytest.fixture
-def full_disk():
-    """Sets how large files of this process may grow; writing beyond fails like a full disk."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda limit: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (hard if limit is None else limit, hard)
-    )
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def test_a_full_disk_leaves_whole_lines_and_no_hole_once_there_is_room(tmp_path, full_disk):

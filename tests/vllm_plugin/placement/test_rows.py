@@ -98,7 +98,7 @@ def test_numbers_that_are_no_counts_are_refused(number: int, value: float):
         split_rows(gathered, 2, 3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from([1, 2, 4]).flatmap(
         lambda ranks: hnp.arrays(

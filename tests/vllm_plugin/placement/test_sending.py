@@ -113,14 +113,12 @@ def leaving(home: int) -> np.ndarray:
 def test_what_an_engine_sends_decides_where_the_next_request_goes(home, tmp_path):
     """Worker, step output, scheduler, board row, dispatcher: the whole way of the pressure."""
     pytest.importorskip("vllm")
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    import real_scheduler
-
     from gimbal.core.config import DispatchConfig
     from gimbal.core.contracts import DispatchRequest
     from gimbal.core.dispatch.dispatcher import Dispatcher
     from gimbal.core.snapshot import ROW_WIDTH, Field
     from gimbal.vllm_plugin.placement.hook import attach_news
+    from tests.vllm_plugin import real_scheduler
 
     group = Group(2, feedback=True, gate=1e12)
     group.run_step(leaving(home))

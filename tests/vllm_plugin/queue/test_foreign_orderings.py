@@ -1,15 +1,12 @@
 """Somebody else's ordering in vLLM's own scheduler: what it answers may be nonsense."""
 
 import logging
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import real_scheduler as real
+from tests.vllm_plugin import real_scheduler as real
 
 pytestmark = pytest.mark.slow  # importing vLLM takes most of ten seconds
 
@@ -52,21 +49,13 @@ class Forgets(Newest):
 
 
 @pytest.fixture
-def build(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def build(schedulers, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm.gimbal"), "propagate", True)
     (tmp_path / "foreign_orderings.py").write_text(FOREIGN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    built = []
-
-    def make(name):
-        values = {"levels": ["queue"], "queue": {"ordering": f"foreign_orderings:{name}"}}
-        built.append(real.build(tmp_path, values))
-        return built[-1]
-
-    yield make
-    for scheduler in built:
-        scheduler.shutdown()
+    return lambda name: schedulers(
+        {"levels": ["queue"], "queue": {"ordering": f"foreign_orderings:{name}"}}
+    )
 
 
 def serve(scheduler, count=12, first=0):

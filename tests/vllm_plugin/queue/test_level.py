@@ -1,37 +1,29 @@
 """The queue level inside vLLM's own scheduler (no model, no engine)."""
 
 import random
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import real_scheduler as real
+from tests.vllm_plugin import real_scheduler as real
 
 pytestmark = pytest.mark.slow  # importing vLLM takes most of ten seconds
 
 
 @pytest.fixture
-def build(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    built = []
-
+def build(schedulers):
     def make(gimbal=None, levels=("queue",), **options):
         values = None if gimbal is None else {"levels": list(levels), **gimbal}
-        built.append(real.build(tmp_path, values, **options))
+        scheduler = schedulers(values, **options)
         if gimbal is not None:
             # Steps without a model take microseconds; aging has to run at a server's pace.
-            built[-1].gimbal_queue.facts.prefill_tokens_per_s = lambda: 1000.0
-        return built[-1]
+            scheduler.gimbal_queue.facts.prefill_tokens_per_s = lambda: 1000.0
+        return scheduler
 
-    yield make
-    for scheduler in built:
-        scheduler.shutdown()
+    return make
 
 
 def run(scheduler, requests, steps=400):

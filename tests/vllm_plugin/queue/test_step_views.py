@@ -5,17 +5,11 @@ the decisions made of them must be equal.
 """
 
 import random
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import real_scheduler as real
-
 from gimbal.core.config import QueueConfig
 from gimbal.core.contracts import traits_of
 from gimbal.core.queue import ORDERINGS
@@ -26,6 +20,7 @@ from gimbal.sim import engine as sim_engine
 from gimbal.sim.engine import Engine
 from gimbal.sim.requests import SimRequest
 from gimbal.sim.step_view import EngineView
+from tests.vllm_plugin import real_scheduler as real
 
 pytestmark = pytest.mark.slow  # importing vLLM takes most of ten seconds
 
@@ -67,8 +62,7 @@ def workload(seed, count=40):
         (6, {}, 64),
     ],
 )
-def test_both_adapters_show_the_same_step(tmp_path, monkeypatch, seed, options, budget):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_both_adapters_show_the_same_step(schedulers, monkeypatch, seed, options, budget):
     from gimbal.vllm_plugin.queue import level as level_module
     from gimbal.vllm_plugin.queue.step_view import SchedulerView
 
@@ -78,8 +72,7 @@ def test_both_adapters_show_the_same_step(tmp_path, monkeypatch, seed, options, 
     for view in (SchedulerView, EngineView):  # learned from time, which is not compared here
         monkeypatch.setattr(view, "cost", StepCost(25_000.0, 500.0))
     now = [0.0]
-    scheduler = real.build(
-        tmp_path,
+    scheduler = schedulers(
         {"levels": ["queue"], "queue": options},
         blocks=BLOCKS + 1,
         budget=budget,
@@ -119,4 +112,3 @@ def test_both_adapters_show_the_same_step(tmp_path, monkeypatch, seed, options, 
         simulated.seen.clear()
     assert not due
     assert compared > 20, "steps with running prefills were compared"
-    scheduler.shutdown()
