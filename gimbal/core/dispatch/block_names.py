@@ -3,12 +3,14 @@
 An engine that reports what its cache takes in and drops names blocks by its own hashes, and gives
 a block's tokens and its predecessor. The index names longer chunks. A chunk is held once the block
 that ends it is stored, and gone once that block is removed: engines evict the end of a prefix
-before its beginning.
+before its beginning. Blocks that differ only behind a chunk's end inside them all hold that chunk,
+so it is gone with the last of them.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -23,13 +25,18 @@ class _Block(NamedTuple):
     tail: bytes  # tokens of the incomplete one, four bytes each
     ended: tuple[int, ...]  # names of chunks that this block completed
 
+    @property
+    def inside(self) -> tuple[int, ...]:
+        """Names of those of them that end before it does: another block may complete them too."""
+        return self.ended if self.tail else self.ended[:-1]
+
 
 _START = _Block(0, 0, b"", ())
 
 
 def _bytes_of(block: _Block) -> int:
     """About what an entry takes: its hash, its numbers and place in the dictionary; its parts."""
-    return 400 + len(block.tail) + 40 * len(block.ended)
+    return 400 + len(block.tail) + 40 * len(block.ended) + 100 * len(block.inside)
 
 
 class BlockNames:
@@ -46,6 +53,7 @@ class BlockNames:
         self._capacity_bytes = capacity_bytes
         self._bytes = 0
         self._blocks: dict[Hashable, _Block] = {}
+        self._holders: Counter[int] = Counter()  # blocks per chunk that ends inside them
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -85,12 +93,23 @@ class BlockNames:
             known = self._blocks.pop(block, None)
             if known is not None:
                 self._bytes -= _bytes_of(known)
-                names += known.ended
+                names += self._dropped(known)
         return names
+
+    def _dropped(self, known: _Block) -> list[int]:
+        """Names of the chunks that nobody holds once `known` is gone."""
+        if not (inside := known.inside):
+            return list(known.ended)
+        self._holders.subtract(inside)
+        kept = {name for name in inside if self._holders[name] > 0}
+        for name in {*inside} - kept:
+            del self._holders[name]
+        return [name for name in known.ended if name not in kept]
 
     def clear(self) -> None:
         """The engine dropped everything."""
         self._blocks.clear()
+        self._holders.clear()
         self._bytes = 0
 
     def _keep(self, block: Hashable, known: _Block) -> None:
@@ -98,6 +117,8 @@ class BlockNames:
         if self._bytes > self._capacity_bytes:
             self.clear()
         self._blocks[block] = known
+        if inside := known.inside:
+            self._holders.update(inside)
         self._bytes += _bytes_of(known)
 
     def _advance(self, before: _Block, tokens: Sequence[int]) -> _Block:

@@ -4,7 +4,7 @@ import tracemalloc
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
 from gimbal.core.dispatch.block_names import BlockNames
 from gimbal.core.dispatch.prefix_index import PrefixIndex
@@ -78,6 +78,27 @@ def test_bytes_held_are_bounded_whatever_the_blocks():
     assert held_bytes < 1.5 * 2**20
 
 
+def test_a_chunk_that_two_blocks_complete_is_gone_with_the_last_of_them():
+    """As with blocks of 128 tokens, of which one and a half are alike."""
+    index = PrefixIndex(1, chunk_tokens=2)
+    blocks = BlockNames(index)
+    one, other = [0, 0, 0, 0], [0, 0, 0, 1]
+    for name, tokens in (("one", one), ("other", other)):
+        index.insert_hashes(blocks.stored(None, [name], tokens, 4), 0)
+    index.remove_hashes(blocks.removed(["one"]), 0)
+    assert index.match([*other, 5]).cached_tokens.tolist() == [4]
+    index.remove_hashes(blocks.removed(["other"]), 0)
+    assert index.match([*other, 5]).cached_tokens.tolist() == [0]
+
+
+@example(
+    history=[
+        (True, [0, 0, 0, 1, 0, 0]),
+        (True, [0, 0, 0, 1, 1, 0]),
+        (False, [0, 0, 0, 1, 0]),
+    ],
+    block_tokens=3,
+)
 @given(
     st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 1), max_size=9)), max_size=12),
     st.integers(1, 3),
