@@ -10,9 +10,8 @@ import gc
 import random
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -89,22 +88,21 @@ def outside() -> set[CodeType]:
 
 
 class Called(NamedTuple):
-    """One of Gimbal's functions, and how often one run called it."""
+    """One of Gimbal's functions."""
 
     name: str
     function: FunctionType
-    calls: int
 
 
 def called(run: Callable[[], object]) -> tuple[list[Called], set[str]]:
     """Gimbal's functions that `run` calls, in any thread it starts, sorted by name; the entries
     among them, by their names in the table.
     """
-    calls: Counter[CodeType] = Counter()
+    calls: set[CodeType] = set()
 
     def watch(frame: Any, event: str, _arg: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            calls[frame.f_code] += 1
+            calls.add(frame.f_code)
 
     threading.setprofile(watch)
     sys.setprofile(watch)
@@ -113,7 +111,7 @@ def called(run: Callable[[], object]) -> tuple[list[Called], set[str]]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    codes = set(calls) - outside()
+    codes = calls - outside()
     found = []
     for holder in gc.get_referrers(*codes):
         if not isinstance(holder, FunctionType) or holder.__code__ not in codes:
@@ -122,7 +120,7 @@ def called(run: Callable[[], object]) -> tuple[list[Called], set[str]]:
         # Functions that are made anew for each use are their maker's; a cell belongs to a class.
         made_anew = "<locals>" in code.co_qualname or code.co_freevars
         if not made_anew and code.co_name != "__del__":
-            found.append(Called(name_of(code), holder, calls[code]))
+            found.append(Called(name_of(code), holder))
     met = {name_of(code).removeprefix("vllm_plugin.").split(".<locals>")[0] for code in calls}
     return sorted(found, key=lambda one: one.name), met & {seam.entry for seam in SEAMS}
 
@@ -162,21 +160,29 @@ def _trampoline(*args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def fault(walk: Walk) -> Iterator[list[int]]:
-    """While it lasts the function raises as `walk` says: before it does anything, or after it has
-    done all. Yields a list that grows by one with each fault.
+    """While it lasts the functions of `walk` raise as it says: before they do anything, or after
+    they have done all. Yields a list that grows by one with each fault.
     """
-    function, raises, after = walk.one.function, walk.raises, walk.after
-    code, faults = function.__code__, []
+    raised: list[int] = []
+    with ExitStack() as stack:
+        for one in walk.functions:
+            stack.enter_context(_exchanged(one.function, walk, raised))
+        yield raised
+
+
+@contextmanager
+def _exchanged(function: FunctionType, walk: Walk, raised: list[int]) -> Iterator[None]:
+    code = function.__code__
     original = FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     original.__kwdefaults__ = function.__kwdefaults__
 
     def target(*args: Any, **kwargs: Any) -> Any:
-        due = not getattr(_here, "spared", False) and raises()
-        answer = original(*args, **kwargs) if after or not due else None
+        due = not getattr(_here, "spared", False) and walk.raises()
+        answer = original(*args, **kwargs) if walk.after or not due else None
         if due:
-            faults.append(1)
+            raised.append(1)
             raise Injected(code.co_qualname)
         return answer
 
@@ -186,7 +192,7 @@ def fault(walk: Walk) -> Iterator[list[int]]:
         co_consts=constants, co_name=code.co_name, co_qualname=code.co_qualname
     )
     try:
-        yield faults
+        yield
     finally:
         function.__code__ = code
 
@@ -210,33 +216,39 @@ REQUESTS, SHARE = 500, 0.05
 
 
 class Walk(NamedTuple):
-    """One function that raises while one run goes on."""
+    """Functions that raise while one run goes on; of them that have `after`, once all is done."""
 
-    one: Called
+    functions: tuple[Called, ...]
     kind: str
     raises: Callable[[], bool]
     after: bool
 
     def __str__(self) -> str:
-        return f"{self.one.name} ({self.kind}, {'after' if self.after else 'before'})"
+        first = self.functions[0].name
+        what = first if len(self.functions) == 1 else first.partition(":")[0]
+        return f"{what} ({self.kind}, {'after' if self.after else 'before'})"
 
 
 def walks(functions: list[Called], one_thread: str = "") -> Iterator[Walk]:
-    """Every function always, and at 5 %; every other fault comes when all is done.
+    """Every function always, and all functions of a module at once at 5 %.
 
-    What a run calls a few times only, as it starts, is not worth a walk at 5 %. With `one_thread` a
-    function also fails always in the thread of that name alone; in `core`, where threads meet
-    nowhere, it does so in place of always.
+    Every other walk's faults come once all is done.
+    With `one_thread` a function also fails always in the thread of that name alone; in `core`,
+    where threads meet nowhere, it does so in place of always.
     """
     for number, one in enumerate(functions):
         after = bool(number % 2)
         if not one_thread or not one.name.startswith("core."):
-            yield Walk(one, "always", lambda: True, after)
+            yield Walk((one,), "always", lambda: True, after)
         if one_thread:
             there = f"always in {one_thread}"
-            yield Walk(one, there, lambda: threading.current_thread().name == one_thread, not after)
-        if one.calls * SHARE >= 1.0:
-            yield Walk(one, "5 %", share(SHARE, number), not after)
+            alone = lambda: threading.current_thread().name == one_thread  # noqa: E731
+            yield Walk((one,), there, alone, not after)
+    modules: dict[str, list[Called]] = {}
+    for one in functions:
+        modules.setdefault(one.name.partition(":")[0], []).append(one)
+    for seed, members in enumerate(modules.values()):
+        yield Walk(tuple(members), "5 %", share(SHARE, seed), bool(seed % 2))
 
 
 class Tally:

@@ -1,8 +1,8 @@
 """A fault in each of Gimbal's functions below each entry of vLLM: nothing is lost, nobody waits.
 
-One run without faults finds the functions. Then each raises, always and in 5 % of its calls, before
-it has done anything or after it has done all, while 500 requests are served. `test_entries` sees to
-it that every function of vLLM that is replaced or overridden has an entry.
+One run without faults finds the functions. Then each raises always, and those of a module in 5 % of
+their calls, before they do anything or after they have done all, while 500 requests are served.
+`test_entries` sees to it that every function of vLLM that is replaced or overridden has an entry.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from tests.vllm_plugin import real_scheduler as real
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),  # half a minute of work, on a machine that may have other work
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.timeout(900),  # a minute of work, on a machine that may have other work
+    # A fault in what the collector calls ends nothing either.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 QUEUE = ("_add", "_choose", "_pop", "_prepend", "_remove", "_take_back", "leave_to_vllm")
@@ -47,7 +48,7 @@ def prompts(prefix: str, count: int = faults.REQUESTS, seed: int = 1) -> list[An
         real.request(
             f"{prefix}{i}",
             rng.choice((8, 16, 40, 100)) if i % 40 else 500,
-            30 if i % 30 == 3 else rng.randrange(1, 3),
+            12 if i % 50 == 3 else rng.randrange(1, 3),
             arrival=float(i),
             hashed=False,
         )
@@ -234,7 +235,7 @@ def test_a_group_places_experts_through_every_fault(monkeypatch: Any, capsys: An
                 wrong = f"a rank ends: {type(error).__name__}: {error}"
         members = lives[0].members
         tally.add(walk, raised, [m.guard for m in members], any(m.off for m in members), wrong)
-    conclude(tally, capsys)
+    conclude(tally, capsys, faults_at_least=500)
 
 
 def test_a_server_starts_through_every_fault(board: Any, capsys: Any) -> None:

@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 
 from gimbal.core.errors import InputError
+from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin.placement.controller import Controller
 from gimbal.vllm_plugin.placement.member import Member, member_of
 from gimbal.vllm_plugin.placement.rows import SourceCounts, Sources, per_source, split_rows
 from gimbal.vllm_plugin.placement.window import reduce_window, to_logical
 from gimbal.workloads.routing import RoutingFile
+
+_GUARD = LevelGuard("placement")
+"""Of its own: a question that cannot be answered does not end the level."""
 
 
 def gimbal_routing(worker: Any) -> dict[str, Any]:
@@ -24,7 +28,7 @@ def gimbal_routing(worker: Any) -> dict[str, Any]:
     member = member_of(getattr(worker.model_runner, "eplb_state", None))
     if member is None or member.controller is None:
         return {}
-    return member.guard.run("statistics", _routing, member, member.controller) or {}
+    return _GUARD.run("statistics", _routing, member, member.controller) or {}
 
 
 def _routing(member: Member, controller: Controller) -> dict[str, Any]:

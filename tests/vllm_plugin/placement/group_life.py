@@ -1,4 +1,4 @@
-"""A group of ranks, each in a thread, through the hooks of vLLM's EPLB state: 36 steps of it."""
+"""A group of ranks, each in a thread, through the hooks of vLLM's EPLB state: 24 steps of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gimbal.vllm_plugin.placement.member import Member, member_of
 from gimbal.vllm_plugin.placement.stats import gimbal_experts_map, gimbal_routing
 from gimbal.vllm_plugin.placement.window import to_logical
 
-RANKS, REDUNDANT, STEPS, INTERVAL = 2, 2, 36, 4
+RANKS, REDUNDANT, STEPS, INTERVAL = 2, 2, 24, 3
 FIRST = placement(LAYERS, EXPERTS + REDUNDANT, EXPERTS)  # made once: no walk shall fail in it
 TIMEOUT_S = 20.0
 CONFIG = {
@@ -251,13 +251,13 @@ class Life:
         worker = SimpleNamespace(model_runner=runner)
         for step in range(STEPS):
             state.is_async = step >= STEPS // 2 or state.state.rebalanced
-            state.routed = np.roll(skewed(RANKS)[rank], 2 * (step // 12), axis=1)
+            state.routed = np.roll(skewed(RANKS)[rank], 2 * (step // 8), axis=1)
             runner.execute_model(_scheduled())
             state.step(log_stats=False)
             runner.sample_tokens(None)
             self.maps[rank].append(state.state.physical_to_logical_map.clone())
             self._check_tables(state.state)
-            if step % 8 == 7:
+            if step % 6 == 5:
                 assert isinstance(gimbal_routing(worker), dict)
                 assert gimbal_experts_map(worker)["physical_to_logical"]
             if not left and state.policy is VllmPolicy:
