@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gimbal.core.errors import InputError, nearest
-from gimbal.core.files import read_text
+from gimbal.core.files import lines, read_text
 from gimbal.core.json_text import parse_json
 from gimbal.core.numbers import MOST_SECONDS, MOST_TOKENS, real, shown, whole
 
@@ -69,7 +68,7 @@ class Row:
 
 def csv_rows(path: Path, required: tuple[str, ...]) -> Iterator[Row]:
     """Rows of a CSV file with a header; raises InputError when a required column is missing."""
-    reader = csv.DictReader(io.StringIO(read_text(path)))
+    reader = csv.DictReader(lines(read_text(path)))
     try:
         columns = [name.strip() for name in reader.fieldnames or ()]
         reader.fieldnames = columns
@@ -88,7 +87,7 @@ def csv_rows(path: Path, required: tuple[str, ...]) -> Iterator[Row]:
 
 def json_rows(path: Path) -> Iterator[Row]:
     """Rows of a JSON-lines file; blank lines are skipped."""
-    for line, text in enumerate(io.StringIO(read_text(path)), start=1):
+    for line, text in enumerate(lines(read_text(path)), start=1):
         if not text.strip():
             continue
         values = parse_json(text, str(path), line)
