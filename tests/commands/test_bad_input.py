@@ -283,7 +283,7 @@ CONTENTS = [
     ("simulate --trace bad.jsonl", f'{{"arrival_s": 1, "prompt_tokens": {HUGE}}}',
      "bad.jsonl:1: prompt_tokens=1000"),
     ("simulate --trace bad.jsonl", '{"arrival_s": ' + DEEP, "bad.jsonl:1: nested deeper"),
-    ("simulate --trace bad.json", DEEP, "bad.json: nested deeper"),
+    ("simulate --trace bad.json", DEEP, "bad.json:1: nested deeper"),
     ("simulate --trace bad.json", '{"data": [{"input_length": 1e99, "output_length": 1}]}',
      "bad.json:1: input_length=1e+99"),
     ("simulate --trace trace.jsonl --cluster bad.yaml", "dp: 0\nprofile: cpu-demo\n", "dp: "),
