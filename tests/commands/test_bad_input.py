@@ -135,7 +135,8 @@ NUMBERS = [
       ("--seed", "-1"), ("--max-prompt", "0"), ("--max-output", "x"))),
     *((PAPER, *pair) for pair in (("--jobs", "0"), ("--seeds", "0"), ("--requests", "1"))),
     *((DEMO, *pair) for pair in (("--seed", "-1"), ("--layers", "0"), ("--skew", "nan"),
-      ("--experts", HUGE), ("--divergence-bits", "-1"))),
+      ("--experts", HUGE), ("--divergence-bits", "-1"), ("--layers", "100000"),
+      ("--hidden", "1048576"), ("--vocab", "1000000000"))),
     *((MEASURE, *pair) for pair in (("--prompts", "0"), ("--seed", "-1"), ("--prompt-tokens", "0"),
       ("--continuation-tokens", "-1"))),
 ]  # fmt: skip
