@@ -20,9 +20,10 @@ HEAD = """# Traces
 
 `--trace FILE` of `gimbal simulate` and `gimbal bench` reads the formats below; nothing else about a
 file but its content matters, its name least of all. A file is a sequence of records: the rows of a
-CSV file with a header, the lines of a JSON-lines file, the items of a JSON list (one under `data`
-too), or one JSON document. The keys of the first record tell the format. In JSON lines nothing but
-a line feed ends a line, so that texts may hold U+2028 and its like.
+CSV file with a header (commas, semicolons or tabs), the lines of a JSON-lines file, the items of a
+JSON list (one under `data` too), or one JSON document. The keys of the first record tell the
+format. In JSON lines nothing but a line feed ends a line, so that texts may hold U+2028 and its
+like.
 
 The run says on standard error what was assumed: unit of time, size of prefix blocks, how texts were
 counted, how many requests were left out since they had no prompt or no answer. Three options say

@@ -142,30 +142,32 @@ def rows_of(path: Path, items: list[Any]) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, text: str) -> tuple[Collection[str], Iterator[Row]]:
-    reader = csv.DictReader(lines(text))
-    try:
-        columns = [name.strip() for name in reader.fieldnames or ()]
-    except csv.Error as error:
-        raise _no_csv(path, reader, error) from None
-    if not columns:
+    header = text.lstrip().partition("\n")[0]
+    reader = csv.reader(lines(text), delimiter=max(",;\t", key=header.count))
+    rows = _rows_of_csv(path, reader)
+    columns = next(rows, None)
+    if columns is None:
         raise InputError(f"{path}: no request in it")
-    reader.fieldnames = columns
-    return columns, _rows_of_csv(path, reader, len(columns))
+    return columns.values.keys(), rows
 
 
-def _rows_of_csv(path: Path, reader: csv.DictReader[str], columns: int) -> Iterator[Row]:
+def _rows_of_csv(path: Path, reader: Any) -> Iterator[Row]:
+    """The header as a row of empty values, then the rows below it; blank lines are skipped."""
+    columns: list[str] = []
     try:
         for values in reader:
-            row = Row(path, reader.line_num, values)
-            if None in values:
-                raise row.fail("row", values[None], f"{columns} columns")
-            yield row
+            if not "".join(values).strip() and len(values) < 2:
+                continue
+            if not columns:
+                columns = [name.strip() for name in values]
+                yield Row(path, reader.line_num, dict.fromkeys(columns))
+            else:
+                row = Row(path, reader.line_num, dict(zip(columns, values, strict=False)))
+                if len(values) > len(columns):
+                    raise row.fail("row", values[len(columns) :], f"{len(columns)} columns")
+                yield row
     except csv.Error as error:  # a field of more than 128 KiB, say
-        raise _no_csv(path, reader, error) from None
-
-
-def _no_csv(path: Path, reader: csv.DictReader[str], error: csv.Error) -> InputError:
-    return InputError(f"{path}:{max(1, reader.reader.line_num)}: not CSV: {error}")
+        raise InputError(f"{path}:{max(1, reader.line_num)}: not CSV: {error}") from None
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:

@@ -53,14 +53,20 @@ def bailian(records: Rows, count: Counter) -> Requests:
 
 
 def blis(records: Rows, count: Counter) -> Requests:
-    """A prefix group shares ``prefix_length`` tokens, which ``input_tokens`` does not count."""
+    """A prefix group shares ``prefix_length`` tokens, which ``input_tokens`` does not count.
+
+    Without a group ``server_input_tokens``, where it is known, has the chat template in it.
+    """
     groups: dict[str, int] = {}
     for row in records:
         group = row.text("prefix_group")
         length = row.tokens("prefix_length") if group and row.text("prefix_length") else 0
         first = groups.setdefault(group or "", len(groups)) << 32
         blocks = list(range(first, first + length // PREFIX_TOKENS))
-        yield _with(row, prompt=row.tokens("input_tokens") + length, blocks=blocks)
+        prompt = row.tokens("input_tokens")
+        if not group and row.text("server_input_tokens"):
+            prompt = row.tokens("server_input_tokens") or prompt
+        yield _with(row, prompt=prompt + length, blocks=blocks)
 
 
 def blis_ids(records: Rows, count: Counter) -> Requests:

@@ -133,25 +133,30 @@ SAMPLES = [
         [(0.0, 20, 2, None, ()), (0.1, 30, 3, None, ())],
     ),
     Sample(
-        "Mooncake with texts",
+        "Mooncake (texts)",
         jsonl({"timestamp": 0, "text_input": TEXT, "output_length": 7}),
         [(0.0, 4, 7, None, ())],
         "lengths of texts estimated at 4 bytes per token",
     ),
     Sample(
-        "lengths as in Mooncake's",
+        "Mooncake (lengths alone)",
         json.dumps({"data": [{"input_length": 3, "output_length": 4}]}, indent=1),
         [(0.0, 3, 4, None, ())],
         "no times, so arrivals are generated",
     ),
     Sample(
-        "texts as in Mooncake's, without times",
+        "Mooncake (texts alone)",
         jsonl({"text_input": TEXT, "output_length": 7}, {"text_input": "ä", "output_length": 1}),
         [(0.0, 4, 7, None, ()), (0.0, 1, 1, None, ())],
     ),
     Sample(
         "Vidur",
         ",arrived_at,num_prefill_tokens,num_decode_tokens\n0,0.0,374,44\n1,4.3,396,109\n",
+        [(0.0, 374, 44, None, ()), (4.3, 396, 109, None, ())],
+    ),
+    Sample(
+        "Vidur",
+        "\narrived_at\tnum_prefill_tokens\tnum_decode_tokens\n0.0\t374\t44\n\n4.3\t396\t109\n",
         [(0.0, 374, 44, None, ()), (4.3, 396, 109, None, ())],
     ),
     Sample(
@@ -162,13 +167,15 @@ SAMPLES = [
     Sample(
         "BLIS trace v2 (its CSV)",
         "request_id,session_id,prefix_group,prefix_length,streaming,input_tokens,output_tokens,"
-        "arrival_time_us,send_time_us,status\n"
-        "0,s0,sys,40,true,10,5,1000000,0,ok\n1,,sys,40,true,20,6,1500000,0,ok\n"
-        "2,,,0,true,30,0,1600000,0,error\n3,,other,16,true,30,7,2000000,0,ok\n",
+        "server_input_tokens,arrival_time_us,send_time_us,status\n"
+        "0,s0,sys,40,true,10,5,52,1000000,0,ok\n1,,sys,40,true,20,6,0,1500000,0,ok\n"
+        "2,,,0,true,30,0,0,1600000,0,error\n3,,other,16,true,30,7,0,2000000,0,ok\n"
+        "4,,,0,true,30,8,33,3000000,0,ok\n",
         [
             (0.0, 50, 5, "s0", (0, 1)),
             (0.5, 60, 6, None, (0, 1)),
             (1.0, 46, 7, None, (2 << 32,)),
+            (2.0, 33, 8, None, ()),
         ],
         "times in us, prefix blocks of 16 tokens",
     ),
