@@ -305,7 +305,8 @@ def a_run(directory: Path, result: object = None) -> None:
 
 
 CLUSTERS = [
-    ("dp: -2", "dp: "), ("dp: 1\ntp: 0", "tp: "), ("dp: 2\nmax_num_seqs: 0", "max_num_seqs: "),
+    ("dp: -2", "dp: "), ("dp: true", "dp: expected a number, got True"),
+    ("dp: 1\ntp: 0", "tp: "), ("dp: 2\nmax_num_seqs: 0", "max_num_seqs: "),
     ("dp: 2\nblock_size: 0", "block_size: "), ("\tdp: 2", "bad.yaml:2: not YAML"),
     ("dp: 2\nmax_num_batched_tokens: 0", "max_num_batched_tokens: "),
     ("dp: 2\nranks_per_node: 0", "ranks_per_node: "),
@@ -370,6 +371,8 @@ CONTENTS = [
     ("config --gimbal-config bad.yaml", "queue: {max_wait_s: .inf}\n", "bad.yaml:1: not YAML"),
     ("config --gimbal-config bad.yaml", "queue: {pass_steps: 1" + "0" * 25 + "}\n", "bad.yaml:1:"),
     ("config --gimbal-config bad.yaml", "placement: {gamma: 1e308}\n", "placement.gamma"),
+    ("config --gimbal-config bad.yaml", "queue: {max_wait_s: true}\n",
+     "queue.max_wait_s: expected a number, got True"),
     ("config --gimbal-config bad.yaml", "1: 2\n", "bad.yaml"),
     ("config --gimbal-config bad.yaml", "queue: {session_patience: 3, options: 4}\n", "bad.yaml"),
     ("config --gimbal-config bad.yaml", "dispatch: {session_patience: 3, options: 4}\n",
