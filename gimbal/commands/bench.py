@@ -107,7 +107,7 @@ def command(**values: Any) -> None:
     require_no_run(setup.directory)
 
     def say(text: str) -> None:
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, soft_wrap=True)
 
     for note in setup.options.trace.notes:
         say(note)
@@ -151,7 +151,7 @@ def _plot(values: dict[str, Any], workload: WorkloadOptions, console: Console) -
 
     path, trace = values["plot_trace"], read_trace_options(values)
     plot_workload(trace, workload, values["seed"], path)
-    console.print("\n".join((*trace.notes, f"wrote {path}")), highlight=False)
+    console.print("\n".join((*trace.notes, f"wrote {path}")), highlight=False, soft_wrap=True)
 
 
 def _setup(values: dict[str, Any], workload: WorkloadOptions) -> BenchSetup:

@@ -65,7 +65,7 @@ def command(**values: Any) -> None:
             options, values["jobs"], lambda n, total: bar.update(task, completed=n, total=total)
         )
     for note in options.trace.notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
     if values["out"] is not None:
         keep_run(values["out"], options, report, results, sys.argv[1:])
     if values["as_json"]:
