@@ -112,19 +112,23 @@ def _sentence(text: str) -> str:
     return text if text.endswith(".") else text + "."
 
 
-def main() -> int:
-    """Writes the page, or tells whether it is stale; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def keep(out: Path, text: str, about: str) -> int:
+    """Writes the page, or with --check tells whether it is stale; returns the exit code."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; 1 when stale")
     check = parser.parse_args().check
-    text = page(to_yaml(GimbalConfig()))
     if not check:
-        OUT.write_text(text, encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
         return 0
-    if OUT.exists() and OUT.read_text(encoding="utf-8") == text:
+    if out.exists() and out.read_text(encoding="utf-8") == text:
         return 0
-    print(f"{OUT}: stale; run scripts/configuration_page.py", file=sys.stderr)
+    print(f"{out}: stale; run make pages", file=sys.stderr)
     return 1
+
+
+def main() -> int:
+    """Keeps docs/configuration.md."""
+    return keep(OUT, page(to_yaml(GimbalConfig())), __doc__)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from gimbal.commands.workload_options import (
     SECONDS,
     SERVERS,
     check_run_options,
+    read_trace_options,
     read_workload_options,
     workload_options,
 )
@@ -106,8 +107,10 @@ def command(**values: Any) -> None:
     require_no_run(setup.directory)
 
     def say(text: str) -> None:
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, soft_wrap=True)
 
+    for note in setup.options.trace.notes:
+        say(note)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with turn_bar(console) as bar:
@@ -144,12 +147,11 @@ def _check_client(as_json: bool) -> None:
 
 
 def _plot(values: dict[str, Any], workload: WorkloadOptions, console: Console) -> None:
-    from gimbal.workloads import load_trace
     from gimbal.workloads.plot import plot_workload
 
-    path = values["plot_trace"]
-    plot_workload(load_trace(values["trace_name"]), workload, values["seed"], path)
-    console.print(f"wrote {path}")
+    path, trace = values["plot_trace"], read_trace_options(values)
+    plot_workload(trace, workload, values["seed"], path)
+    console.print("\n".join((*trace.notes, f"wrote {path}")), highlight=False, soft_wrap=True)
 
 
 def _setup(values: dict[str, Any], workload: WorkloadOptions) -> BenchSetup:
@@ -157,12 +159,12 @@ def _setup(values: dict[str, Any], workload: WorkloadOptions) -> BenchSetup:
     from gimbal.bench.run import BenchSetup, check_vocabulary, endpoint_of, vocabulary_of
     from gimbal.bench.session import BenchOptions
     from gimbal.report.metrics import parse_slo
-    from gimbal.workloads import build_workload, load_trace
+    from gimbal.workloads import build_workload
 
     _check(values)
     if not values["url"]:
         check_vocabulary(_server_arguments(values), values["model_dir"])
-    trace = load_trace(values["trace_name"])
+    trace = read_trace_options(values)
     build_workload(trace, workload, values["seed"])
     as_it_is = bool(values["url"]) and not arms_given(values)
     arms = _arms(values, as_it_is)

@@ -14,6 +14,7 @@ from gimbal.commands.output import echo_json, notes, tables
 from gimbal.commands.workload_options import (
     LOAD,
     check_run_options,
+    read_trace_options,
     read_workload_options,
     workload_options,
 )
@@ -63,6 +64,8 @@ def command(**values: Any) -> None:
         report, results = run_comparison(
             options, values["jobs"], lambda n, total: bar.update(task, completed=n, total=total)
         )
+    for note in options.trace.notes:
+        console.print(note, highlight=False, soft_wrap=True)
     if values["out"] is not None:
         keep_run(values["out"], options, report, results, sys.argv[1:])
     if values["as_json"]:
@@ -74,13 +77,12 @@ def command(**values: Any) -> None:
 def _options(values: dict[str, Any]) -> ComparisonOptions:
     from gimbal.report.metrics import parse_slo
     from gimbal.sim.comparison import ComparisonOptions
-    from gimbal.workloads import load_trace
 
     workload = read_workload_options(values)
     check_run_options(values, workload)
     return ComparisonOptions(
         cluster=values["cluster"],
-        trace=load_trace(values["trace_name"]),
+        trace=read_trace_options(values),
         workload=workload,
         arms=tuple(read_arm_options(values)),
         repeats=values["repeat"],

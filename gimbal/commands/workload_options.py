@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -10,9 +11,10 @@ import click
 from gimbal.commands.options import Real, Whole
 from gimbal.core.errors import InputError
 from gimbal.core.numbers import MOST_REQUESTS, MOST_TOKENS
-from gimbal.workloads import BUILTIN_TRACES, WorkloadOptions
+from gimbal.workloads import BUILTIN_TRACES, Trace, TraceOptions, WorkloadOptions, load_trace
 from gimbal.workloads.arrivals import LEAST_CV, LEAST_RPS, MOST_CV, PROCESSES
 from gimbal.workloads.distributions import DISTRIBUTIONS
+from gimbal.workloads.formats import UNITS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,6 +40,21 @@ _OPTIONS = [
         default="burstgpt",
         show_default=True,
         help=f"trace file, or one of {', '.join(BUILTIN_TRACES)}",
+    ),
+    click.option(
+        "--trace-block-size",
+        type=_TOKENS,
+        help="tokens of a prefix block of the trace (default: as its format has them)",
+    ),
+    click.option(
+        "--trace-time-unit",
+        type=click.Choice(list(UNITS)),
+        help="unit of the trace's times (default: as its format has them)",
+    ),
+    click.option(
+        "--trace-tokenizer",
+        type=click.Path(path_type=Path),
+        help="folder of tokenizer.json, for traces of texts (default: 4 bytes per token)",
     ),
     click.option(
         "--requests",
@@ -90,6 +107,14 @@ def workload_options(function: Function) -> Function:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def read_trace_options(values: dict[str, Any]) -> Trace:
+    """The trace that the command's keyword arguments name; raises InputError."""
+    options = TraceOptions(
+        values["trace_block_size"], values["trace_time_unit"], values["trace_tokenizer"]
+    )
+    return load_trace(values["trace_name"], options)
 
 
 def read_workload_options(values: dict[str, Any]) -> WorkloadOptions:

@@ -13,20 +13,30 @@ from dataclasses import field
 from functools import lru_cache
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from gimbal.core.errors import InputError, nearest, one_line
 from gimbal.core.numbers import MOST, MOST_COUNT, MOST_MULTIPLIER, MOST_RANKS, shown
 
-NotNegative = Annotated[float, Field(ge=0.0, le=MOST, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, le=MOST, allow_inf_nan=False)]
-AtLeastOne = Annotated[float, Field(ge=1.0, le=MOST, allow_inf_nan=False)]
-Finite = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
-Multiplier = Annotated[float, Field(ge=0.0, le=MOST_MULTIPLIER, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
-PositiveCount = Annotated[int, Field(ge=1, le=MOST_COUNT)]
-Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS)]
-Port = Annotated[int, Field(ge=0, le=65535)]
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):  # which pydantic takes for 0 or 1
+        raise PydanticCustomError("number", "expected a number")
+    return value
+
+
+RealNumber = Annotated[float, BeforeValidator(_no_truth), Field(allow_inf_nan=False)]
+WholeNumber = Annotated[int, BeforeValidator(_no_truth)]
+NotNegative = Annotated[RealNumber, Field(ge=0.0, le=MOST)]
+Positive = Annotated[RealNumber, Field(gt=0.0, le=MOST)]
+AtLeastOne = Annotated[RealNumber, Field(ge=1.0, le=MOST)]
+Finite = Annotated[RealNumber, Field(ge=-MOST, le=MOST)]
+Multiplier = Annotated[RealNumber, Field(ge=0.0, le=MOST_MULTIPLIER)]
+Count = Annotated[WholeNumber, Field(ge=0, le=MOST_COUNT)]
+PositiveCount = Annotated[WholeNumber, Field(ge=1, le=MOST_COUNT)]
+Ranks = Annotated[WholeNumber, Field(ge=1, le=MOST_RANKS)]
+Port = Annotated[WholeNumber, Field(ge=0, le=65535)]
 
 
 def option(default: Any, help: str) -> Any:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gimbal.core.errors import InputError
+from gimbal.core.numbers import MOST_EXPERTS, MOST_LAYERS, MOST_VOCABULARY
 
 BYTE_TOKENS = 256
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 FIRST_WORD_ID = BYTE_TOKENS + len(SPECIAL_TOKENS)
 HEAD_DIM = 32
 """Width of one attention head; vLLM's CPU attention kernels take multiples of 32."""
+MOST_PARAMETERS = 2**33
+"""16 GiB of weights: a demo model that large serves nobody."""
 DOMAIN_NAMES = ("ember", "harbor", "meadow", "quartz")
 
 
@@ -57,6 +60,11 @@ class DemoSizes:
         for name in ("layers", "experts", "top_k", "domains", "heads", "kv_heads", "max_position"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name, most in (
+            ("layers", MOST_LAYERS), ("experts", MOST_EXPERTS), ("vocab", MOST_VOCABULARY)
+        ):  # fmt: skip
+            if getattr(self, name) > most:
+                raise InputError(f"{name}: must be at most {most}, got {getattr(self, name)}")
         if self.seed < 0:
             raise InputError(f"seed: must not be negative, got {self.seed}")
         for name in ("hidden", "moe_intermediate"):
@@ -79,6 +87,13 @@ class DemoSizes:
             raise InputError(
                 f"vocab: {self.vocab} leaves {words} words; {self.domains} domains need "
                 f"{FIRST_WORD_ID + 16 * (self.domains + 1)} tokens or more"
+            )
+        width = 3 * self.experts * self.moe_intermediate + 4 * self.heads * HEAD_DIM
+        parameters = self.hidden * (self.layers * width + 2 * self.vocab)
+        if parameters > MOST_PARAMETERS:
+            raise InputError(
+                f"layers, experts, hidden, moe_intermediate, heads, vocab: together {parameters} "
+                f"parameters, must be at most {MOST_PARAMETERS}"
             )
         ceiling = self.experts / self.top_k
         if not 1.0 < self.skew < ceiling:

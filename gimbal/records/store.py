@@ -7,7 +7,6 @@ they do not know and default those that are absent: records outlive versions.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import IO, Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from gimbal.core.errors import InputError
-from gimbal.core.files import read_text, write_text, writing
+from gimbal.core.files import lines, read_text, write_text, writing
 from gimbal.core.json_text import parse_json, read_json, to_json
 from gimbal.core.options import complaint
 from gimbal.records.schema import (
@@ -122,7 +121,7 @@ class RunReader:
 
 def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
     """The records of one JSON-lines file; raises InputError naming file, line and field."""
-    for line, text in enumerate(io.StringIO(read_text(path)), start=1):
+    for line, text in enumerate(lines(read_text(path)), start=1):
         yield build(kind, parse_json(text, str(path), line), f"{path}:{line}")
 
 

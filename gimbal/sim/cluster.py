@@ -14,10 +14,10 @@ from gimbal.core.cost.profile import Profile, load_profile
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.named_yaml import packaged_names, read_named_yaml
 from gimbal.core.numbers import MOST_EXPERTS
-from gimbal.core.options import Count, NotNegative, PositiveCount, Ranks, complaint
+from gimbal.core.options import Count, NotNegative, PositiveCount, Ranks, WholeNumber, complaint
 from gimbal.core.placement.problem import validate_topology
 
-Slots = Annotated[int, Field(ge=0, le=MOST_EXPERTS)]
+Slots = Annotated[WholeNumber, Field(ge=0, le=MOST_EXPERTS)]
 
 
 @dataclass(frozen=True, slots=True)

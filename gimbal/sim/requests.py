@@ -75,12 +75,16 @@ def requests_of(trace: Trace, profile: Profile, domains: dict[str, int]) -> list
     ]
 
 
-def check_lengths(requests: Sequence[SimRequest], trace: str, cluster: str, kv_tokens: int) -> None:
-    """Raises InputError for a request that no engine could ever hold."""
+def check_lengths(
+    requests: Sequence[SimRequest], trace: str, cluster: str, kv_tokens: int, block_size: int
+) -> None:
+    """Raises InputError for a request that no engine could ever hold in its whole KV blocks."""
+    held = kv_tokens - kv_tokens % block_size
     for request in requests:
         needed = request.prompt_tokens + request.output_tokens
-        if needed > kv_tokens:
+        if needed > held:
             raise InputError(
                 f"trace {trace}: request {request.index} needs {needed} tokens of KV cache, one "
-                f"engine of {cluster} has {kv_tokens}; cut lengths or raise kv_tokens"
+                f"engine of {cluster} has {held} in blocks of {block_size}; cut lengths or raise "
+                "kv_tokens"
             )

@@ -97,7 +97,7 @@ class Simulation:
         domains = {name: i for i, name in enumerate(population.names)}
         kv_tokens = cluster.kv_tokens or profile.kv_tokens
         self._pending = requests_of(trace, profile, domains)
-        check_lengths(self._pending, trace.name, cluster.name, kv_tokens)
+        check_lengths(self._pending, trace.name, cluster.name, kv_tokens, cluster.block_size)
         self._trace = trace
         self._next = 0
         self._released = len(self._pending)

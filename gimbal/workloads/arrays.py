@@ -18,6 +18,25 @@ MOST_BYTES = 1 << 32
 Result = TypeVar("Result")
 
 
+def kind_of(path: Path) -> str:
+    """``npz``, ``npy`` or ``torch`` by what the file holds; raises InputError for anything else."""
+    return guarded(path, lambda: _kind(path))
+
+
+def _kind(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(6)
+    if start == b"\x93NUMPY":
+        return "npy"
+    if not start.startswith(b"PK"):
+        what = "a file of numpy (.npz, .npy) or of torch.save (.pt)"
+        raise InputError(f"{path}: cannot be read: {'' if start else 'empty, '}expected {what}")
+    check_archive(path)
+    with zipfile.ZipFile(path) as archive:
+        pickled = any(name.endswith("/data.pkl") for name in archive.namelist())
+    return "torch" if pickled else "npz"
+
+
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Every array of an ``.npz`` file; raises InputError that names the file."""
     return guarded(path, lambda: _npz(path))

@@ -1,4 +1,4 @@
-"""Gimbal's own trace format: JSON lines, one request each.
+"""Gimbal's own trace format: JSON lines (or CSV with these columns), one request each.
 
 ``{"arrival_s": 0.25, "prompt_tokens": 900, "output_tokens": 64, "session": "s1",
 "domain": "code", "prefix_blocks": [17, 18]}``; the last three are optional. A first line
@@ -12,7 +12,7 @@ from pathlib import Path
 from gimbal.core.errors import nearest
 from gimbal.core.files import writing
 from gimbal.core.json_text import to_json
-from gimbal.workloads.fields import Row, json_rows
+from gimbal.workloads.fields import Row, records
 from gimbal.workloads.trace import Trace, TraceRequest, make_trace
 
 BLOCK_TOKENS = 16
@@ -23,7 +23,7 @@ def read(path: Path) -> Trace:
     """Reads Gimbal's JSONL; raises InputError naming file, line, field and value."""
     block_tokens = BLOCK_TOKENS
     requests: list[TraceRequest] = []
-    for row in json_rows(path):
+    for row in records(path)[1]:
         if "prefix_block_tokens" in row.values and not requests:
             block_tokens = row.tokens("prefix_block_tokens", 1)
             continue

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from gimbal.core.errors import InputError, nearest
-from gimbal.core.files import read_text, reading
+from gimbal.core.files import reading
 from gimbal.core.numbers import MOST_REQUESTS, whole
-from gimbal.workloads import azure, burstgpt, distributions, jsonl, lengths, mooncake, transform
+from gimbal.workloads import distributions, transform
+from gimbal.workloads.reader import TraceOptions, read_trace
 from gimbal.workloads.trace import Trace
 
 DEFAULT_RATE_RPS = 1.0
@@ -70,42 +70,15 @@ def find_trace(name_or_file: str) -> Path:
     )
 
 
-_CSV_FORMATS: tuple[tuple[tuple[str, ...], Callable[[Path], Trace]], ...] = (
-    (burstgpt.COLUMNS, burstgpt.read),
-    (azure.COLUMNS, azure.read),
-    (lengths.CSV_COLUMNS, lengths.read_csv),
-)
-
-
-def _reader_of(path: Path) -> Callable[[Path], Trace]:
-    """The reader that fits the file's suffix and first line."""
-    if path.suffix == ".json":
-        return lengths.read_json
-    first = next((line for line in read_text(path).split("\n") if line.strip()), "")
-    if path.suffix == ".jsonl" or first.startswith("{"):
-        return mooncake.read if '"input_length"' in first else jsonl.read
-    for columns, reader in _CSV_FORMATS:
-        if all(column in first for column in columns):
-            return reader
-    raise InputError(
-        f"{path}:1: unknown trace format: expected BurstGPT, Azure 2023 or length-list CSV, "
-        f"Mooncake JSONL or Gimbal JSONL, got {first[:60]!r}"
-    )
-
-
-def load_trace(name_or_file: str) -> Trace:
-    """Reads a built-in trace or a file, guessing the format; raises InputError on bad input."""
+def load_trace(name_or_file: str, options: TraceOptions | None = None) -> Trace:
+    """Reads a built-in trace or a file (see `reader.read_trace`); raises InputError."""
     path = find_trace(name_or_file)
-    trace = _reader_of(path)(path)
+    trace = read_trace(path, options)
     if not len(trace):
         raise InputError(f"{path}: no usable request in it")
-    named = name_or_file in BUILTIN_TRACES
-    return Trace(
-        name_or_file if named else path.stem,
-        trace.requests,
-        trace.prefix_block_tokens,
-        trace.has_arrivals,
-    )
+    if name_or_file in BUILTIN_TRACES:
+        return replace(trace, name=name_or_file, notes=())
+    return replace(trace, notes=tuple(f"{path}: {note}" for note in trace.notes))
 
 
 @dataclass(frozen=True, slots=True)

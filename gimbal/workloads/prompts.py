@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gimbal.core.errors import InputError
-from gimbal.core.json_text import read_json
+from gimbal.core.json_text import read_object
 from gimbal.core.numbers import MOST, MOST_VOCABULARY, as_whole, whole
 from gimbal.workloads.trace import Trace
 
@@ -80,14 +79,14 @@ def read_vocabulary(model: Path) -> Vocabulary:
     """
     demo = model / DEMO_FILE
     if demo.is_file():
-        domains = _read_json(demo).get("domains")
+        domains = read_object(demo).get("domains")
         if isinstance(domains, dict) and domains:
             return Vocabulary({str(k): _demo_pool(demo, k, v) for k, v in domains.items()})
         raise InputError(f"{demo}: 'domains' must map names to token ids and weights")
     config = model / "config.json"
     if not config.is_file():
         raise InputError(f"{model}: no {DEMO_FILE} and no config.json: not a model directory")
-    size = _read_json(config).get("vocab_size")
+    size = read_object(config).get("vocab_size")
     size = whole(size, f"{config}: vocab_size=", 1, MOST_VOCABULARY)
     return uniform_vocabulary(0, size, _special_tokens(model))
 
@@ -112,18 +111,11 @@ def _demo_pool(path: Path, domain: object, value: object) -> TokenPool:
 def _special_tokens(model: Path) -> set[int]:
     """Ids of tokens that the tokenizer adds to the model's words."""
     tokenizer, decoder = model / "tokenizer.json", model / "tokenizer_config.json"
-    added = _read_json(tokenizer).get("added_tokens") if tokenizer.is_file() else None
+    added = read_object(tokenizer).get("added_tokens") if tokenizer.is_file() else None
     ids = [t.get("id") for t in added if isinstance(t, dict)] if isinstance(added, list) else []
-    by_id = _read_json(decoder).get("added_tokens_decoder") if decoder.is_file() else None
+    by_id = read_object(decoder).get("added_tokens_decoder") if decoder.is_file() else None
     ids += list(by_id) if isinstance(by_id, dict) else []
     return {token for token in map(as_whole, ids) if token is not None and 0 <= token < 2**31}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    document = read_json(path)
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return document
 
 
 class PromptWriter:

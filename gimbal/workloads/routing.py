@@ -1,15 +1,16 @@
 """Recorded routing: the ``.npz`` format of ``gimbal stats``, and readers of others' recordings.
 
-================================  ============================================================
-file                              what is read
-================================  ============================================================
-``.npz`` with ``counts``          ours: `save_routing`
-``.npz`` with ``topk_idx``        per-token choices [layers, tokens, top_k], one source per file
-``.npy`` [tokens, layers, top_k]  vLLM's ``routed_experts`` of a request or of many, one source
-``.pt`` with ``logical_count``    SGLang's recorder, mode ``stat``: all ranks summed, one source
-``.pt`` with ``records``          SGLang's recorder, modes ``per_pass``/``per_token``: one source
-                                  per rank
-================================  ============================================================
+=================================  ===========================================================
+file, told by its content          what is read
+=================================  ===========================================================
+``.npz`` with ``counts``           ours: `save_routing`
+``.npz`` with ``topk_idx``         per-token choices [layers, tokens, top_k], one source per file
+``.npy`` [tokens, layers, top_k]   vLLM's ``routed_experts`` of a request or of many, one source
+torch.save with ``logical_count``  SGLang's recorder, modes ``stat`` and ``stat_approx``: all ranks
+                                   summed, one source
+torch.save with ``records``        SGLang's recorder, mode ``per_token`` (``topk_ids_of_layer``) and
+                                   ``per_pass`` (``global_physical_count``): one source per rank
+=================================  ===========================================================
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gimbal.core.files import structured, writing
 from gimbal.core.json_text import parse_json, to_json
 from gimbal.core.numbers import MOST_EXPERTS, MOST_RANKS, whole
 from gimbal.core.placement.problem import validate_counts
-from gimbal.workloads.arrays import read_npy, read_npz
+from gimbal.workloads.arrays import kind_of, read_npy, read_npz
 from gimbal.workloads.torch_archive import load_tensors
 
 
@@ -109,14 +110,13 @@ def read_routing(paths: Path | Sequence[Path], experts: int | None = None) -> Ro
 
 
 def _read(path: Path, experts: int | None) -> RoutingFile:
-    if path.suffix == ".npz":
+    kind = kind_of(path)
+    if kind == "npz":
         recording = _from_npz(path, read_npz(path), experts)
-    elif path.suffix == ".npy":
+    elif kind == "npy":
         recording = _from_vllm(path, read_npy(path), experts)
-    elif path.suffix == ".pt":
-        recording = _from_sglang(path, load_tensors(path), experts)
     else:
-        raise InputError(f"{path}: expected .npz, .npy or .pt")
+        recording = _from_sglang(path, load_tensors(path), experts)
     _check(path, recording)
     return recording
 
@@ -215,20 +215,48 @@ def _from_passes(path: Path, data: dict[str, Any], experts: int | None) -> Routi
     # Recorded ids are physical: SGLang records after it has chosen a replica.
     table = np.asarray(data["last_physical_to_logical_map"])
     logical = experts or int(table.max()) + 1
-    by_rank: dict[int, np.ndarray] = {}
+    whole(logical, f"{path}: experts of last_physical_to_logical_map: ", 1, MOST_EXPERTS)
+    by_rank: dict[int, FloatArray] = {}
     passes_of: dict[int, int] = {}
     for record in data["records"]:
-        ids = np.asarray(record["topk_ids_of_layer"])
         rank = whole(record["rank"], f"{path}: rank=", 0, MOST_RANKS)
-        chosen = np.full(ids.shape, -1, dtype=np.int64)
-        for layer in range(len(ids)):
-            known = ids[layer] >= 0
-            chosen[layer][known] = table[layer][ids[layer][known]]
-        counts = count_choices(chosen, logical, str(path))
-        by_rank[rank] = by_rank.get(rank, 0) + counts
+        if "topk_ids_of_layer" in record:
+            counts = _chosen(path, np.asarray(record["topk_ids_of_layer"]), table, logical)
+        else:
+            physical = np.asarray(record["global_physical_count"])
+            counts = _summed(
+                path, _numbers(path, "global_physical_count", physical), table, logical
+            )
+        by_rank[rank] = by_rank.get(rank, 0.0) + counts
         passes_of[rank] = passes_of.get(rank, 0) + 1
     stacked = np.stack([by_rank[rank] for rank in sorted(by_rank)])
     return RoutingFile(stacked, steps=max(passes_of.values()), metadata={"source": path.stem})
+
+
+def _chosen(path: Path, ids: np.ndarray, table: np.ndarray, logical: int) -> FloatArray:
+    """[layers, logical] from physical `ids` [layers, tokens, top_k]."""
+    if ids.size and ids.max() >= table.shape[1]:
+        raise InputError(
+            f"{path}: topk_ids_of_layer: id {ids.max()}, but last_physical_to_logical_map has "
+            f"{table.shape[1]} experts (a fused shared expert? record with "
+            "--disable-shared-experts-fusion)"
+        )
+    chosen = np.full(ids.shape, -1, dtype=np.int64)
+    for layer in range(len(ids)):
+        known = ids[layer] >= 0
+        chosen[layer][known] = table[layer][ids[layer][known]]
+    return count_choices(chosen, logical, str(path))
+
+
+def _summed(path: Path, counts: FloatArray, table: np.ndarray, logical: int) -> FloatArray:
+    """[layers, logical] from `counts` [layers, physical experts]."""
+    if counts.shape != table.shape or not -1 <= table.min() <= table.max() < logical:
+        raise InputError(
+            f"{path}: global_physical_count {counts.shape} does not fit "
+            f"last_physical_to_logical_map {table.shape} of {logical} experts"
+        )
+    rows = zip(table + 1, counts, strict=True)  # -1, an empty slot, holds nobody's
+    return np.stack([np.bincount(to, of, logical + 1)[1:] for to, of in rows])
 
 
 def count_choices(choices: np.ndarray, experts: int | None, where: str) -> FloatArray:

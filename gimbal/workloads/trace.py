@@ -40,12 +40,14 @@ class Trace:
         requests: in order of `arrival_s`.
         prefix_block_tokens: tokens of one entry of `TraceRequest.prefix_blocks`; 0 without them.
         has_arrivals: False for a set of lengths whose arrivals must come from a generator.
+        notes: what its reader assumed, a sentence each.
     """
 
     name: str
     requests: tuple[TraceRequest, ...]
     prefix_block_tokens: int = 0
     has_arrivals: bool = True
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -83,6 +85,7 @@ def make_trace(
     requests: list[TraceRequest],
     prefix_block_tokens: int = 0,
     has_arrivals: bool = True,
+    notes: tuple[str, ...] = (),
 ) -> Trace:
     """Sorts by arrival (stable) and moves the first arrival to zero."""
     ordered = sorted(requests, key=lambda r: r.arrival_s)
@@ -98,4 +101,4 @@ def make_trace(
         )
         for r in ordered
     )
-    return Trace(name, shifted, prefix_block_tokens, has_arrivals)
+    return Trace(name, shifted, prefix_block_tokens, has_arrivals, notes)

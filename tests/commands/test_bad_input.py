@@ -11,10 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
-from gimbal.cli import COMMANDS, main
+from gimbal.cli import COMMANDS, gimbal, main
+from gimbal.commands.options import Real, Whole
+from gimbal.core.errors import InputError
 from gimbal.records.schema import RequestRecord, RunInfo
 from gimbal.records.store import RunWriter
 
@@ -104,7 +107,7 @@ WORKLOAD_NUMBERS = (
     ("--rate", "1e400"), ("--requests", "0"), ("--requests", LONG), ("--scale-time", "-1"),
     ("--scale-time", "nan"), ("--scale-length", "0"), ("--scale-length", "1e300"),
     ("--max-prompt", "0"), ("--max-output", "-3"), ("--max-output", HUGE), ("--load", "-1"),
-    ("--load", "nan"), ("--load", "x"),
+    ("--load", "nan"), ("--load", "x"), ("--trace-block-size", "0"), ("--trace-block-size", HUGE),
 )  # fmt: skip
 NUMBERS = [
     *((words, *pair) for words in (SIMULATE, BENCH) for pair in WORKLOAD_NUMBERS),
@@ -137,7 +140,8 @@ NUMBERS = [
       ("--seed", "-1"), ("--max-prompt", "0"), ("--max-output", "x"))),
     *((PAPER, *pair) for pair in (("--jobs", "0"), ("--seeds", "0"), ("--requests", "1"))),
     *((DEMO, *pair) for pair in (("--seed", "-1"), ("--layers", "0"), ("--skew", "nan"),
-      ("--experts", HUGE), ("--divergence-bits", "-1"))),
+      ("--experts", HUGE), ("--divergence-bits", "-1"), ("--layers", "100000"),
+      ("--hidden", "1048576"), ("--vocab", "1000000000"))),
     *((MEASURE, *pair) for pair in (("--prompts", "0"), ("--seed", "-1"), ("--prompt-tokens", "0"),
       ("--continuation-tokens", "-1"))),
 ]  # fmt: skip
@@ -156,6 +160,46 @@ def test_numbers(run: Run, words: tuple[str, ...], option: str, value: str) -> N
     assert any(name in outcome.err for name in names), outcome.err
 
 
+def options(command: click.Command, path: str = "") -> list[tuple[str, click.Parameter]]:
+    """Every option of every command, with the words before it."""
+    context = click.Context(command)
+    if not isinstance(command, click.Group):
+        return [(path, parameter) for parameter in command.get_params(context)]
+    found = []
+    for name in command.list_commands(context):
+        inner = command.get_command(context, name)
+        assert inner is not None
+        found += options(inner, f"{path} {name}".strip())
+    return found
+
+
+OPTIONS = options(gimbal)
+RANGED = [(path, option) for path, option in OPTIONS if isinstance(option.type, Whole | Real)]
+
+
+def test_no_number_of_an_option_is_without_a_range() -> None:
+    assert len(RANGED) > 70
+    bare = (click.types.IntParamType, click.types.FloatParamType)
+    unranged = [(path, p.name) for path, p in OPTIONS if isinstance(p.type, bare)]
+    assert unranged == [(path, option.name) for path, option in RANGED]
+
+
+@pytest.mark.parametrize(
+    ("path", "option"), RANGED, ids=[f"{path} {option.opts[0]}" for path, option in RANGED]
+)
+def test_ranges(path: str, option: click.Parameter) -> None:
+    kind = option.type
+    assert isinstance(kind, Whole | Real)
+    below = [] if kind.min is None else [str(kind.min - 1)]
+    for value in ("nan", "inf", "-inf", "1e400", HUGE, LONG, "x", "", *below):
+        with pytest.raises(InputError, match=f"^{option.opts[0]} .*: expected a "):
+            kind.convert(value, option, None)
+    context = click.Context(click.Command(path))
+    default = option.get_default(context)
+    if isinstance(default, int | float):
+        assert kind.convert(default, option, None) == default
+
+
 FILES = [
     # traces
     *((("simulate", "--trace", f), f) for f in ("absent.csv", "empty.csv", "empty.jsonl",
@@ -163,6 +207,10 @@ FILES = [
       "x" * 5000)),
     *((("bench", "--demo", "--trace", f), f) for f in ("absent.csv", "binary.jsonl", "model")),
     (("simulate", "--trace", "trace.jsonl", "--requests", "21"), "it has 20"),
+    *(((*words, "--trace-tokenizer", f), f) for words in (SIMULATE, BENCH)
+      for f in ("absent", "model", "binary")),
+    *(((*words, *option), "Gimbal has no") for words in (SIMULATE, BENCH)
+      for option in (("--trace-block-size", "16"), ("--trace-time-unit", "ms"))),
     # clusters, arms, configurations, profiles
     *(((*SIMULATE, "--cluster", f), f) for f in ("absent.yaml", "empty.yaml", "binary.yaml",
       "folder.yaml", "h100x5")),
@@ -261,6 +309,22 @@ def a_run(directory: Path, result: object = None) -> None:
         writer.write([RequestRecord("a", "vllm", 0, 0.0, 0.0, 3, 2, 2, 0.1, 0.2)])
 
 
+CLUSTERS = [
+    ("dp: -2", "dp: "), ("dp: true", "dp: expected a number, got True"),
+    ("dp: 1\ntp: 0", "tp: "), ("dp: 2\nmax_num_seqs: 0", "max_num_seqs: "),
+    ("dp: 2\nblock_size: 0", "block_size: "), ("\tdp: 2", "bad.yaml:2: not YAML"),
+    ("dp: 2\nmax_num_batched_tokens: 0", "max_num_batched_tokens: "),
+    ("dp: 2\nranks_per_node: 0", "ranks_per_node: "),
+    ("dp: 2\neplb_step_interval: 0", "eplb_step_interval: "),
+    ("dp: 2\nprefill_schedule_interval: 0", "prefill_schedule_interval: "),
+    ("dp: 2\nstats_interval_ms: -1", "stats_interval_ms: "),
+    ("dp: 2\nslots_per_rank: -1", "slots_per_rank: "),
+    ("dp: 2\nslots_per_rank: 15", "30 slots (2 ranks x 15) cannot hold 32 experts"),
+    ("dp: 2\nslots_per_rank: 33", "33 slots per rank but only 32 experts"),
+    ("dp: 2\nkv_tokens: 43", "request 0 needs 44 tokens of KV cache, one engine of bad has 32"),
+    ("dp: 2\nkv_tokens: 63\nblock_size: 64", "has 0 in blocks of 64; cut lengths or raise kv_tok"),
+    ("dp: 2\nrouting: nope", "unknown routing 'nope'"),
+]  # fmt: skip
 CONTENTS = [
     ("simulate --trace bad.csv", "num_prefill_tokens,num_decode_tokens\nnan,3\n",
      ":2: num_prefill"),
@@ -288,7 +352,7 @@ CONTENTS = [
     ("simulate --trace bad.jsonl", f'{{"arrival_s": 1, "prompt_tokens": {HUGE}}}',
      "bad.jsonl:1: prompt_tokens=1000"),
     ("simulate --trace bad.jsonl", '{"arrival_s": ' + DEEP, "bad.jsonl:1: nested deeper"),
-    ("simulate --trace bad.json", DEEP, "bad.json: nested deeper"),
+    ("simulate --trace bad.json", DEEP, "bad.json:1: nested deeper"),
     ("simulate --trace bad.json", '{"data": [{"input_length": 1e99, "output_length": 1}]}',
      "bad.json:1: input_length=1e+99"),
     ("simulate --trace trace.jsonl --cluster bad.yaml", "dp: 0\nprofile: cpu-demo\n", "dp: "),
@@ -302,6 +366,8 @@ CONTENTS = [
      "bad.yaml:3: not YAML"),
     ("simulate --trace trace.jsonl --cluster bad.yaml", "dp: 3\ntp: 2\nprofile: cpu-demo\n",
      "32 experts do not divide over 6 ranks"),
+    *(("simulate --trace trace.jsonl --cluster bad.yaml", f"profile: cpu-demo\n{line}\n", part)
+      for line, part in CLUSTERS),
     ("simulate --trace trace.jsonl --arms-file bad.yaml", "a: {}\nb: {}\na: {}\n",
      "bad.yaml:3: not YAML (key 'a' is given twice"),
     ("simulate --trace trace.jsonl --arms-file bad.yaml", "a: {levels: [queue], levels: []}",
@@ -310,6 +376,8 @@ CONTENTS = [
     ("config --gimbal-config bad.yaml", "queue: {max_wait_s: .inf}\n", "bad.yaml:1: not YAML"),
     ("config --gimbal-config bad.yaml", "queue: {pass_steps: 1" + "0" * 25 + "}\n", "bad.yaml:1:"),
     ("config --gimbal-config bad.yaml", "placement: {gamma: 1e308}\n", "placement.gamma"),
+    ("config --gimbal-config bad.yaml", "queue: {max_wait_s: true}\n",
+     "queue.max_wait_s: expected a number, got True"),
     ("config --gimbal-config bad.yaml", "1: 2\n", "bad.yaml"),
     ("config --gimbal-config bad.yaml", "queue: {session_patience: 3, options: 4}\n", "bad.yaml"),
     ("config --gimbal-config bad.yaml", "dispatch: {session_patience: 3, options: 4}\n",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gimbal.core.errors import InputError
-from gimbal.core.files import read_text, write_text
-from gimbal.core.json_text import parse_json, to_json
+from gimbal.core.files import lines, read_text, write_text
+from gimbal.core.json_text import _ODD, _may_be_odd, parse_json, to_json
 from gimbal.core.yaml_reader import parse_yaml, read_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -161,3 +162,34 @@ def test_whatever_is_read_is_plain(parse: Callable[[str, str], Any], text: str) 
     else:
         assert plain(document)
         to_json(document)
+
+
+PARTS = st.sampled_from(["NaN", "Infinity", *"eE+-1.d8", "0" * 64, "\\u", "\\uD"])
+
+
+@settings(max_examples=500)
+@given(st.lists(PARTS | st.text(max_size=3), max_size=8).map("".join))
+def test_the_screen_lets_nothing_odd_through(text: str) -> None:
+    assert _may_be_odd(text) or not _ODD.search(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "may"),
+    [
+        ('{"prompt_tokens": 1433, "arrival_s": 1.5e-300, "session": "a+b.c"}', False),
+        ('{"text": "ende 5 \\u00e4 N a N"}', False),
+        ("1" * 64, False),
+        ("1" * 65, True),
+        ("1e+300", True),
+        ("NaN", True),
+        ("-Infinity", True),
+        ("\\uD83d", True),
+    ],
+)
+def test_what_is_screened(text: str, may: bool) -> None:
+    assert _may_be_odd(text) == may
+
+
+@given(st.text(alphabet="ab\n\u2028\x85\x0b\r"))
+def test_only_line_feeds_end_lines(text: str) -> None:
+    assert list(lines(text)) == [line for line in re.split(r"(?<=\n)", text) if line]

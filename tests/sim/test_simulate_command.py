@@ -46,6 +46,18 @@ def test_the_table_is_printed(trace):
     assert "TTFT mean" in simulate("--trace", trace, "--arms", "vllm-no-eplb").stdout
 
 
+def test_what_was_assumed_of_a_trace_is_said_beside_the_result(tmp_path):
+    row = {"timestamp": 5.0, "input_length": 100, "output_length": 5, "hash_ids": [1, 2]}
+    rows = [row | {"timestamp": 5.0 + 0.02 * i} for i in range(4)]
+    path = tmp_path / "trace"
+    path.write_text(json.dumps(rows))
+    options = ("--trace-block-size", "64", "--trace-time-unit", "s")
+    result = simulate("--trace", str(path), *options, "--arms", "vllm-no-eplb", "--json")
+    note = "read as Mooncake: times in s, prefix blocks of 64 tokens"
+    assert result.stderr == f"{path}: {note}\n"
+    assert json.loads(result.stdout)["rate_rps"] == pytest.approx(50.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

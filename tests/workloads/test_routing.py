@@ -40,7 +40,8 @@ def test_choices_are_counted_and_padding_is_not():
 def test_files_become_sources(tmp_path):
     np.savez(tmp_path / "a.npz", topk_idx=np.array([[[0, 1]], [[1, 2]]], dtype=np.uint8))
     np.save(tmp_path / "b.npy", np.array([[[3, 0], [0, 1]]]))  # one token, two layers
-    both = read_routing([tmp_path / "a.npz", tmp_path / "b.npy"])
+    (tmp_path / "b.npy").rename(tmp_path / "b")  # a name says nothing
+    both = read_routing([tmp_path / "a.npz", tmp_path / "b"])
     assert both.counts.tolist() == [
         [[1, 1, 0, 0], [0, 1, 1, 0]],
         [[1, 0, 0, 1], [1, 1, 0, 0]],
@@ -67,6 +68,48 @@ def test_sglang_recordings(tmp_path):
     assert detail.steps == 2
 
 
+def passes(*records, table=((0, 1, 2, 2), (2, 1, 0, 0))):
+    torch = pytest.importorskip("torch")
+    kept = [{name: torch.tensor(value) if name != "rank" else value for name, value in r.items()}
+            for r in records]  # fmt: skip
+    return {"records": kept, "last_physical_to_logical_map": torch.tensor(table)}
+
+
+def test_sglang_counts_per_pass_are_of_physical_experts(tmp_path):
+    torch = pytest.importorskip("torch")
+    counts = [[1, 2, 3, 4], [5, 0, 0, 7]]
+    saved = passes(
+        {"rank": 1, "global_physical_count": counts},
+        {"rank": 0, "global_physical_count": counts},
+        {"rank": 1, "global_physical_count": counts},
+    )
+    torch.save(saved, tmp_path / "recording")  # whatever its name
+    recording = read_routing(tmp_path / "recording")
+    once = [[1, 2, 7], [7, 0, 5]]
+    assert recording.counts.tolist() == [once, [[2 * n for n in row] for row in once]]
+    assert recording.steps == 2
+    saved = passes({"rank": 0, "global_physical_count": counts}, table=[[0, 1, -1, 1]] * 2)
+    torch.save(saved, tmp_path / "recording")
+    assert read_routing(tmp_path / "recording").counts.tolist() == [[[1, 6], [5, 7]]]
+
+
+@pytest.mark.parametrize(
+    ("record", "experts", "message"),
+    [
+        ({"topk_ids_of_layer": [[[0, 4]], [[1, 1]]]}, None, "id 4, but .* has 4 experts .a fused"),
+        ({"global_physical_count": [[1, 2, 3]] * 2}, None, r"\(2, 3\) does not fit .* \(2, 4\)"),
+        ({"global_physical_count": [[1, 2, 3, 4]] * 2}, 2, "of 2 experts"),
+        ({"global_physical_count": [[1, -2, 3, 4]] * 2}, None, "negative"),
+        ({"input_ids": [1]}, None, "not what is expected there .KeyError"),
+    ],
+)
+def test_what_sglang_s_recorder_did_not_mean_is_named(tmp_path, record, experts, message):
+    torch = pytest.importorskip("torch")
+    torch.save(passes({"rank": 0, **record}), tmp_path / "r.pt")
+    with pytest.raises(InputError, match=message):
+        read_routing(tmp_path / "r.pt", experts)
+
+
 def test_a_pickle_cannot_run_code(tmp_path):
     torch = pytest.importorskip("torch")
 
@@ -83,9 +126,9 @@ def test_a_pickle_cannot_run_code(tmp_path):
     ("name", "content", "message"),
     [
         ("missing.npz", None, "no such file"),
-        ("x.txt", b"", "expected .npz, .npy or .pt"),
-        ("x.npz", b"junk", "cannot be read"),
-        ("x.pt", b"junk", "no zip archive, or not all of one"),
+        ("x.npz", b"", "empty, expected a file of numpy"),
+        ("x.npz", b"junk", "cannot be read: expected a file of numpy .* or of torch.save"),
+        ("x.pt", b"PK junk", "no zip archive, or not all of one"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):

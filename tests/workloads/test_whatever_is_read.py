@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gimbal.core.errors import InputError
@@ -23,6 +23,7 @@ from gimbal.workloads.prompts import read_vocabulary
 from gimbal.workloads.routing import RoutingFile, read_routing, write_routing
 from gimbal.workloads.trace import Trace
 from tests.mutations import EXAMPLES, mutated, read_or_refuse
+from tests.workloads.samples import SAMPLES, Sample
 
 
 @st.composite
@@ -37,29 +38,6 @@ def archive(draw: st.DrawFn, good: bytes) -> bytes:
     return buffer.getvalue()
 
 
-BURST = (
-    b"Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type,Session ID\n"
-    b"5,ChatGPT,472,18,490,Conversation log,a\n7.5,GPT-4,30,4,34,API log,b\n"
-)
-TRACES = {
-    "burst.csv": BURST,
-    "azure.csv": (
-        b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n"
-        b"2023-11-16 18:15:47.18,396,109\n"
-    ),
-    "lengths.csv": b"num_prefill_tokens,num_decode_tokens\n8,9\n10,11\n",
-    "lengths.json": b'{"data": [{"input_length": 3, "output_length": 4}]}',
-    "moon.jsonl": (
-        b'{"timestamp": 3000, "input_length": 600, "output_length": 5, "hash_ids": [0, 7]}\n'
-        b'{"timestamp": 4000, "input_length": 500, "output_length": 5, "hash_ids": [0]}\n'
-    ),
-    "own.jsonl": (
-        b'{"prefix_block_tokens": 16}\n{"arrival_s": 1.5, "prompt_tokens": 20, "output_tokens": 2,'
-        b' "session": "s", "domain": "code", "prefix_blocks": [4, 5]}\n'
-    ),
-}
-
-
 def check_trace(trace: Trace) -> None:
     assert len(trace)
     for request in trace.requests:
@@ -72,12 +50,19 @@ def check_trace(trace: Trace) -> None:
     assert trace.arrivals_s.shape == trace.prompt_tokens.shape
 
 
-@pytest.mark.parametrize("name", TRACES)
+@settings(EXAMPLES, max_examples=600)
+@given(sample=st.sampled_from(SAMPLES), data=st.data())
+def test_traces(tmp_path: Path, sample: Sample, data: st.DataObject) -> None:
+    content = data.draw(mutated(sample.text.encode()))
+    trace = read_or_refuse(lambda path: load_trace(str(path)), tmp_path / "trace", content)
+    if trace is not None:
+        check_trace(trace)
+
+
 @EXAMPLES
-@given(data=st.data())
-def test_traces(tmp_path: Path, name: str, data: st.DataObject) -> None:
-    content = data.draw(st.one_of(st.binary(max_size=200), mutated(TRACES[name])))
-    trace = read_or_refuse(lambda path: load_trace(str(path)), tmp_path / name, content)
+@given(content=st.binary(max_size=200))
+def test_no_traces(tmp_path: Path, content: bytes) -> None:
+    trace = read_or_refuse(lambda path: load_trace(str(path)), tmp_path / "trace", content)
     if trace is not None:
         check_trace(trace)
 
@@ -107,13 +92,16 @@ def routing_files() -> dict[str, bytes]:
 
 def torch_files() -> dict[str, bytes]:
     torch = pytest.importorskip("torch")
-    stat, detail = io.BytesIO(), io.BytesIO()
+    stat, detail, per_pass = io.BytesIO(), io.BytesIO(), io.BytesIO()
     torch.save({"logical_count": torch.ones(2, 2, 3, dtype=torch.int32)}, stat)
     ids = torch.tensor([[[0, 3]], [[1, -1]]])
     table = torch.tensor([[0, 1, 2, 2], [2, 1, 0, 0]])
     records = [{"rank": rank, "topk_ids_of_layer": ids} for rank in (1, 0, 1)]
     torch.save({"records": records, "last_physical_to_logical_map": table}, detail)
-    return {"stat.pt": stat.getvalue(), "detail.pt": detail.getvalue()}
+    passes = [{"rank": rank, "global_physical_count": table} for rank in (1, 0)]
+    torch.save({"records": passes, "last_physical_to_logical_map": table}, per_pass)
+    files = {"stat.pt": stat, "detail.pt": detail, "per_pass.pt": per_pass}
+    return {name: file.getvalue() for name, file in files.items()}
 
 
 def check_recording(recording: RoutingFile) -> None:
@@ -140,7 +128,7 @@ def test_recordings(tmp_path: Path, name: str, data: st.DataObject) -> None:
         check_recording(recording)
 
 
-@pytest.mark.parametrize("name", ["stat.pt", "detail.pt"])
+@pytest.mark.parametrize("name", ["stat.pt", "detail.pt", "per_pass.pt"])
 @EXAMPLES
 @given(data=st.data())
 def test_torch_files(tmp_path: Path, name: str, data: st.DataObject) -> None:

@@ -18,18 +18,26 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from gimbal.core.errors import InputError
 from gimbal.core.named_yaml import packaged_names, read_named_yaml
 from gimbal.core.numbers import MOST_EXPERTS, MOST_LAYERS
-from gimbal.core.options import Count, NotNegative, PositiveCount, Ranks, complaint
+from gimbal.core.options import (
+    Count,
+    NotNegative,
+    PositiveCount,
+    Ranks,
+    RealNumber,
+    WholeNumber,
+    complaint,
+)
 
 _STRICT = ConfigDict(extra="forbid")
 
 # Bounds that no machine comes near and within which no sum, product or power overflows.
 MOST_US = 1e9
-Time = Annotated[float, Field(ge=0.0, le=MOST_US, allow_inf_nan=False)]
-Offset = Annotated[float, Field(ge=-MOST_US, le=MOST_US, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0.0, le=MOST_US, allow_inf_nan=False)]
-Norm = Annotated[float, Field(ge=1.0, le=8.0, allow_inf_nan=False)]
-Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
-Experts = Annotated[int, Field(ge=1, le=MOST_EXPERTS)]
+Time = Annotated[RealNumber, Field(ge=0.0, le=MOST_US)]
+Offset = Annotated[RealNumber, Field(ge=-MOST_US, le=MOST_US)]
+Rate = Annotated[RealNumber, Field(gt=0.0, le=MOST_US)]
+Norm = Annotated[RealNumber, Field(ge=1.0, le=8.0)]
+Layers = Annotated[WholeNumber, Field(ge=1, le=MOST_LAYERS)]
+Experts = Annotated[WholeNumber, Field(ge=1, le=MOST_EXPERTS)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,8 @@ class ExactResult:
 class ExactReport:
     """Sums over layers. `gap` is the heuristic's cost over the best known, minus one.
 
-    `proven_gap` is the same against the solver's lower bound: an upper bound of the true gap.
+    `proven_gap` is the same against the solver's lower bound: an upper bound of the true gap,
+    infinite where the solver had no time to prove anything.
     """
 
     heuristic_us: float
@@ -82,14 +83,20 @@ class ExactReport:
 
     @property
     def gap(self) -> float:
-        return self.heuristic_us / self.exact_us - 1.0
+        return _gap(self.heuristic_us, self.exact_us)
 
     @property
     def proven_gap(self) -> float:
-        return self.heuristic_us / self.bound_us - 1.0
+        return _gap(self.heuristic_us, self.bound_us)
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "gap": self.gap, "proven_gap": self.proven_gap}
+
+
+def _gap(cost_us: float, least_us: float) -> float:
+    if least_us > 0.0:
+        return cost_us / least_us - 1.0
+    return float("inf") if cost_us > 0.0 else 0.0
 
 
 def matrix(placement: IntArray, ranks: int, experts: int) -> IntArray:
@@ -216,7 +223,8 @@ def solve(model: ExactInstance, time_limit_s: float = 60.0) -> ExactResult:
         found = np.array([[round(values[v.index]) for v in row] for row in x], dtype=np.int32)
         holds = min(found, holds, key=lambda h: cost(model, h))
     value = cost(model, holds)
-    return ExactResult(value, min(float(info.mip_dual_bound), value), holds, highs.getRunTime())
+    bound = min(max(0.0, float(info.mip_dual_bound)), value)  # -inf after no time; costs are >= 0
+    return ExactResult(value, bound, holds, highs.getRunTime())
 
 
 def _by_copies(highs: Any, x: list[Any], most: int) -> list[list[Any]]:

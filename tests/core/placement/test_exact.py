@@ -63,6 +63,18 @@ def test_the_oracle_stays_where_a_changed_layer_costs_more_than_it_gains() -> No
     assert forced.gap > 0.0
 
 
+def test_no_time_proves_nothing_and_says_so() -> None:
+    problem = make(1, layers=2, ranks=4, per_rank=4, experts=16)
+    plan = heuristic.plan(problem)
+    report = exact.compare(problem, plan.physical_to_logical, 1e-9)
+    assert report.exact_us <= report.heuristic_us
+    assert 0.0 <= report.bound_us <= report.exact_us
+    assert report.gap <= report.proven_gap
+    empty = exact.ExactReport(0.0, 0.0, 0.0, 1, 1, 0.0)
+    assert (empty.gap, empty.proven_gap) == (0.0, 0.0)
+    assert exact.ExactReport(5.0, 5.0, 0.0, 1, 0, 0.0).proven_gap == float("inf")
+
+
 def test_expert_groups_and_a_missing_solver_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make(per_rank=4, per_node=2)
     with pytest.raises(InputError, match="neither a forecast nor expert groups"):
