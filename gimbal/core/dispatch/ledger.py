@@ -91,11 +91,12 @@ class Ledger:
 
         Returns the largest of `silent_us`, given the board's clock `now_us`.
         """
-        oldest_us: float = OBSERVE.call(board, self._accounts, self._front_end, now_us)
+        oldest_us: float
+        oldest_us, lost = OBSERVE.call(board, self._accounts, self._front_end, now_us)
         if self._cached:
             for engine in list(self._cached):
                 self._forget_cached(engine, int(self.unacked[0, engine]))
-        if 1.0 in self._lost.tolist():
+        if lost:
             self._forget_lost()
         return oldest_us
 
@@ -209,17 +210,22 @@ class Ledger:
             del self._cached[engine]
 
 
-def _observe(board: FloatArray, accounts: FloatArray, front_end: int, now_us: float) -> float:
-    """Brings `accounts` up to date with `board`; returns the longest silence, microseconds."""
+def _observe(
+    board: FloatArray, accounts: FloatArray, front_end: int, now_us: float
+) -> tuple[float, bool]:
+    """Brings `accounts` up to date with `board`.
+
+    Returns the longest silence, microseconds, and whether an engine's process was replaced.
+    """
     requests, tokens = ACCEPTED_REQUESTS + front_end, ACCEPTED_TOKENS + front_end
-    oldest_us = 0.0
+    oldest_us, lost = 0.0, False
     for e in range(board.shape[0]):
         fresh = board[e, _SEQUENCE] > accounts[_SEEN, e]
         if board[e, _EPOCH] != accounts[_KNOWN_EPOCH, e]:
             if accounts[_KNOWN_EPOCH, e] > 0.0:  # the first process seen is no restart
                 accounts[_SENT, e] = board[e, requests]
                 accounts[_SENT + 1, e] = board[e, tokens]
-                accounts[_LOST, e] = 1.0
+                accounts[_LOST, e], lost = 1.0, True
             accounts[_KNOWN_EPOCH, e] = board[e, _EPOCH]
             fresh = True
         if fresh:
@@ -246,7 +252,7 @@ def _observe(board: FloatArray, accounts: FloatArray, front_end: int, now_us: fl
             silent_us = min(silent_us, owed_us) if accounts[_UNACKED, e] > 0.0 else 0.0
         accounts[_SILENT, e] = silent_us
         oldest_us = max(oldest_us, silent_us)
-    return oldest_us
+    return oldest_us, lost
 
 
 def _enter(
@@ -265,5 +271,5 @@ def _enter(
     accounts[_UNACKED_CACHED, engine] += cached_tokens
 
 
-OBSERVE = Kernel(_observe, "f8(f8[:,::1], f8[:,::1], i8, f8)")
+OBSERVE = Kernel(_observe, "Tuple((f8, b1))(f8[:,::1], f8[:,::1], i8, f8)")
 ENTER = Kernel(_enter, "void(f8[:,::1], i8, f8, f8, f8)")
