@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import socket
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from gimbal.core.cost.derive import EXPERT_KEYS
 from gimbal.core.errors import InputError
+from gimbal.core.model import ModelConfig, count_experts, read_config
+from gimbal.core.model.config import HUGGING_FACE, MISTRAL
 from gimbal.vllm_plugin.serve.flags import VllmFlags
 
 SUPPORTED = ((0, 32), (0, 33))
@@ -60,8 +59,8 @@ def check_version(version: str) -> None:
         )
 
 
-def model_config(model: str) -> dict[str, Any] | None:
-    """``config.json`` of a local model folder, None for a name to be downloaded.
+def model_config(model: str) -> ModelConfig | None:
+    """The configuration of a local model folder, None for a name to be downloaded.
 
     Raises InputError for something that looks like a path and holds no model.
     """
@@ -70,30 +69,21 @@ def model_config(model: str) -> dict[str, Any] | None:
         if model.startswith((".", "/", "~")):
             raise InputError(f"{model}: no such model folder")
         return None
-    path = folder / "config.json"
-    if not path.exists():
-        raise InputError(f"{model}: not a model folder (it has no config.json)")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    return values if isinstance(values, dict) else None
+    if not any((folder / name).exists() for name in (HUGGING_FACE, MISTRAL)):
+        raise InputError(f"{model}: not a model folder (no {HUGGING_FACE} and no {MISTRAL} in it)")
+    return read_config(folder)
 
 
-def count_experts(config: dict[str, Any]) -> int:
-    """Routed experts per layer that a Hugging Face config declares; 0 for a dense model."""
-    for section in (config, config.get("text_config") or {}):
-        for key in EXPERT_KEYS:
-            if isinstance(section.get(key), int) and section[key] > 1:
-                return int(section[key])
-    return 0
+def check_experts(flags: VllmFlags, config: ModelConfig | None) -> None:
+    """Expert parallelism needs experts, and slots that divide over the ranks with EPLB.
 
-
-def check_experts(flags: VllmFlags, config: dict[str, Any] | None) -> None:
-    """Expert parallelism needs experts, and slots that divide over the ranks with EPLB."""
+    A model whose experts cannot be counted here is left to vLLM.
+    """
     if config is None or not (flags.expert_parallel or flags.eplb):
         return
     experts = count_experts(config)
+    if experts is None:
+        return
     if experts == 0:
         wanted = "--enable-expert-parallel" if flags.expert_parallel else "--enable-eplb"
         raise InputError(f"{flags.model}: not a Mixture-of-Experts model, so {wanted} cannot work")
@@ -106,9 +96,9 @@ def check_experts(flags: VllmFlags, config: dict[str, Any] | None) -> None:
         )
 
 
-def check_heads(flags: VllmFlags, config: dict[str, Any] | None) -> None:
+def check_heads(flags: VllmFlags, config: ModelConfig | None) -> None:
     """Tensor parallelism splits attention heads."""
-    heads = (config or {}).get("num_attention_heads")
+    heads = None if config is None else config.get("num_attention_heads")
     if isinstance(heads, int) and heads % flags.tp:
         raise InputError(
             f"--tensor-parallel-size {flags.tp}: does not divide the model's {heads} heads"

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from gimbal.core.errors import InputError
+from gimbal.core.model import ModelConfig
 from gimbal.vllm_plugin.serve import checks
 from gimbal.vllm_plugin.serve.flags import read_flags
 
-MOE = {"num_experts": 32, "num_attention_heads": 8}
-DENSE = {"num_attention_heads": 8}
+MOE = ModelConfig({"num_experts": 32, "num_attention_heads": 8}, "config.json")
+DENSE = ModelConfig(
+    {"num_attention_heads": 8, "hidden_size": 64, "num_hidden_layers": 2}, "config.json"
+)
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu"])
@@ -35,20 +38,6 @@ def test_a_missing_vllm_names_the_extras(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("config", "count"),
-    [
-        (MOE, 32),
-        (DENSE, 0),
-        ({"n_routed_experts": 64}, 64),
-        ({"num_local_experts": 8}, 8),
-        ({"text_config": {"num_experts": 16}}, 16),
-    ],
-)
-def test_experts_are_counted(config: dict, count: int) -> None:
-    assert checks.count_experts(config) == count
-
-
-@pytest.mark.parametrize(
     ("words", "config", "message"),
     [
         (["m", "-ep"], DENSE, "m: not a Mixture-of-Experts model, so --enable-expert-parallel"),
@@ -65,7 +54,9 @@ def test_experts_are_counted(config: dict, count: int) -> None:
         ),
     ],
 )
-def test_expert_parallelism_that_cannot_work(words: list[str], config: dict, message: str) -> None:
+def test_expert_parallelism_that_cannot_work(
+    words: list[str], config: ModelConfig, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         checks.check_experts(read_flags(words), config)
 
@@ -74,6 +65,11 @@ def test_expert_parallelism_that_works() -> None:
     words = ["m", "-ep", "--enable-eplb", "-dp", "3", "--eplb-config.num_redundant_experts", "1"]
     checks.check_experts(read_flags(words), MOE)
     checks.check_experts(read_flags(["m", "-dp", "3"]), DENSE)
+
+
+def test_experts_under_names_not_known_here_are_left_to_vllm() -> None:
+    unknown = ModelConfig({**DENSE.values, "expert_mixture": {"count": 64}}, "config.json")
+    checks.check_experts(read_flags(["m", "-dp", "3", "-ep"]), unknown)
 
 
 def test_heads_and_gpus() -> None:
@@ -88,13 +84,15 @@ def test_heads_and_gpus() -> None:
 def test_model_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such model folder"):
         checks.model_config(str(tmp_path / "gone"))
-    with pytest.raises(InputError, match=r"it has no config\.json"):
+    with pytest.raises(InputError, match=r"no config\.json and no params\.json"):
         checks.model_config(str(tmp_path))
     (tmp_path / "config.json").write_text("{\n oops")
     with pytest.raises(InputError, match=r"config\.json:2: not JSON"):
         checks.model_config(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(MOE))
-    assert checks.model_config(str(tmp_path)) == MOE
+    (tmp_path / "config.json").write_text(json.dumps(MOE.values))
+    found = checks.model_config(str(tmp_path))
+    assert found is not None
+    assert found.values == MOE.values
     assert checks.model_config("organisation/model") is None
 
 
