@@ -222,13 +222,11 @@ def _estimate(values: dict[str, Any]) -> None:
     profile = derive_profile(values["name"], config, gpu, layout, kv_dtype)
     out = _target(values)
     _write_profile(profile, out)
-    remarks = list(profile.notes[1:])  # the first says that it is an estimate
-    if values["as_json"]:
-        report = {"profile": str(out), "estimated": True}
-        echo_json(report | ({"notes": remarks} if remarks else {}))
-        return
-    for remark in remarks:
+    for remark in profile.notes[1:]:  # the first says that it is an estimate
         click.echo(f"note: {remark}", err=True)
+    if values["as_json"]:
+        echo_json({"profile": str(out), "estimated": True})
+        return
     click.echo(f"wrote {out}: an estimate from data sheets, not a measurement")
 
 

@@ -13,10 +13,11 @@ from gimbal.core.errors import InputError, nearest
 from gimbal.core.model.attention import MLA_LAYERS, Attention, read_attention
 from gimbal.core.model.config import ModelConfig, language_model
 from gimbal.core.model.experts import Experts, read_experts, require_experts
+from gimbal.core.model.families import FAMILIES
 from gimbal.core.model.layers import LINEAR, read_layers
 from gimbal.core.model.linear import linear_parameters
 from gimbal.core.model.quantization import Quantization, read_quantization
-from gimbal.core.numbers import MOST_VOCABULARY
+from gimbal.core.numbers import MOST_VOCABULARY, shown
 
 ACTIVATION_BYTES = 2
 """vLLM serves in bfloat16 or float16; it casts what is stored in float32 (``--dtype auto``)."""
@@ -136,6 +137,10 @@ class Architecture:
 
     def remarks(self) -> Iterable[str]:
         """What a user of these figures should know."""
+        if self.family and self.family not in FAMILIES:
+            yield f"model_type {shown(self.family)} was not tried: read by the names of its keys"
+        if not self.vocabulary:
+            yield "no vocab_size: the vocabulary's weights are not counted"
         if self.linear_layers:
             yield f"{self.linear_layers} layers keep a state per request, which is not counted"
         for group in self.attention:

@@ -107,7 +107,8 @@ def read_quantization(config: ModelConfig, layers: Layers) -> Quantization:
     if isinstance(inner, Mapping):
         values = {"quant_method": "modelopt", **inner}
     found = ModelConfig(values, f"{config.where}: quantization_config")
-    parts = {part.name: _format(found, part) for part in _parts(layers, config.family in BESIDE)}
+    looked_at = _parts(found.where, layers, config.family in BESIDE)
+    parts = {part.name: _format(found, part) for part in looked_at}
     if config.get("expert_dtype") == "fp4" and parts["experts"].name == "fp8":  # DeepSeek-V4
         parts["experts"] = MXFP4
     return Quantization(parts, _kv_bytes(found))
@@ -115,14 +116,15 @@ def read_quantization(config: ModelConfig, layers: Layers) -> Quantization:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Names that modules of a part have in a layer that has them."""
+    """Names that modules of a part have in a layer that has them; `where` is for complaints."""
 
+    where: str
     name: str
     layer: int
     modules: tuple[str, ...]
 
 
-def _parts(layers: Layers, beside: bool) -> list[_Part]:
+def _parts(where: str, layers: Layers, beside: bool) -> list[_Part]:
     """Every part, in a layer amid those that have it: some checkpoints spare the first and last."""
     kinds = {
         "experts": (layers.mlps, (MOE,)),
@@ -137,7 +139,7 @@ def _parts(layers: Layers, beside: bool) -> list[_Part]:
         layer = having[len(having) // 2] if having else 0
         names = BESIDE_MLP if beside and part == "experts" else PARTS[part]
         modules = [f"{prefix.format(layer)}.{name}" for prefix in PREFIXES for name in names]
-        found.append(_Part(part, layer, tuple(modules)))
+        found.append(_Part(where, part, layer, tuple(modules)))
     return found
 
 
@@ -263,7 +265,7 @@ def _excluded(found: ModelConfig) -> list[str]:
 
 def _names(entries: Iterable[str], part: _Part) -> bool:
     """Whether one of `entries`, names, wildcards or regular expressions, names the part."""
-    patterns = map(_pattern, {entry for entry in entries if _may_be_of(entry, part.layer)})
+    patterns = [_pattern(e, part.where) for e in set(entries) if _may_be_of(e, part.layer)]
     return any(pattern.match(module) for pattern in patterns for module in part.modules)
 
 
@@ -273,14 +275,14 @@ def _may_be_of(entry: str, layer: int) -> bool:
     return found is None or found[1] == str(layer)
 
 
-def _pattern(entry: str) -> re.Pattern[str]:
+def _pattern(entry: str, where: str) -> re.Pattern[str]:
     """What `entry` stands for: whole components of a module's name, with all below them."""
     if not entry.startswith("re:"):
         middle = translate(entry.strip(".")).removeprefix("(?s:").removesuffix(r")\Z")
         return re.compile(rf"(?s:(.*\.)?(?:{middle})(\..*)?)\Z")
     if len(re.findall(r"[*+{]", entry)) > MOST_WILDCARDS:
-        raise InputError(f"quantization_config: {shown(entry)}: too many wildcards to match")
+        raise InputError(f"{where}: {shown(entry)}: too many wildcards to match")
     try:
         return re.compile(entry[3:])
     except re.error as error:
-        raise InputError(f"quantization_config: {shown(entry)}: {error}") from None
+        raise InputError(f"{where}: {shown(entry)}: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,14 @@ import pytest
 from gimbal.core.cost.derive import derive_profile
 from gimbal.core.cost.profile import Layout, dump_profile, parse_profile
 from gimbal.core.errors import InputError
-from gimbal.core.model import count_experts, count_top_k, read_architecture, read_config
+from gimbal.core.model import (
+    ModelConfig,
+    count_experts,
+    count_top_k,
+    read_architecture,
+    read_config,
+)
+from gimbal.core.model.families import FAMILIES
 from gimbal.core.yaml_reader import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,6 +46,19 @@ published = pytest.mark.parametrize("model", READ, ids=lambda model: model.name)
 
 def test_the_table_is_wide_enough() -> None:
     assert len({model.name for model in READ}) == len(READ) >= 25
+
+
+def test_families_are_those_of_the_table() -> None:
+    assert {read_architecture(model.config).family for model in READ} == set(FAMILIES)
+
+
+def test_a_family_that_was_not_tried_is_named() -> None:
+    known = {**READ[0].config.values, "vocab_size": None}
+    found = read_architecture(ModelConfig({**known, "model_type": "new_moe"}, "config.json"))
+    assert list(found.remarks()) == [
+        "model_type 'new_moe' was not tried: read by the names of its keys",
+        "no vocab_size: the vocabulary's weights are not counted",
+    ]
 
 
 @published
@@ -77,6 +98,46 @@ def test_an_estimate_from_the_folder_is_a_profile(model: Any, tmp_path: Path) ->
     assert profile.model.kv_bytes_per_token == model.kv_bytes_per_token
     assert profile.model.expert_bytes == round(model.expert_bytes)
     assert profile.kv_tokens > 0
+
+
+ODD = (None, -1, 0, "x", 1e9, 2**40, [], {}, True, [1, "a"], [None], {"a": 1}, 0.5, [[1]], 7)
+
+
+def _odd_ones(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every key below `values`."""
+    for key, value in values.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from _odd_ones(value, (*path, key))
+
+
+def _with(values: dict[str, Any], path: tuple[str, ...], odd: object) -> dict[str, Any]:
+    key, *rest = path
+    return {**values, key: _with(values[key], tuple(rest), odd) if rest else odd}
+
+
+def _complaint(config: ModelConfig) -> str:
+    """What `read_architecture` refuses `config` by; empty where it does not."""
+    try:
+        read_architecture(config)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_every_key_may_hold_nonsense() -> None:
+    tried: set[str] = set()
+    complaints = set()
+    for model in READ:
+        for path in _odd_ones(model.config.values):
+            if path[-1] in tried:
+                continue
+            tried.add(path[-1])
+            for odd in ODD:
+                config = ModelConfig(_with(model.config.values, path, odd), "config.json")
+                count_experts(config)
+                complaints.add(_complaint(config).partition(": ")[0])
+    assert complaints == {"", "config.json"}
 
 
 @pytest.mark.parametrize("model", REFUSED, ids=lambda model: model.name)
