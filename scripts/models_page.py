@@ -32,8 +32,8 @@ HEAD = """# Models
 no network and no GPU. Models that also see or hear are read below `text_config`, `llm_config`,
 `language_config` or `thinker_config`; ModelOpt's `hf_quant_config.json` is read beside it.
 
-A profile that `gimbal calibrate` writes carries these figures, and `gimbal simulate` and
-`gimbal place` take them from there.
+A profile that `gimbal calibrate` writes carries these figures, and `gimbal simulate` takes them
+from there. `gimbal place` does too, unless `--model-dir` names a model.
 
 - **Layers** by kind: full attention, sliding (or chunked) attention, MLA, and layers without a KV
   cache (Mamba, linear attention, convolution). Speculative layers (MTP) are left out, as vLLM
@@ -49,7 +49,8 @@ A profile that `gimbal calibrate` writes carries these figures, and `gimbal simu
 Every row is checked by a test against figures written out by hand. Its keys are those of the
 configuration published in the Hugging Face repository that it names; "see" tells what else was
 looked up. That the weights computed from them are those of the model card checks layers, experts
-and widths together.
+and widths together. Another test compares experts, top-k, layers and heads with what vLLM and
+Transformers read.
 
 """
 COLUMNS = (
