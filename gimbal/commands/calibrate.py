@@ -111,7 +111,7 @@ def command(**values: Any) -> None:
         if (directory / PHASES).exists():
             samples = _warm(samples)
         layout = Layout(values["dp"], values["tp"])
-        model = _model_shape(model_dir, values["kv_cache_dtype"])
+        model = _model_shape(model_dir, values["kv_cache_dtype"], console)
         try:
             fit = fit_steps(samples, model, layout.ep)
         except ValueError as error:
@@ -203,11 +203,19 @@ def _gpus() -> str:
     return ", ".join(f"{count} x {gpu}" for gpu, count in sorted(counts.items()))
 
 
-def _model_shape(model_dir: Path, kv_dtype: str) -> ModelShape:
+def _model_shape(model_dir: Path, kv_dtype: str, console: Console | None = None) -> ModelShape:
+    """Of a model that is measured: what its KV cache holds need not be known for that."""
     from gimbal.core.cost.derive import model_shape
     from gimbal.core.model import read_architecture
 
-    return model_shape(read_architecture(read_config(model_dir)), kv_dtype)
+    config = read_config(model_dir)
+    try:
+        return model_shape(read_architecture(config), kv_dtype)
+    except InputError as unknown:
+        shape = model_shape(read_architecture(config, cached=False))
+        if console is not None:
+            console.print(f"note: {unknown}; kv_bytes_per_token is 0")
+        return shape
 
 
 def _estimate(values: dict[str, Any]) -> None:

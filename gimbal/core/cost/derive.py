@@ -152,8 +152,9 @@ def derive_profile(
             f"does not fit: {weights / 1e9:.1f} GB of weights per rank, {gpu} has "
             f"{(free + weights) / 1e9:.1f} GB for them; kv_tokens is 0, so take more ranks"
         )
+    host = load_profile(HOST_PROFILE)
     return replace(
-        load_profile(HOST_PROFILE),
+        host,
         name=name,
         machine=f"{layout.ep}x {gpu}",
         model=model_shape(model, kv_dtype),
@@ -170,6 +171,7 @@ def derive_profile(
             15_000.0,
             source,
         ),
+        launch_layer_us=host.launch_layer_us * model.mixers / model.experts.layers,
         kv_tokens=int(max(0.0, free) / rank_kv_bytes),
         estimated=True,
         notes=tuple(notes),
@@ -202,9 +204,9 @@ def _dense_terms(model: Architecture, roofline: _Roofline, tp: int) -> Iterator[
             yield roofline.gemm((experts.matrices - 1) * weights, formats[part], times)
             yield roofline.gemm(weights, formats[part], times)
     yield roofline.gemm(model.hidden * (experts.experts + experts.zero_experts))
-    yield roofline.elementwise(10 * token_bytes, model.layers / per)
+    yield roofline.elementwise(10 * token_bytes, model.mixers / per)
     if tp > 1:
-        yield roofline.transfer(2 * token_bytes * (tp - 1) / tp, model.layers / per)
+        yield roofline.transfer(2 * token_bytes * (tp - 1) / tp, model.mixers / per)
 
 
 def _attention_term(

@@ -63,6 +63,11 @@ class Architecture:
     quantization: Quantization
 
     @property
+    def mixers(self) -> int:
+        """Layers that mix tokens, by attention or otherwise."""
+        return sum(group.layers for group in self.attention) + self.linear_layers
+
+    @property
     def expert_bytes(self) -> float:
         """Weights of one routed expert of one layer."""
         format_ = self.quantization.parts["experts"]
@@ -156,8 +161,12 @@ class Architecture:
             )
 
 
-def read_architecture(config: ModelConfig) -> Architecture:
-    """What a configuration says; raises InputError for no MoE model, and for what is not known."""
+def read_architecture(config: ModelConfig, cached: bool = True) -> Architecture:
+    """What a configuration says; raises InputError for no MoE model, and for what is not known.
+
+    Args:
+        cached: False leaves attention out, for those to whom the KV cache does not matter.
+    """
     text = language_model(config)
     require_experts(text)  # the likeliest complaint comes first
     layers = read_layers(text)
@@ -169,7 +178,7 @@ def read_architecture(config: ModelConfig) -> Architecture:
         hidden=text.count("hidden_size"),
         vocabulary=text.count("vocab_size", default=0, most=MOST_VOCABULARY),
         head_copies=1 if text.get("tie_word_embeddings") is True else 2,
-        attention=read_attention(text, layers),
+        attention=read_attention(text, layers) if cached else (),
         linear_layers=linear,
         linear_parameters=linear_parameters(text) if linear else 0,
         experts=experts,

@@ -148,5 +148,11 @@ def test_what_is_not_known_is_refused_and_still_counted(model: Any) -> None:
     assert count_experts(model.config) > 1
 
 
+def test_a_measurement_does_without_the_cache() -> None:
+    found = read_architecture(REFUSED[0].config, cached=False)
+    assert (found.experts.experts, found.quantization.parts["experts"].name) == (256, "mxfp4")
+    assert found.kv_bytes_per_token() == 0
+
+
 def test_the_page_is_not_stale() -> None:
     assert MAKER.OUT.read_text() == MAKER.page(), "run scripts/models_page.py"
