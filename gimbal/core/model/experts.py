@@ -139,7 +139,7 @@ def count_experts(config: ModelConfig) -> int | None:
     largest = max((count for count in counts if count), default=0)
     if largest > 1:
         return largest
-    found = text.get("hidden_size") is not None and text.get(*LAYERS) is not None
+    found = text.get("hidden_size", "num_attention_heads", *LAYERS) is not None
     return 0 if found and not _speaks_of_experts(config.values) else None
 
 

@@ -100,6 +100,7 @@ def test_experts_are_counted_or_not_known(values: dict, count: int | None) -> No
 
 def test_no_language_model_is_not_known_either() -> None:
     assert count_experts(config(audio_config={"hidden_size": 8})) is None
+    assert count_experts(config(num_attention_heads=8)) == 0
 
 
 @pytest.mark.parametrize(
