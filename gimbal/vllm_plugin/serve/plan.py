@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gimbal.core.caches import COMPILED, compiled_code, is_writable, private_folder, user_cache
 from gimbal.core.config import GimbalConfig
 from gimbal.core.config_sources import merge_config, parse_levels, read_config_file, to_mapping
 from gimbal.core.errors import InputError
@@ -122,10 +123,27 @@ def plan_server(
         model=flags.served_name or flags.model,
         headless=flags.headless,
         eplb=flags.eplb,
-        warnings=warnings,
     )
-    idle = "level placement stays idle: it needs --enable-eplb (and -ep)"
-    return replace(plan, warnings=(*warnings, idle)) if plan.idle_levels else plan
+    if plan.idle_levels:
+        warnings += ("level placement stays idle: it needs --enable-eplb (and -ep)",)
+    return _keeping_compiled_code(replace(plan, warnings=warnings))
+
+
+def _keeping_compiled_code(plan: ServePlan) -> ServePlan:
+    """`plan` whose processes find each other's compiled code, though no folder lasts."""
+    folder, lasts = compiled_code()
+    if lasts or not plan.config.levels:
+        return plan
+    said = f"neither the package's folder nor a cache of yours can be written: {COMPILED} names one"
+    if folder is None:
+        return replace(
+            plan, warnings=(*plan.warnings, f"{said}; until then every process compiles")
+        )
+    return replace(
+        plan,
+        environment={COMPILED: str(folder)} | plan.environment,
+        warnings=(*plan.warnings, f"{said} that lasts; compiled code goes to {folder}"),
+    )
 
 
 def _configuration(flags: VllmFlags, levels: str | None, file: Path | None) -> GimbalConfig:
@@ -176,6 +194,8 @@ def _is_dotted_eplb(word: str) -> bool:
 def demo_model(folder: Path | None = None) -> Path:
     """The demo model's folder; made when `folder` (default: a cache) does not hold it yet.
 
+    Where the user's cache cannot be written it lies among temporary files.
+
     The cache's name carries a digest of sizes and seed and of the code that makes the model, so
     a change of either makes a new one. Raises InputError for a folder that cannot be written, or
     holds something else.
@@ -190,8 +210,14 @@ def demo_model(folder: Path | None = None) -> Path:
         digest = hashlib.sha256(repr(sizes).encode())
         for source in sorted(Path(demo.__path__[0]).glob("*.py")):
             digest.update(source.read_bytes())
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(base) / "gimbal" / f"demo-{digest.hexdigest()[:12]}"
+        name = f"demo-{digest.hexdigest()[:12]}"
+        cache = user_cache()
+        base = cache / "gimbal" if cache else None
+        if base is None or not ((base / name / MANIFEST).exists() or is_writable(base)):
+            base = private_folder()
+        if base is None:
+            raise InputError("no folder can be written for the demo model: --demo-dir FOLDER")
+        folder = base / name
     if (folder / MANIFEST).exists():
         return folder
     require_free(folder)

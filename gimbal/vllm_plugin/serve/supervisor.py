@@ -21,6 +21,7 @@ from typing import IO
 
 from rich.console import Console
 
+from gimbal.core.caches import temporary_folder
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.serve import processes, shared_memory
 from gimbal.vllm_plugin.serve.family import REPORTS, Ended, Family
@@ -264,7 +265,7 @@ class Supervisor:
 
 def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
     try:
-        return tempfile.TemporaryDirectory(prefix="gimbal-")
+        return tempfile.TemporaryDirectory(prefix="gimbal-", dir=temporary_folder())
     except OSError as error:
         raise InputError(f"no folder for temporary files (TMPDIR): {error}") from error
 
