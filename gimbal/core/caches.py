@@ -20,12 +20,16 @@ COMPILED = "NUMBA_CACHE_DIR"
 MEMORY = Path("/dev/shm")
 
 
+ROOM_BYTES = 4 << 20
+"""What all our compiled code takes; a folder with less is as good as none."""
+
+
 def is_writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`, which is made where it is missing."""
+    """Whether files can be made in `folder`, which is made where it is missing, with some room."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            return file.write(bytes(ROOM_BYTES)) == ROOM_BYTES
     except OSError:
         return False
 

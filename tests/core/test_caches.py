@@ -52,6 +52,14 @@ def test_what_lasts_goes_first(bare: Path, tmp_path: Path, monkeypatch: pytest.M
     assert caches.compiled_code() == (bare / "home", True)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_as_good_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        caches.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "wb", buffering=0)
+    )
+    assert not caches.is_writable(tmp_path)
+
+
 def test_memory_where_no_temporary_folder_is(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> str:
         raise FileNotFoundError

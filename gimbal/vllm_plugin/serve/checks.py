@@ -81,7 +81,7 @@ def model_config(model: str) -> dict[str, Any] | None:
     ``config.json``, or ``params.json`` as Mistral has it. Raises InputError for something that
     looks like a path and holds neither.
     """
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if not folder.exists():
         if model.startswith((".", "/", "~")):
             raise InputError(f"{model}: no such model folder")
