@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -54,9 +55,7 @@ def test_what_lasts_goes_first(bare: Path, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_as_good_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        caches.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "wb", buffering=0)
-    )
+    monkeypatch.setattr(caches.tempfile, "TemporaryFile", lambda **_: io.FileIO("/dev/full", "w"))
     assert not caches.is_writable(tmp_path)
 
 

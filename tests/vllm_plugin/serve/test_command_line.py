@@ -59,6 +59,13 @@ def test_every_supported_version_has_a_table() -> None:
         assert read_flags(["m", "--no-enable-eplb", "--port", "81"], version).port == 81
 
 
+def test_vllm_0_33_has_another_way_to_switch_off() -> None:
+    assert not read_flags(["m", "--enable-eplb", "--disable-eplb"], "0.33.0").eplb
+    assert read_flags(["m", "--disable_eplb", "--enable_eplb"], "0.33.0").eplb
+    with pytest.raises(InputError, match="--disable-eplb: vLLM has no such flag"):
+        read_flags(["m", "--disable-eplb"], "0.32.0")
+
+
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.0"])
 def test_the_classes_that_cannot_do_eplb_are_no_moe_classes_with_it(version: str) -> None:
     names = vllm_table(version)["without_eplb"]
