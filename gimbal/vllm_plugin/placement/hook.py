@@ -102,7 +102,6 @@ def _with_model(
     meter = _meter(planner, controller.place) if controller.feedback else None
     view = ModelView(model_state, planner, meter, ready=False)
     controller.models.append(view)
-    controller.naive |= any(map(routes_all_tokens, model_state.model.moe_layers))
     threading.Thread(target=_warm_up, args=(view,), daemon=True).start()
     return controller
 
@@ -158,15 +157,6 @@ def _facts(state: Any, model_state: Any, model_config: Any) -> ModelFacts:
         all2all_backend=str(parallel.all2all_backend),
         step_interval=int(parallel.eplb_config.step_interval),
     )
-
-
-def routes_all_tokens(layer: Any) -> bool:
-    """Whether this MoE layer gathers router logits first, so that every rank routes every token."""
-    for owner in (layer, getattr(layer, "runner", None)):
-        for name in ("do_naive_dispatch_combine", "is_monolithic"):
-            if bool(getattr(owner, name, False)):
-                return True
-    return False
 
 
 def _taking_part(state: Any) -> Member | None:

@@ -32,6 +32,7 @@ class VllmPolicy:
 def model_state(placement: np.ndarray) -> SimpleNamespace:
     slots = placement.shape[1]
     return SimpleNamespace(
+        model=SimpleNamespace(moe_layers=[SimpleNamespace()]),
         physical_to_logical_map=torch.from_numpy(placement.astype(np.int64)),
         logical_to_physical_map=torch.full((LAYERS, EXPERTS, TABLE), -1),
         logical_replica_count=torch.zeros(LAYERS, EXPERTS, dtype=torch.long),
