@@ -47,7 +47,7 @@ SHARED_WIDTH = (
 """Of all shared experts together."""
 ONE_SHARED_WIDTH = "moe_shared_expert_intermediate_size"
 NARROW_INPUT = ("moe_latent_size", "routed_expert_hidden_size")
-BESIDE = ("gemma4_text", "gemma4", "arctic", "grok-2")
+BESIDE = ("gemma4_text", "arctic")
 """Families with a dense MLP beside the experts of every MoE layer."""
 
 
