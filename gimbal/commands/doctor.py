@@ -15,6 +15,7 @@ from gimbal.vllm_plugin.doctor.findings import Finding, report
 from gimbal.vllm_plugin.doctor.machine import check_machine
 from gimbal.vllm_plugin.doctor.seams_report import check_levels, check_source_version, source_root
 from gimbal.vllm_plugin.doctor.software import check_software, vllm_root
+from gimbal.vllm_plugin.doctor.surroundings import check_surroundings
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
@@ -38,7 +39,7 @@ def command(vllm_source: Path | None, as_json: bool) -> None:
         findings = list(check_software())
         installed = vllm_root()
         findings += check_levels(installed) if installed is not None else []
-        findings += check_machine()
+        findings += [*check_machine(), *check_surroundings()]
     result = report(findings)
     if as_json:
         echo_json(result, indent=2)

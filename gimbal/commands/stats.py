@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import urllib.error
-import urllib.request
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from gimbal.core.contracts import Topology
 from gimbal.core.errors import InputError, one_line
 from gimbal.core.json_text import parse_json
 from gimbal.core.numbers import MOST_EXPERTS, MOST_RANKS
+from gimbal.core.web import open_url
 from gimbal.workloads.routing import RoutingFile, read_routing
 
 MOST_REPLY_BYTES = 1 << 30
@@ -78,7 +78,7 @@ def fetch(url: str, timeout_s: float) -> RoutingFile:
 
     address = url.rstrip("/").removesuffix("/v1") + "/gimbal/routing"
     try:
-        with urllib.request.urlopen(address, timeout=timeout_s) as reply:
+        with open_url(address, timeout_s) as reply:
             content = reply.read(MOST_REPLY_BYTES + 1)
     except urllib.error.HTTPError as error:
         raise InputError(f"{url}: {_reason(error)}") from None

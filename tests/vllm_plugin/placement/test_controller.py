@@ -149,8 +149,25 @@ def test_vllm_plans_its_profile_run_and_elastic_scaling():
     np.testing.assert_array_equal(result.numpy(), np.roll(old.numpy(), 1, axis=1))
 
 
-def test_equal_rows_switch_source_awareness_off_once(caplog):
+def gather_logits_first(group):
+    """Makes every rank of `group` route all tokens."""
+    for worker in group.workers:
+        worker.models[0].state.model.moe_layers[0].do_naive_dispatch_combine = True
+
+
+def test_equal_rows_of_one_window_keep_source_awareness_on():
     group = Group(2)
+    for _ in range(4):
+        group.run_step(np.repeat(skewed(2)[:1], 2, axis=0))
+    group.rearrange()
+    worker = group.workers[0]
+    assert worker.models[0].counts.routing.counts.shape[0] == 2
+    assert worker.guard.counts == {}
+
+
+def test_ranks_that_count_all_tokens_switch_source_awareness_off_once():
+    group = Group(2)
+    gather_logits_first(group)
     for _ in range(4):
         group.run_step(np.repeat(skewed(2)[:1], 2, axis=0))
     group.rearrange()
@@ -186,8 +203,8 @@ def test_replica_tables_serve_more_of_the_demand_at_home():
 @pytest.mark.parametrize("reason", ["even", "naive"])
 def test_replica_tables_are_left_alone(reason):
     group = filled(2, redundant=4, replicas="even" if reason == "even" else "near")
-    for worker in group.workers:
-        worker.naive = reason == "naive"
+    if reason == "naive":
+        gather_logits_first(group)
     group.rearrange()
     for worker in group.workers:
         state = worker.models[0].state
