@@ -18,6 +18,7 @@ from gimbal.core.config import GimbalConfig
 from gimbal.core.config_sources import merge_config, parse_levels, read_config_file, to_mapping
 from gimbal.core.errors import InputError
 from gimbal.core.files import writing
+from gimbal.vllm_plugin.bridge import rust_front_end
 from gimbal.vllm_plugin.cpu_backend.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve import checks
 from gimbal.vllm_plugin.serve.flags import VllmFlags, read_flags
@@ -54,6 +55,7 @@ class ServePlan:
         config: Gimbal's effective configuration.
         url: base of the OpenAI API, ``/v1`` included.
         model: name to ask for in requests.
+        page: the server answers below ``/gimbal``.
     """
 
     arguments: tuple[str, ...]
@@ -62,6 +64,7 @@ class ServePlan:
     url: str
     model: str
     headless: bool
+    page: bool
 
     @property
     def places_experts(self) -> bool:
@@ -123,6 +126,7 @@ def plan_server(
         url=f"http://{host}:{flags.port}/v1",
         model=_served_name(flags),
         headless=flags.headless or "--uds" in flags.given,
+        page=bool(config.levels) and not rust_front_end(environment),
     )
 
 

@@ -240,7 +240,7 @@ class Supervisor:
             f"ready in {took_s:.1f} s at {self.plan.url} "
             f"(model {self.plan.model}; levels: {levels}; {memory_gib:.1f} GiB resident)"
         )
-        if self.plan.config.levels:
+        if self.plan.page:
             self._say(f"watch it: {self.plan.url.removesuffix('/v1')}/gimbal")
         body = {
             "model": self.plan.model,

@@ -34,7 +34,7 @@ class Plan(ServePlan):
     command = property(lambda self: [sys.executable, "-u", "-c", self.arguments[0]])
 
 url = "http://127.0.0.1:" + sys.argv[2] + "/v1"
-plan = Plan((sys.argv[1],), {}, GimbalConfig(), url, "m", False)
+plan = Plan((sys.argv[1],), {}, GimbalConfig(), url, "m", False, True)
 supervisor.LOST_GRACE_S = 1.0
 sys.exit(Supervisor(plan, verbose=False, console=Console(soft_wrap=True)).run())
 """
