@@ -9,7 +9,7 @@ STAMP := $(VENV)/.gimbal-installed
 TEST_ENV := OMP_NUM_THREADS=1
 
 .PHONY: bench-sim validate help install serve test check lint pages bench-core bench-placement \
-	bench-start correctness soak soak-long chaos fuzz lock clean
+	bench-start correctness soak soak-long chaos fuzz peers lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ chaos: $(STAMP) ## what is killed, frozen, truncated, filled and flooded, and wh
 
 fuzz: $(STAMP) ## a million generated inputs for everything that takes any
 	$(TEST_ENV) $(BIN)/python -m tests.fuzz $(ARGS)
+
+peers: $(STAMP) ## vLLM's own tests, with plain vLLM and with Gimbal; writes docs/peers.md
+	$(BIN)/python scripts/peers.py $(ARGS)
 
 bench-start: $(STAMP) ## start the demo server five times: seconds to ready by phase, memory
 	$(BIN)/python benchmarks/startup.py $(ARGS)

@@ -99,7 +99,10 @@ def _reason(error: urllib.error.HTTPError) -> str:
         text = error.read(1 << 16).decode(errors="replace")
         return one_line(parse_json(text, "answer")["error"])
     except (OSError, ValueError, KeyError, TypeError, HTTPException):
-        return f"HTTP {error.code}: no Gimbal routes (VLLM_PLUGINS must name gimbal)"
+        return (
+            f"HTTP {error.code}: no Gimbal routes (VLLM_PLUGINS must name gimbal; vLLM's Rust "
+            "front end has none)"
+        )
 
 
 def summarize(recording: RoutingFile, ranks: int | None = None) -> dict[str, Any]:

@@ -139,6 +139,13 @@ class Controller:
         if measured_us is not None:
             self.pressure_us, self.pressure_news = measured_us, True
 
+    def _stop_pressing(self) -> None:
+        """Whose slots are whose is no longer known: dispatch is told that nothing presses."""
+        for view in self.models:
+            view.meter = None
+        self.pressure_news |= self.pressure_us > 0.0
+        self.pressure_us = 0.0
+
     def watch(self, state: Any) -> None:
         """Looks after the asynchronous worker, and closes its rearrangement's account."""
         if not state.is_async:
@@ -175,6 +182,7 @@ class Controller:
         if gathered.shape[0] != self.place.ranks:
             # Scaled since this worker started; who stands where is known from then.
             self.guard.fell_back("the expert-parallel group has another size")
+            self._stop_pressing()
             return Proposal((Verdict.VLLM, 0))
         current = np.ascontiguousarray(old.numpy(), dtype=np.int32)
         view = self.models[index]

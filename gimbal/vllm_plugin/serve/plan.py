@@ -19,6 +19,7 @@ from gimbal.core.config import GimbalConfig
 from gimbal.core.config_sources import merge_config, parse_levels, read_config_file, to_mapping
 from gimbal.core.errors import InputError
 from gimbal.core.files import writing
+from gimbal.vllm_plugin.bridge import rust_front_end
 from gimbal.vllm_plugin.cpu_backend.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve import checks
 from gimbal.vllm_plugin.serve.address import Address, address_of
@@ -58,6 +59,7 @@ class ServePlan:
         model: name to ask for in requests.
         eplb: vLLM's expert parallel load balancing is on.
         warnings: what is worth saying before the start.
+        page: the server answers below ``/gimbal``.
     """
 
     arguments: tuple[str, ...]
@@ -66,6 +68,7 @@ class ServePlan:
     address: Address | None
     model: str
     headless: bool = False
+    page: bool = True
     eplb: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -122,6 +125,7 @@ def plan_server(
         address=address_of(flags),
         model=flags.served_name or flags.model,
         headless=flags.headless,
+        page=bool(config.levels) and not rust_front_end(environment),
         eplb=flags.eplb,
     )
     if plan.idle_levels:

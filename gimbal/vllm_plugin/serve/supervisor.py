@@ -240,7 +240,7 @@ class Supervisor:
             f"ready in {took_s:.1f} s at {address.uds or address.url + '/v1'} "
             f"(model {self.plan.model}; levels: {levels}; {memory_gib:.1f} GiB resident)"
         )
-        if self.plan.config.levels:
+        if self.plan.page:
             self._say(f"watch it: {address.url}/gimbal")
         body = {
             "model": self.plan.model,

@@ -82,7 +82,14 @@ def test_plugin_switched_off_by_the_environment() -> None:
     assert software.check_plugin({}).status == "ok"
     assert software.check_plugin({"VLLM_PLUGINS": "other"}).status == "failed"
     assert software.check_plugin({"VLLM_PLUGINS": "other,gimbal"}).status == "ok"
-    assert software.check_plugin({"VLLM_USE_RUST_FRONTEND": "1"}).status == "warning"
+
+
+def test_the_rust_front_end_is_named() -> None:
+    assert list(software.check_front_end({})) == []
+    assert list(software.check_front_end({"VLLM_USE_RUST_FRONTEND": "0"})) == []
+    (finding,) = software.check_front_end({"VLLM_USE_RUST_FRONTEND": "1"})
+    assert finding.status == "warning"
+    assert "queue and placement act" in finding.advice
 
 
 def test_a_proxy_s_password_is_not_shown() -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,12 +83,16 @@ def test_a_group_of_another_size_is_vllms_to_place():
     group = filled(2)
     for worker in group.workers:
         worker.place = Place(worker.place.rank, 4, 1, 4)  # as it was before two ranks left
+        worker.models[0].meter, worker.pressure_us = SimpleNamespace(), 7.0
     before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
     for placement in group.rearrange():
         np.testing.assert_array_equal(placement, np.roll(before, 1, axis=1))
     reason = "the expert-parallel group has another size"
     assert set(group.workers[0].guard.counts) == {reason}
     assert not group.workers[0].guard.disabled
+    for worker in group.workers:  # what is sent where is no longer known either
+        assert worker.models[0].meter is None
+        assert (worker.pressure_us, worker.pressure_news) == (0.0, True)
 
 
 def test_a_rank_that_still_compiles_is_waited_for():

@@ -176,3 +176,10 @@ def test_the_demo_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert plan.demo_model() == first
     assert (first / "model.safetensors").stat().st_mtime_ns == before
     assert [path.name for path in first.parent.iterdir()] == [first.name]
+
+
+def test_a_page_is_promised_only_where_one_is_served(model: str) -> None:
+    assert plan.plan_server([model], environment={}).page
+    assert not plan.plan_server([model], levels="none", environment={}).page
+    rust = {"VLLM_USE_RUST_FRONTEND": "1"}
+    assert not plan.plan_server([model], environment=rust).page
