@@ -13,7 +13,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Sequence
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from gimbal.core.json_text import read_json
 OWN = ("--demo", "--demo-dir", "--levels", "--gimbal-config", "--verbose", "--dry-run")
 """Flags of ``gimbal serve`` itself, which a misspelt one may mean."""
 ALIKE = 0.75
-"""How near a known flag an unknown one must be to be refused where the table is of another patch
-release of vLLM; others are left to vLLM then."""
+"""How near a known flag an unknown one must be to be refused where vLLM may have more flags than
+the table: in another patch release, or with a platform's plugin."""
 _UNKNOWN = "unrecognized arguments: "
 
 
@@ -67,7 +67,10 @@ def parse(arguments: Sequence[str], version: str) -> dict[str, Any]:
 def _parser(version: str) -> Any:
     table = vllm_table(version)
     known = [name for flag in table["flags"] for name in (*flag["flags"], *flag.get("off", ()))]
-    exact = table["version"] == version
+    # A platform's plugin may add flags of its own.
+    exact = table["version"] == version.partition("+")[0] and not metadata.entry_points(
+        group="vllm.platform_plugins"
+    )
 
     class Reader(_parser_class()):  # type: ignore[misc]
         def error(self, message: str) -> None:

@@ -102,7 +102,8 @@ def plan_server(
     """
     environment = os.environ if environment is None else environment
     install = checks.installed_vllm()
-    flags = read_flags(arguments, install.version)
+    read = _read_for_demo if demo else read_flags
+    flags = read(arguments, install.version)
     config = _configuration(flags, levels, config_file)
     plugins = environment.get("VLLM_PLUGINS")
     if plugins is not None and "gimbal" not in plugins.split(","):
@@ -162,6 +163,15 @@ def _configuration(flags: VllmFlags, levels: str | None, file: Path | None) -> G
     if levels is not None:
         sources.append(("--levels", {"levels": parse_levels(levels)}))
     return merge_config(sources)
+
+
+def _read_for_demo(arguments: Sequence[str], version: str) -> VllmFlags:
+    """`read_flags` where no model need be named: beside ``--config`` vLLM wants one."""
+    try:
+        return read_flags(arguments, version)
+    except InputError:
+        flags = read_flags([DEMO_NAME, *arguments], version)
+        return replace(flags, model=None, rest=flags.rest[1:])
 
 
 def _demo_flags(flags: VllmFlags, version: str, demo_dir: Path | None) -> VllmFlags:

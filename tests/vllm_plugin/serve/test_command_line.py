@@ -226,6 +226,8 @@ def test_another_patch_release_may_have_flags_that_the_table_has_not() -> None:
     assert read_flags(["m", "--zzz", "--port", "81"], "0.32.9").port == 81
     with pytest.raises(InputError, match="did you mean"):
         read_flags(["m", "--max-modellen", "1"], "0.32.9")
+    with pytest.raises(InputError, match="--zzz: vLLM has no such flag"):
+        read_flags(["m", "--zzz"], "0.32.0+cpu")
 
 
 def test_vllm_is_not_imported() -> None:

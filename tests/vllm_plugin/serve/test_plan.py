@@ -163,6 +163,18 @@ def test_a_configuration_file_of_vllm_counts_like_flags(model: str, tmp_path: Pa
     assert "--data-parallel-size" not in demo.arguments
 
 
+def test_the_demo_with_a_file_that_names_no_model(model: str, tmp_path: Path) -> None:
+    (tmp_path / "vllm.yaml").write_text("port: 9009")
+    words = ["--config", str(tmp_path / "vllm.yaml")]
+    made = plan.plan_server(words, demo=True, environment={})
+    assert made.arguments[:3] == (model, *words)
+    assert made.address == Address("127.0.0.1", 9009)
+    with pytest.raises(InputError, match="--prot: vLLM has no such flag"):
+        plan.plan_server([*words, "--prot", "1"], demo=True, environment={})
+    with pytest.raises(InputError, match="No model specified"):
+        plan.plan_server(words, environment={})
+
+
 def test_no_model() -> None:
     with pytest.raises(InputError, match="no model given"):
         plan.plan_server([], environment={})
