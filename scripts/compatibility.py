@@ -45,6 +45,7 @@ def table(roots: list[Path]) -> str:
         lines.append("|---|---|" + "---|" * len(versions))
         for seam in seams:
             use = ("replaced: " if seam.patched else "") + seam.why
+            use += f" (since {seam.since})" if seam.since else ""
             cells = [found.get(id(seam), "as expected") for found in problems]
             lines.append(f"| `{seam.module}.{seam.symbol}` | {use} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -166,7 +166,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "v1.engine.core",
         "EngineCoreProc._handle_request_validation_error",
-        (),
+        ("self", "request", "error"),
         "dispatch",
         "followed by counting the request as taken",
         since="0.33",
