@@ -153,7 +153,12 @@ def test_plain_vllm_runs_the_plugin_only_when_it_is_enabled(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_NO_USAGE_STATS": "1"},
+            env=os.environ
+            | {
+                "VLLM_CPU_OMP_THREADS_BIND": bind,
+                "VLLM_CPU_SIM_MULTI_NUMA": "0",
+                "VLLM_NO_USAGE_STATS": "1",
+            },
         )
     try:
         wait_for("Application startup complete", log, process, 200)

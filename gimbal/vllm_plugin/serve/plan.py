@@ -41,6 +41,11 @@ _DEMO_SWITCHES = ("--enable-expert-parallel", "--enable-eplb", "--enforce-eager"
 # oneDNN keeps a compiled kernel, some 100 KiB, for each of the last 1,024 batch shapes; under
 # continuous batching nearly every step has a new one, so a worker would grow for hours.
 _ONEDNN_KERNELS = "64"
+_BINDING, _NO_CORES_NAMED = "VLLM_CPU_OMP_THREADS_BIND", ("auto", "nobind")
+# vLLM 0.33 gives each engine a memory node of its own, by rank, and a worker without one does not
+# start: two engines need two NUMA nodes. Where this variable is set, even to 0, every worker takes
+# the node of its cores.
+_ANY_MEMORY_NODE, _OWN_MEMORY_NODES = "VLLM_CPU_SIM_MULTI_NUMA", "CPU_VISIBLE_MEMORY_NODES"
 _DEMO_EPLB = {"window_size": 100, "step_interval": 200, "communicator": "torch_gloo"}
 
 
@@ -211,8 +216,10 @@ def _environment(
         added |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if cpu:
         bind = bind_workers(usable_cores(), max(1, flags.local_engines), flags.tp * flags.pp)
-        added["VLLM_CPU_OMP_THREADS_BIND"] = bind
+        added[_BINDING] = bind
         added["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = _ONEDNN_KERNELS
+        if _OWN_MEMORY_NODES not in current and current.get(_BINDING) not in _NO_CORES_NAMED:
+            added[_ANY_MEMORY_NODE] = "0"
         # The quick start does not pin the threads of a worker one by one: nothing lost with one
         # core per worker, left to the user where there are more.
         if "," not in bind:
