@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.live.client import burst, call
+
 pytestmark = pytest.mark.live
 ADMIN = ("--additional-config", '{"gimbal": {"admin": true}}')
-OUTPUT_TOKENS = 12
-
-
-def call(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as reply:
-        return json.load(reply)
-
-
-def complete(server: Any, index: int, words: int | None = None) -> int:
-    """Output tokens of one request; every fourth prompt is long."""
-    words = (120 if index % 4 == 0 else 6) if words is None else words
-    body = {
-        "model": server.model,
-        "prompt": f"{index} " + "word " * words,
-        "max_tokens": OUTPUT_TOKENS,
-        "ignore_eos": True,
-    }
-    return int(call(f"{server.url}/completions", body)["usage"]["completion_tokens"])
-
-
-def burst(server: Any, requests: int, rate: float | None = None, meanwhile: Any = None) -> None:
-    """Sends `requests`, at `rate` per second or at once; every one must come back whole."""
-    with ThreadPoolExecutor(32) as pool:
-        answers = []
-        other = pool.submit(meanwhile) if meanwhile is not None else None
-        for index in range(requests):
-            answers.append(pool.submit(complete, server, index))
-            if rate is not None:
-                time.sleep(1 / rate)
-        assert [answer.result() for answer in answers] == [OUTPUT_TOKENS] * requests
-        if other is not None:
-            other.result()
 
 
 def total(server: Any, name: str, **labels: str) -> float:

@@ -12,13 +12,13 @@ import shutil
 import tempfile
 import tomllib
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.live.client import burst, call
 
 pytestmark = pytest.mark.live
 
@@ -45,7 +45,6 @@ class Nan:
     def costs(self, request, loads):
         return np.full(len(loads.board), np.nan)
 """
-OUTPUT_TOKENS = 12
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,29 +63,6 @@ def site() -> Iterator[None]:
     (SITE / "ruined_policies.py").write_text(RUINED)
     yield
     shutil.rmtree(SITE, ignore_errors=True)
-
-
-def call(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as reply:
-        return json.load(reply)
-
-
-def burst(server: Any, requests: int) -> None:
-    """Sends `requests` at once; every one must come back whole."""
-
-    def complete(index: int) -> int:
-        body = {
-            "model": server.model,
-            "prompt": f"{index} " + "word " * (120 if index % 4 == 0 else 6),
-            "max_tokens": OUTPUT_TOKENS,
-            "ignore_eos": True,
-        }
-        return int(call(f"{server.url}/completions", body)["usage"]["completion_tokens"])
-
-    with ThreadPoolExecutor(32) as pool:
-        assert list(pool.map(complete, range(requests))) == [OUTPUT_TOKENS] * requests
 
 
 def decided(server: Any, policy: str) -> int:

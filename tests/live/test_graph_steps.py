@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
+
+from tests.live.client import call
 
 pytestmark = pytest.mark.live
 
@@ -25,13 +25,6 @@ ENVIRONMENT = {
 }
 ADMIN = ("--additional-config", '{"gimbal": {"admin": true}}')
 CUT = "gimbal_engine_queue_graph_steps"
-
-
-def call(url: str, body: dict[str, Any]) -> Any:
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=120) as reply:
-        return json.load(reply)
 
 
 def complete(server: Any, prompt_tokens: int, output_tokens: int) -> None:
