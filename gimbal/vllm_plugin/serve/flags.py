@@ -48,6 +48,14 @@ _SWITCHES = ("--enable-expert-parallel", "--enable-eplb", "--headless", "--enfor
 _DOTTED = ("--eplb-config", "--additional-config")
 
 
+def off_spellings(switch: str) -> tuple[str, ...]:
+    """How `switch` is switched off; the second spelling since vLLM 0.33."""
+    return switch.replace("--", "--no-", 1), switch.replace("--enable-", "--disable-", 1)
+
+
+_OFF = {off: switch for switch in _SWITCHES for off in off_spellings(switch) if off != switch}
+
+
 @dataclass(frozen=True, slots=True)
 class VllmFlags:
     """What the flags say; None or the default where they say nothing.
@@ -99,10 +107,8 @@ def read_flags(arguments: Sequence[str]) -> VllmFlags:
         index += 1
         name, value = _split(word)
         given.add(name) if name.startswith("--") else None
-        if name in _SWITCHES or name.replace("--no-", "--", 1) in _SWITCHES:
-            on = name in _SWITCHES
-            name = name if on else name.replace("--no-", "--", 1)
-            switches.add(name) if on else switches.discard(name)
+        if name in _SWITCHES or name in _OFF:
+            switches.add(name) if name in _SWITCHES else switches.discard(_OFF[name])
             rest.append(word)
             previous_takes_value = False
             continue

@@ -18,6 +18,8 @@ OWN = ("--demo", "--demo-dir", "--levels", "--gimbal-config", "--verbose", "--dr
 """Flags of ``gimbal serve`` itself, which a misspelt one may mean."""
 ALIKE = 0.75
 """How near a known flag an unknown one must be to be refused here; others are left to vLLM."""
+_PAIRS = "class EnableDisableAction"
+"""In vLLM's parser from 0.33 on: --disable-x is the opposite of --enable-x."""
 FEWEST = 100
 """Fewer flags than these and the source is not what it was: nothing is refused."""
 
@@ -48,8 +50,8 @@ def known_flags(root: Path) -> set[str]:
     found: set[str] = set()
     for file in files:
         try:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (OSError, SyntaxError, ValueError):
+            tree = ast.parse(_text(file))
+        except (SyntaxError, ValueError):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -59,4 +61,14 @@ def known_flags(root: Path) -> set[str]:
                 fields = [s.target for s in node.body if isinstance(s, ast.AnnAssign)]
                 names = [field.id for field in fields if isinstance(field, ast.Name)]
                 found |= {"--" + name.replace("_", "-") for name in names}
+    if _PAIRS in _text(root / "utils" / "argparse_utils.py"):
+        found |= {flag.replace("--enable-", "--disable-", 1) for flag in found}
+        found |= {flag.replace("--disable-", "--enable-", 1) for flag in found}
     return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""

@@ -20,7 +20,7 @@ from gimbal.core.errors import InputError
 from gimbal.core.files import writing
 from gimbal.vllm_plugin.cpu_backend.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve import checks
-from gimbal.vllm_plugin.serve.flags import VllmFlags, read_flags
+from gimbal.vllm_plugin.serve.flags import VllmFlags, off_spellings, read_flags
 from gimbal.vllm_plugin.serve.known_flags import check_flags
 
 DEMO_NAME = "gimbal-demo"
@@ -154,7 +154,7 @@ def _demo_flags(flags: VllmFlags, demo_dir: Path | None) -> VllmFlags:
         if name not in flags.given:
             added += [name, value]
     for switch in _DEMO_SWITCHES:
-        if switch not in flags.given and switch.replace("--", "--no-", 1) not in flags.given:
+        if flags.given.isdisjoint((switch, *off_spellings(switch))):
             added.append(switch)
     given = [g for g in flags.given if g.partition(".")[0] == "--eplb-config"]
     if "--eplb-config" not in given:
