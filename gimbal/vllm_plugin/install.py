@@ -11,6 +11,7 @@ HOOKS: tuple[str, ...] = (
     "cpu_backend.hook",
     "engine.identity",
     "engine.scheduler",
+    "engine.refusals",
     "dispatch.hook",
     "dispatch.unsent",
     "queue.metrics",
