@@ -51,6 +51,7 @@ class PlainClient(DPLBAsyncMPClient):
             parallel_config=parallel,
             model_config=SimpleNamespace(is_moe=True),
             kv_events_config=None,
+            speculative_config=None,
         )
         self.client_count, self.client_index = 1, 0
         self.reqs_in_flight: dict[str, bytes] = {}

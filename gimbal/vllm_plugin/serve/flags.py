@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gimbal.core.errors import InputError
+from gimbal.vllm_plugin.versions import off_spellings
 
 _SHORT = {
     "-dp": "--data-parallel-size",
@@ -46,13 +47,6 @@ _VALUED = (
 )
 _SWITCHES = ("--enable-expert-parallel", "--enable-eplb", "--headless", "--enforce-eager")
 _DOTTED = ("--eplb-config", "--additional-config")
-
-
-def off_spellings(switch: str) -> tuple[str, ...]:
-    """How `switch` is switched off; the second spelling since vLLM 0.33."""
-    return switch.replace("--", "--no-", 1), switch.replace("--enable-", "--disable-", 1)
-
-
 _OFF = {off: switch for switch in _SWITCHES for off in off_spellings(switch) if off != switch}
 
 

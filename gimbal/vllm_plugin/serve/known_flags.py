@@ -13,13 +13,12 @@ from importlib import util
 from pathlib import Path
 
 from gimbal.core.errors import InputError
+from gimbal.vllm_plugin.versions import opposite_flags, read_text
 
 OWN = ("--demo", "--demo-dir", "--levels", "--gimbal-config", "--verbose", "--dry-run")
 """Flags of ``gimbal serve`` itself, which a misspelt one may mean."""
 ALIKE = 0.75
 """How near a known flag an unknown one must be to be refused here; others are left to vLLM."""
-_PAIRS = "class EnableDisableAction"
-"""In vLLM's parser from 0.33 on: --disable-x is the opposite of --enable-x."""
 FEWEST = 100
 """Fewer flags than these and the source is not what it was: nothing is refused."""
 
@@ -50,7 +49,7 @@ def known_flags(root: Path) -> set[str]:
     found: set[str] = set()
     for file in files:
         try:
-            tree = ast.parse(_text(file))
+            tree = ast.parse(read_text(file))
         except (SyntaxError, ValueError):
             continue
         for node in ast.walk(tree):
@@ -61,14 +60,4 @@ def known_flags(root: Path) -> set[str]:
                 fields = [s.target for s in node.body if isinstance(s, ast.AnnAssign)]
                 names = [field.id for field in fields if isinstance(field, ast.Name)]
                 found |= {"--" + name.replace("_", "-") for name in names}
-    if _PAIRS in _text(root / "utils" / "argparse_utils.py"):
-        found |= {flag.replace("--enable-", "--disable-", 1) for flag in found}
-        found |= {flag.replace("--disable-", "--enable-", 1) for flag in found}
-    return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
+    return found | opposite_flags(root, found)

@@ -20,8 +20,9 @@ from gimbal.core.errors import InputError
 from gimbal.core.files import writing
 from gimbal.vllm_plugin.cpu_backend.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve import checks
-from gimbal.vllm_plugin.serve.flags import VllmFlags, off_spellings, read_flags
+from gimbal.vllm_plugin.serve.flags import VllmFlags, read_flags
 from gimbal.vllm_plugin.serve.known_flags import check_flags
+from gimbal.vllm_plugin.versions import MEMORY_FOLLOWS_CORES, off_spellings
 
 DEMO_NAME = "gimbal-demo"
 
@@ -42,10 +43,7 @@ _DEMO_SWITCHES = ("--enable-expert-parallel", "--enable-eplb", "--enforce-eager"
 # continuous batching nearly every step has a new one, so a worker would grow for hours.
 _ONEDNN_KERNELS = "64"
 _BINDING, _NO_CORES_NAMED = "VLLM_CPU_OMP_THREADS_BIND", ("auto", "nobind")
-# vLLM 0.33 gives each engine a memory node of its own, by rank, and a worker without one does not
-# start: two engines need two NUMA nodes. Where this variable is set, even to 0, every worker takes
-# the node of its cores.
-_ANY_MEMORY_NODE, _OWN_MEMORY_NODES = "VLLM_CPU_SIM_MULTI_NUMA", "CPU_VISIBLE_MEMORY_NODES"
+_OWN_MEMORY_NODES = "CPU_VISIBLE_MEMORY_NODES"
 _DEMO_EPLB = {"window_size": 100, "step_interval": 200, "communicator": "torch_gloo"}
 
 
@@ -219,7 +217,7 @@ def _environment(
         added[_BINDING] = bind
         added["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = _ONEDNN_KERNELS
         if _OWN_MEMORY_NODES not in current and current.get(_BINDING) not in _NO_CORES_NAMED:
-            added[_ANY_MEMORY_NODE] = "0"
+            added |= MEMORY_FOLLOWS_CORES
         # The quick start does not pin the threads of a worker one by one: nothing lost with one
         # core per worker, left to the user where there are more.
         if "," not in bind:
