@@ -30,7 +30,7 @@ check: $(STAMP) ## the fast tests: no server, nothing slow
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not live and not slow" $(ARGS)
 
 compat: $(STAMP) ## Gimbal on a vLLM that has no CPU build yet: make compat VERSION=0.33.0 (20 minutes)
-	$(BIN)/python scripts/compat.py $(VERSION) $(ARGS)
+	$(BIN)/python -m scripts.compat $(VERSION) $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy (strict on core), import contracts, the wheel's lines and size budget
 	$(BIN)/ruff check gimbal reproduction tests benchmarks examples scripts

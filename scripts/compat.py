@@ -1,6 +1,6 @@
 """Runs Gimbal on a vLLM that has no CPU build yet: its Python files on the newest CPU binaries.
 
-    .venv/bin/python scripts/compat.py 0.33.0 [--only CHECK ...]   # or: make compat VERSION=0.33.0
+    .venv/bin/python -m scripts.compat 0.33.0 [--only CHECK ...]   # or: make compat VERSION=0.33.0
 
 Makes an environment in `.gimbal/compat/VERSION` out of the one it runs in: every package is linked,
 vLLM's binaries too, and vLLM's Python files come from the wheel on the package index. Then it
@@ -30,6 +30,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from scripts.pages import put
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".gimbal" / "compat"
@@ -292,16 +294,6 @@ def block(environment: Environment, outcomes: list[Outcome]) -> str:
         *(f"| {outcome.check} | {outcome.text} |" for outcome in outcomes),
     ]
     return "\n".join(lines)
-
-
-def put(page: str, name: str, text: str) -> str:
-    """`page` with `text` between the marks of `name`; at its end where it has none."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    piece = f"{begin}\n{text}\n{end}"
-    if begin not in page:
-        return f"{page.rstrip()}\n\n{piece}\n"
-    head, _, rest = page.partition(begin)
-    return head + piece + rest.partition(end)[2]
 
 
 def main() -> int:

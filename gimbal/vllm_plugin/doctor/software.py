@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.doctor.findings import Finding
-from gimbal.vllm_plugin.serve.checks import check_version, supported_text
+from gimbal.vllm_plugin.versions import check_version, supported_text
 
 MISMATCHED = ("torchvision", "torchaudio", "torchcodec")
 

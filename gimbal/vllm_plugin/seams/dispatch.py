@@ -134,10 +134,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "v1.core.kv_cache_manager",
         "KVCacheManager.get_computed_blocks",
-        (),
+        ("self", "request"),
         "dispatch",
         "called once per waiting request for its cached tokens",
         patched=False,
+        also=(("self", "request", "max_cache_hit_length"),),
     ),
     Seam(
         "v1.core.block_pool",
