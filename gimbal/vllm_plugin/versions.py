@@ -23,8 +23,9 @@ ANY_VERSION = "GIMBAL_ANY_VLLM"
 """Environment variable: 1 has Gimbal try a version that it does not support."""
 
 
-def supported_text() -> str:
-    return " and ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+def supported_text(joined: str = "and") -> str:
+    """The supported versions as words: "0.32 and 0.33"."""
+    return f" {joined} ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
 
 
 def is_supported(version: str) -> bool:

@@ -41,7 +41,7 @@ def check_source_version(root: Path) -> Finding:
     try:
         check_version(version)
     except InputError:
-        return Finding("vLLM sources", "failed", version, f"install vLLM {supported_text()}")
+        return Finding("vLLM sources", "failed", version, f"install vLLM {supported_text('or')}")
     return Finding("vLLM sources", "ok", version)
 
 
@@ -57,12 +57,12 @@ def check_levels(root: Path) -> Iterator[Finding]:
             seam = problem.seam
             wanted = f"({', '.join(seam.parameters)})" if seam.parameters else "to exist"
             switch = "switch the level off (--levels), or " if level in LEVELS else ""
-            use = f"replaced, {seam.why}" if seam.patched else seam.why
+            use = f"replaced: {seam.why}" if seam.patched else seam.why
             yield Finding(
                 f"symbols of {level}",
                 "failed",
                 f"vllm.{seam.module}.{seam.symbol}: {problem.found}; expected {wanted}",
-                f"{switch}use vLLM {supported_text()}. What for: {use}",
+                f"{switch}use vLLM {supported_text('or')} (what Gimbal does with it: {use})",
             )
 
 

@@ -63,7 +63,7 @@ def check_vllm(versions: Mapping[str, str | None]) -> Iterator[Finding]:
     try:
         check_version(next(iter(installed.values())))
     except InputError:
-        yield Finding("vLLM", "failed", text, f"install vLLM {supported_text()}")
+        yield Finding("vLLM", "failed", text, f"install vLLM {supported_text('or')}")
         return
     yield Finding("vLLM", "ok", text)
 
