@@ -8,7 +8,7 @@ STAMP := $(VENV)/.gimbal-installed
 # One thread per process: tests run side by side and torch would take every core in each.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: bench-sim validate help install serve test check lint pages bench-core bench-placement \
+.PHONY: bench-sim validate help install serve test check compat lint pages bench-core bench-placement \
 	bench-start correctness soak soak-long chaos fuzz peers lock clean
 
 help: ## this list
@@ -28,6 +28,9 @@ test: $(STAMP) ## every test, live servers included
 
 check: $(STAMP) ## the fast tests: no server, nothing slow
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not live and not slow" $(ARGS)
+
+compat: $(STAMP) ## Gimbal on a vLLM that has no CPU build yet: make compat VERSION=0.33.0 (20 minutes)
+	$(BIN)/python -m scripts.compat $(VERSION) $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy (strict on core), import contracts, the wheel's lines and size budget
 	$(BIN)/ruff check gimbal reproduction tests benchmarks examples scripts

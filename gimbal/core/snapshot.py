@@ -52,6 +52,7 @@ class Field(IntEnum):
     QUEUE_GRAPH_STEPS = 31  # steps whose prefill was cut to what a CUDA graph covers
     STEP_TOKENS = 32  # all tokens of the step that runs now
     SIGNAL_FALLBACKS = 33  # events that the engine's signals missed because they failed
+    IDLE = 34  # 1: nothing to run, though requests may wait: while paused, or for a transfer
 
 
 SNAPSHOT_FIELDS = 36

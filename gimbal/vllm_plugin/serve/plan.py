@@ -24,6 +24,7 @@ from gimbal.vllm_plugin.cpu_backend.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve import checks
 from gimbal.vllm_plugin.serve.address import Address, address_of
 from gimbal.vllm_plugin.serve.flags import VllmFlags, read_flags
+from gimbal.vllm_plugin.versions import MEMORY_FOLLOWS_CORES
 
 DEMO_NAME = "gimbal-demo"
 
@@ -43,6 +44,8 @@ _DEMO_SWITCHES = ("--enable-expert-parallel", "--enable-eplb", "--enforce-eager"
 # oneDNN keeps a compiled kernel, some 100 KiB, for each of the last 1,024 batch shapes; under
 # continuous batching nearly every step has a new one, so a worker would grow for hours.
 _ONEDNN_KERNELS = "64"
+_BINDING, _NO_CORES_NAMED = "VLLM_CPU_OMP_THREADS_BIND", ("auto", "nobind")
+_OWN_MEMORY_NODES = "CPU_VISIBLE_MEMORY_NODES"
 _DEMO_EPLB = {"window_size": 100, "step_interval": 200, "communicator": "torch_gloo"}
 
 
@@ -257,8 +260,10 @@ def _environment(
         added |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if cpu:
         bind = bind_workers(usable_cores(), max(1, flags.local_engines), flags.ranks_per_engine)
-        added["VLLM_CPU_OMP_THREADS_BIND"] = bind
+        added[_BINDING] = bind
         added["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = _ONEDNN_KERNELS
+        if _OWN_MEMORY_NODES not in current and current.get(_BINDING) not in _NO_CORES_NAMED:
+            added |= MEMORY_FOLLOWS_CORES
         # The quick start does not pin the threads of a worker one by one: nothing lost with one
         # core per worker, left to the user where there are more.
         if "," not in bind:

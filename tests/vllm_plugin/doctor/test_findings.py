@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,7 @@ def test_sources_are_found_and_their_version_read(tmp_path: Path) -> None:
     assert {"symbols of dispatch", "symbols of serve"} < {finding.check for finding in missing}
     for finding in missing:
         assert ("--levels" in finding.advice) == (finding.check in levels)
+        assert re.search(r"use vLLM 0.* or 0\.33 \(what Gimbal does with it: .+\)$", finding.advice)
 
 
 def test_a_warning_does_not_fail_the_report() -> None:

@@ -77,6 +77,19 @@ def test_one_rank_switched_off_hands_all_of_them_to_vllm():
     before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
     for placement in group.rearrange():
         np.testing.assert_array_equal(placement, np.roll(before, 1, axis=1))
+    assert all(member.off for member in group.members)
+    for member in group.members:
+        member.begin(True)
+        assert member.mode == "pass", "vLLM sums its loads again, and nobody votes"
+
+
+def test_a_rank_without_a_controller_takes_part_and_votes_for_vllm():
+    group = filled(2)
+    group.members[1].controller = None
+    before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
+    for placement in group.rearrange():  # sums are checked there
+        np.testing.assert_array_equal(placement, np.roll(before, 1, axis=1))
+    assert all(member.off for member in group.members)
 
 
 def test_a_group_of_another_size_is_vllms_to_place():

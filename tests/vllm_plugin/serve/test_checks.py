@@ -25,17 +25,6 @@ def read_flags(words: list[str]) -> VllmFlags:
     return read_flags_of(words, "0.32.0")
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu"])
-def test_supported_versions(version: str) -> None:
-    checks.check_version(version)
-
-
-@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0", "dev"])
-def test_other_versions_are_refused_by_name(version: str) -> None:
-    with pytest.raises(InputError, match=rf"vLLM {version} is not supported.*0\.32 and 0\.33"):
-        checks.check_version(version)
-
-
 def test_a_missing_vllm_names_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise checks.metadata.PackageNotFoundError(name)

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from gimbal.commands import serve
 from gimbal.core.errors import InputError
+from gimbal.vllm_plugin import versions
 from gimbal.vllm_plugin.serve import checks
 from gimbal.vllm_plugin.serve.command_line import parse, table_path, vllm_table
 from gimbal.vllm_plugin.serve.flags import read_flags
@@ -53,7 +54,7 @@ def test_the_table_has_every_flag_of_vllm_s_parser(script: Any) -> None:
 
 
 def test_every_supported_version_has_a_table() -> None:
-    for major, minor in checks.SUPPORTED:
+    for major, minor in versions.SUPPORTED:
         version = f"{major}.{minor}.0"
         assert table_path(version).exists()
         assert read_flags(["m", "--no-enable-eplb", "--port", "81"], version).port == 81

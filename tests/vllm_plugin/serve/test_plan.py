@@ -128,6 +128,22 @@ def test_workers_are_bound_to_cores_unless_the_user_did(model: str) -> None:
     assert "VLLM_CPU_OMP_THREADS_BIND" not in kept.environment
 
 
+@pytest.mark.parametrize(
+    ("mine", "free"),
+    [
+        ({}, True),
+        ({"VLLM_CPU_OMP_THREADS_BIND": "1|0"}, True),
+        ({"VLLM_CPU_OMP_THREADS_BIND": "auto"}, False),  # by NUMA node, vLLM's own way
+        ({"CPU_VISIBLE_MEMORY_NODES": "0,1"}, False),
+    ],
+)
+def test_memory_follows_the_cores_where_cores_are_named(
+    model: str, mine: dict[str, str], free: bool
+) -> None:
+    made = plan.plan_server([], demo=True, environment=mine)
+    assert ("VLLM_CPU_SIM_MULTI_NUMA" in made.environment) == free
+
+
 def test_gpu_installs_are_left_alone(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         checks, "installed_vllm", lambda: checks.VllmInstall("vllm", "0.32.0", False)
