@@ -215,32 +215,16 @@ class Dispatcher:
         )
 
     def _decide(self, request: DispatchRequest, loads: EngineLoads, oldest_us: float) -> Decision:
+        """Raises PolicyError when the policy gives no costs."""
         terms: FloatArray | None = None
         names: tuple[str, ...] = ()
         reason = "policy"
-        if oldest_us > self._max_age_us and oldest_us > self._limit_us(loads):
-            costs, reason = self._without_signals(loads), "stale"
-            values = costs.tolist()
-        else:
-            costs, values, terms, names = self._ask(request, loads)
-        engine = argmin_rotating(values, self._rotation)
-        if request.session is not None and terms is not None:
-            engine, reason = self._keep_session(request, loads, costs, engine)
-        cached = float(loads.cached_tokens[engine])
-        return Decision(engine, costs, names, terms, oldest_us, cached, reason)
-
-    def _ask(
-        self, request: DispatchRequest, loads: EngineLoads
-    ) -> tuple[FloatArray, list[float], FloatArray | None, tuple[str, ...]]:
-        """The policy's costs, as a list too, their terms and the terms' names.
-
-        Raises PolicyError when it gives none.
-        """
+        # One frame for all of it: a request waits for this.
         try:
-            if self._timed is None:
+            if oldest_us > self._max_age_us and oldest_us > self._limit_us(loads):
+                costs, reason = self._without_signals(loads), "stale"
+            elif self._timed is None:
                 costs = self.policy.costs(request, loads)
-                terms: FloatArray | None = None
-                names: tuple[str, ...] = ()
             else:
                 priced = self._timed.priced(request, loads)
                 terms, costs, names = priced[:-1], priced[-1], self._timed.term_names
@@ -251,7 +235,11 @@ class Dispatcher:
             raise PolicyError(text) from error
         if wrong:
             self._refuse(costs, len(loads.board))
-        return costs, values, terms, names
+        engine = argmin_rotating(values, self._rotation)
+        if request.session is not None and terms is not None:
+            engine, reason = self._keep_session(request, loads, costs, engine)
+        cached = float(loads.cached_tokens[engine])
+        return Decision(engine, costs, names, terms, oldest_us, cached, reason)
 
     def _refuse(self, costs: FloatArray, engines: int) -> None:
         """Raises PolicyError unless `costs` are numbers, one per engine, and some are finite."""
