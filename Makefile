@@ -8,8 +8,8 @@ STAMP := $(VENV)/.gimbal-installed
 # One thread per process: tests run side by side and torch would take every core in each.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: bench-sim validate help install serve test check lint pages bench-core bench-placement \
-	bench-start correctness soak soak-long chaos fuzz lock clean
+.PHONY: bench-sim validate help install serve test check compat lint pages bench-core bench-placement \
+	bench-start correctness soak soak-long chaos fuzz peers lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(STAMP) ## every test, live servers included
 check: $(STAMP) ## the fast tests: no server, nothing slow
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not live and not slow" $(ARGS)
 
+compat: $(STAMP) ## Gimbal on a vLLM that has no CPU build yet: make compat VERSION=0.33.0 (20 minutes)
+	$(BIN)/python -m scripts.compat $(VERSION) $(ARGS)
+
 lint: $(STAMP) ## ruff, mypy (strict on core), import contracts, the wheel's lines and size budget
 	$(BIN)/ruff check gimbal reproduction tests benchmarks examples scripts
 	$(BIN)/ruff format --check gimbal reproduction tests benchmarks examples scripts
@@ -36,9 +39,10 @@ lint: $(STAMP) ## ruff, mypy (strict on core), import contracts, the wheel's lin
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/size_budget.py
 
-pages: $(STAMP) ## write docs/configuration.md from the schema, docs/traces.md from the formats
+pages: $(STAMP) ## write the generated pages of docs/: configuration, traces, models
 	$(BIN)/python scripts/configuration_page.py
 	$(BIN)/python scripts/traces_page.py
+	$(BIN)/python scripts/models_page.py
 
 bench-core: $(STAMP) ## benchmarks that need no server
 	$(TEST_ENV) $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m "not live" $(ARGS)
@@ -63,6 +67,9 @@ chaos: $(STAMP) ## what is killed, frozen, truncated, filled and flooded, and wh
 
 fuzz: $(STAMP) ## a million generated inputs for everything that takes any
 	$(TEST_ENV) $(BIN)/python -m tests.fuzz $(ARGS)
+
+peers: $(STAMP) ## vLLM's own tests, with plain vLLM and with Gimbal; writes docs/peers.md
+	$(BIN)/python scripts/peers.py $(ARGS)
 
 bench-start: $(STAMP) ## start the demo server five times: seconds to ready by phase, memory
 	$(BIN)/python benchmarks/startup.py $(ARGS)

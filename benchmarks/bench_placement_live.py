@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from gimbal.bench.turns import plan_turns
 from gimbal.commands.stats import fetch
 from gimbal.core.contracts import Topology
 from gimbal.core.placement import objective
+from gimbal.core.web import open_url
 from gimbal.demo.manifest import load_manifest
 from gimbal.records.environment import describe_environment
 from gimbal.records.schema import RunInfo
@@ -89,10 +89,8 @@ def greedy(endpoint: Endpoint, salt: str) -> list[str]:
             "Content-Type": "application/json",
             "X-data-parallel-rank": str(domain % ENGINES),
         }
-        request = urllib.request.Request(
-            endpoint.url + "/v1/completions", json.dumps(body).encode(), headers
-        )
-        with urllib.request.urlopen(request, timeout=120) as reply:
+        url = endpoint.url + "/v1/completions"
+        with open_url(url, 120, json.dumps(body).encode(), headers) as reply:
             texts.append(json.loads(reply.read())["choices"][0]["text"])
     return texts
 
@@ -100,7 +98,7 @@ def greedy(endpoint: Endpoint, salt: str) -> list[str]:
 def map_of(endpoint: Endpoint) -> np.ndarray | None:
     """[layers, slots] the map in force, None without EPLB."""
     try:
-        with urllib.request.urlopen(endpoint.url + "/gimbal/routing?map=1", timeout=60) as reply:
+        with open_url(endpoint.url + "/gimbal/routing?map=1", 60) as reply:
             return np.array(json.loads(reply.read())["physical_to_logical"], dtype=np.int32)
     except urllib.error.HTTPError as error:
         if error.code == 409:

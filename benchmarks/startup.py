@@ -18,8 +18,9 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
+
+from gimbal.core.web import open_url
 
 _PHASE = re.compile(r"^gimbal: (.*) \((\d+) s\)$")
 
@@ -32,12 +33,8 @@ def free_port() -> int:
 
 def complete(port: int) -> None:
     body = {"model": "gimbal-demo", "prompt": "hello", "max_tokens": 8, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as reply:
+    url, headers = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
+    with open_url(url, 120, json.dumps(body).encode(), headers) as reply:
         assert json.load(reply)["usage"]["completion_tokens"] == 8
 
 

@@ -25,6 +25,7 @@ ENTRY_POINT_GROUPS = ("gimbal.dispatch", "gimbal.ordering", "gimbal.placer")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)", re.DOTALL)
 CODE = re.compile(r"`([^`]+)`")
 PATH = re.compile(rf"(?:{'|'.join(ROOTS)})/[\w./*-]*")
+TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 MODULE = re.compile(r"(?:gimbal|reproduction)(?:\.\w+)+")
 
 page_of_docs = pytest.mark.parametrize(
@@ -103,6 +104,21 @@ def missing_modules(page: Path) -> list[str]:
     ]
 
 
+def missing_tests(page: Path) -> list[str]:
+    """``tests/file.py::test`` in backticks that is no test of this tree."""
+    return [
+        code
+        for code in CODE.findall(prose(page))
+        if (named := TEST.fullmatch(code)) and not defines_test(ROOT / named[1], named[2])
+    ]
+
+
+def defines_test(file: Path, name: str) -> bool:
+    if not file.exists():
+        return False
+    return bool(re.search(rf"^(?:async )?def {name}\(", file.read_text("utf-8"), re.MULTILINE))
+
+
 def long_lines(page: Path) -> list[str]:
     """Lines over `WIDTH`; tables and lines that are one link cannot be wrapped."""
     return [
@@ -125,6 +141,21 @@ def test_paths_exist(page: Path) -> None:
 @page_of_docs
 def test_modules_exist(page: Path) -> None:
     assert missing_modules(page) == []
+
+
+@page_of_docs
+def test_tests_exist(page: Path) -> None:
+    assert missing_tests(page) == []
+
+
+def test_every_feature_names_a_test_or_says_that_it_was_read() -> None:
+    text = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+    table = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(table) > 30
+    for row in table:
+        *_, does, _, shown_by = (cell.strip() for cell in row.strip("|").split("|"))
+        assert does in ("acts", "in part", "aside"), row
+        assert shown_by == "read only" or TEST.search(shown_by), row
 
 
 @page_of_docs
@@ -173,10 +204,15 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     page.write_text(
         "# Page\n\n[gone](gone.md) [no heading](#nowhere) [web](https://a.org) [here](#page)\n"
         "`gimbal/gone.py` `gimbal/cli.py` `gimbal/sim/*` `gimbal.gone.thing` `gimbal.cli.main`\n"
-        "`gimbal.cli.no_such_name` `gimbal.placer`\n"
+        "`gimbal.cli.no_such_name` `gimbal.placer` `tests/test_docs.py::test_paths_exist`\n"
+        "`tests/test_docs.py::test_gone` `tests/gone.py::test_paths_exist`\n"
         f"| {'x' * WIDTH} |\n{'x' * (WIDTH + 1)}\n```\n[not a link](gone.md)\n```\n"
     )
     assert broken_links(page) == ["gone.md", "#nowhere"]
     assert missing_paths(page) == ["gimbal/gone.py"]
     assert missing_modules(page) == ["gimbal.gone.thing", "gimbal.cli.no_such_name"]
-    assert long_lines(page) == [f"7: {'x' * (WIDTH + 1)}"]
+    assert missing_tests(page) == [
+        "tests/test_docs.py::test_gone",
+        "tests/gone.py::test_paths_exist",
+    ]
+    assert long_lines(page) == [f"8: {'x' * (WIDTH + 1)}"]

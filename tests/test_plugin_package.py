@@ -201,7 +201,7 @@ def test_place_asks_it(site: Site, counts: Path) -> None:
 @pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
 def test_serve_takes_all_three(site: Site) -> None:
     extra = json.dumps({"gimbal": CONFIG})
-    words = ("serve", "--demo", "--dry-run", "--port", 0, "--additional-config", extra)
+    words = ("serve", "--demo", "--dry-run", "--uds", "unused", "--additional-config", extra)
     text = answered(site.gimbal(*words))
     for name in ("fewest-tokens", "aged-shortest", "one-swap"):
         assert f'"{name}"' in text
@@ -256,7 +256,7 @@ def test_what_is_no_policy_is_refused_in_one_line(
     refused(site.gimbal(*place, *given), message)
     if HAS_VLLM:
         extra = json.dumps({"gimbal": section})
-        serve = ("serve", "--demo", "--dry-run", "--port", 0, "--additional-config", extra)
+        serve = ("serve", "--demo", "--dry-run", "--uds", "unused", "--additional-config", extra)
         refused(site.gimbal(*serve), message)
 
 

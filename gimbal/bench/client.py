@@ -17,6 +17,7 @@ import aiohttp
 
 from gimbal.bench.endpoint import authorization
 from gimbal.bench.sse import EventScanner
+from gimbal.core.web import proxy_for, tls_for
 
 REJECTED = frozenset({429, 503})
 """Status codes of a server that refuses load rather than fails."""
@@ -103,6 +104,8 @@ class Client:
 
     def __init__(self, url: str, timeout_s: float = 600.0, grace_s: float = 600.0) -> None:
         self._endpoint = url.rstrip("/") + "/v1/completions"
+        self._proxy = proxy_for(url)
+        self._tls = tls_for(url)
         self._timeout_s = timeout_s
         self._grace_s = grace_s
         self._open = 0
@@ -126,7 +129,7 @@ class Client:
         timeout = aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=30)
         # Servers close idle connections after a few seconds; reusing one at that moment would
         # fail a request for no fault of the server. A new one costs about 0.2 ms.
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True, ssl=self._tls or True)
         self._open = self._peak = self._events = self._finished = 0
         tasks: list[asyncio.Task[ClientResult]] = []
         async with aiohttp.ClientSession(
@@ -175,7 +178,9 @@ class Client:
         self._open += 1
         self._peak = max(self._peak, self._open)
         try:
-            async with session.post(self._endpoint, data=request.body, headers=headers) as response:
+            async with session.post(
+                self._endpoint, data=request.body, headers=headers, proxy=self._proxy
+            ) as response:
                 if response.status == 200:
                     await self._stream(response, result, request)
                 else:

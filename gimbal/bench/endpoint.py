@@ -7,7 +7,6 @@ import os
 import re
 import time
 import urllib.error
-import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from gimbal.core.errors import InputError, one_line
 from gimbal.core.numbers import whole
+from gimbal.core.web import open_url
 
 COUNTERS = (
     "vllm:request_success_total",
@@ -58,10 +58,8 @@ class Endpoint:
 
     def _call(self, path: str, payload: Mapping[str, Any] | None = None) -> bytes:
         data = None if payload is None else json.dumps(payload).encode()
-        request = urllib.request.Request(self.url.rstrip("/") + path, data=data)
-        for name, value in ({"Content-Type": "application/json"} | authorization()).items():
-            request.add_header(name, value)
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+        headers = {"Content-Type": "application/json"} | authorization()
+        with open_url(self.url.rstrip("/") + path, self.timeout_s, data, headers) as response:
             body: bytes = response.read()
         return body
 

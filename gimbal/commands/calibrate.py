@@ -21,6 +21,8 @@ from rich.console import Console
 from gimbal.commands.options import FIGURES, OutFile, OutFolder, Real, Whole
 from gimbal.commands.output import echo_json, notes
 from gimbal.core.errors import InputError, one_line
+from gimbal.core.model import read_config
+from gimbal.core.model.architecture import KV_DTYPES
 from gimbal.core.numbers import MOST_RANKS
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from gimbal.bench.client_process import ReplayJob
     from gimbal.bench.endpoint import Endpoint
     from gimbal.core.cost.calibrate import StepFit, StepSample
-    from gimbal.core.cost.profile import Profile
+    from gimbal.core.cost.profile import ModelShape, Profile
     from gimbal.workloads.trace import Trace
 
 UNSTEADY = 1.6
@@ -49,6 +51,13 @@ ENGINE_TIMES = ("vllm:request_queue_time_seconds_sum", "vllm:request_prefill_tim
 )
 @click.option("--estimate", help="no measurement: derive from the model and this GPU's data sheet")
 @click.option("--model-dir", type=click.Path(path_type=Path), help="model (config.json) served")
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", *KV_DTYPES]),
+    default="auto",
+    show_default=True,
+    help="as the server has it; auto is the checkpoint's",
+)
 @click.option("--name", default="cpu-demo", show_default=True, help="name of the profile")
 @click.option("--out", type=OutFile(), help="profile to write (default: NAME.yaml)")
 @click.option(
@@ -80,7 +89,6 @@ def command(**values: Any) -> None:
     machine (--estimate GPU --model-dir MODEL).
     """
     from gimbal.core.cost.calibrate import fit_steps, profile_from_fit
-    from gimbal.core.cost.derive import model_shape
     from gimbal.core.cost.profile import Layout
 
     if values["estimate"] is not None:
@@ -103,7 +111,7 @@ def command(**values: Any) -> None:
         if (directory / PHASES).exists():
             samples = _warm(samples)
         layout = Layout(values["dp"], values["tp"])
-        model = model_shape(_read_config(model_dir), str(model_dir / "config.json"))
+        model = _model_shape(model_dir, values["kv_cache_dtype"], console)
         try:
             fit = fit_steps(samples, model, layout.ep)
         except ValueError as error:
@@ -195,13 +203,19 @@ def _gpus() -> str:
     return ", ".join(f"{count} x {gpu}" for gpu, count in sorted(counts.items()))
 
 
-def _read_config(model_dir: Path) -> dict[str, Any]:
-    from gimbal.core.json_text import read_json
+def _model_shape(model_dir: Path, kv_dtype: str, console: Console | None = None) -> ModelShape:
+    """Of a model that is measured: what its KV cache holds need not be known for that."""
+    from gimbal.core.cost.derive import model_shape
+    from gimbal.core.model import read_architecture
 
-    config = read_json(model_dir / "config.json")
-    if not isinstance(config, dict):
-        raise InputError(f"{model_dir / 'config.json'}: expected a JSON object")
-    return config
+    config = read_config(model_dir)
+    try:
+        return model_shape(read_architecture(config), kv_dtype)
+    except InputError as unknown:
+        shape = model_shape(read_architecture(config, cached=False))
+        if console is not None:
+            console.print(f"note: {unknown}; kv_bytes_per_token is 0")
+        return shape
 
 
 def _estimate(values: dict[str, Any]) -> None:
@@ -210,16 +224,18 @@ def _estimate(values: dict[str, Any]) -> None:
 
     if values["model_dir"] is None:
         raise InputError("--estimate: give the model's folder (its config.json) by --model-dir")
-    where = str(values["model_dir"] / "config.json")
     layout = Layout(values["dp"], values["tp"])
-    config = _read_config(values["model_dir"])
-    profile = derive_profile(values["name"], config, values["estimate"], layout, where)
+    config = read_config(values["model_dir"])
+    gpu, kv_dtype = values["estimate"], values["kv_cache_dtype"]
+    profile = derive_profile(values["name"], config, gpu, layout, kv_dtype)
     out = _target(values)
     _write_profile(profile, out)
+    for remark in profile.notes[1:]:  # the first says that it is an estimate
+        click.echo(f"note: {remark}", err=True)
     if values["as_json"]:
         echo_json({"profile": str(out), "estimated": True})
-    else:
-        click.echo(f"wrote {out}: an estimate from data sheets, not a measurement")
+        return
+    click.echo(f"wrote {out}: an estimate from data sheets, not a measurement")
 
 
 def _write_profile(profile: Profile, out: Path) -> None:
@@ -244,13 +260,12 @@ def _target(values: dict[str, Any]) -> Path:
 def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
     """`_measure` with what can be refused refused first; a server's failure ends the command."""
     from gimbal.bench.run import check_vocabulary
-    from gimbal.core.cost.derive import model_shape
     from gimbal.core.files import writing
 
     arguments = (*(("--demo",) if values["demo"] else ()), *values["server_arguments"])
     check_vocabulary(arguments, values["model_dir"])
     if values["model_dir"] is not None:
-        model_shape(_read_config(values["model_dir"]), str(values["model_dir"] / "config.json"))
+        _model_shape(values["model_dir"], values["kv_cache_dtype"])
     with writing(f"--keep-steps {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
     try:

@@ -13,8 +13,14 @@ from rich.text import Text
 from gimbal.commands.output import echo_json
 from gimbal.vllm_plugin.doctor.findings import Finding, report
 from gimbal.vllm_plugin.doctor.machine import check_machine
-from gimbal.vllm_plugin.doctor.seams_report import check_levels, check_source_version, source_root
+from gimbal.vllm_plugin.doctor.seams_report import (
+    check_bodies,
+    check_levels,
+    check_source_version,
+    source_root,
+)
 from gimbal.vllm_plugin.doctor.software import check_software, vllm_root
+from gimbal.vllm_plugin.doctor.surroundings import check_surroundings
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
@@ -33,12 +39,13 @@ def command(vllm_source: Path | None, as_json: bool) -> None:
     """
     if vllm_source is not None:
         root = source_root(vllm_source)
-        findings = [check_source_version(root), *check_levels(root)]
+        findings = [check_source_version(root), *check_levels(root), check_bodies(root)]
     else:
         findings = list(check_software())
         installed = vllm_root()
-        findings += check_levels(installed) if installed is not None else []
-        findings += check_machine()
+        if installed is not None:
+            findings += [*check_levels(installed), check_bodies(installed)]
+        findings += [*check_machine(), *check_surroundings()]
     result = report(findings)
     if as_json:
         echo_json(result, indent=2)

@@ -23,7 +23,7 @@ from gimbal.core.numbers import (
 if TYPE_CHECKING:
     from gimbal.core.contracts import FloatArray, IntArray, Placer
     from gimbal.core.placement.heuristic import PlacementPlan
-    from gimbal.core.placement.problem import PlacementProblem
+    from gimbal.core.placement.problem import CostConstants, PlacementProblem
 
 ROUTING_HELP = "counts [source, layer, expert], .npz; or one recording per source, in order"
 STEP_TOKENS_HELP = "tokens per source and step, where the file does not count its steps"
@@ -42,6 +42,7 @@ FACTOR = Real(0.0, MOST_MULTIPLIER)
 @click.option("--next", "next_file", type=FILE, help="counts of a later window to score on")
 @click.option("--history", type=FILE, multiple=True, help="earlier windows, oldest first: forecast")
 @click.option("--profile", default="h100-qwen3-30b-a3b", show_default=True, help="cost profile")
+@click.option("--model-dir", type=FILE, help="model routed: its bytes and top-k, not the profile's")
 @click.option(
     "--backend",
     type=click.Choice(["all2all", "allgather_reducescatter"]),
@@ -132,6 +133,8 @@ def _read(values: dict[str, Any]) -> tuple[PlacementProblem, FloatArray | None]:
         values["ranks"], per_rank, values["ranks_per_source"], values["ranks_per_node"]
     )
     constants = constants_of(profile)
+    if values["model_dir"]:
+        constants = _for_model(constants, values["model_dir"], routing.counts.shape)
     if routing.steps <= 1:
         pairs = float(total.sum(axis=1).mean())
         step_pairs = values["step_tokens"] * topology.sources * constants.top_k
@@ -145,6 +148,24 @@ def _read(values: dict[str, Any]) -> tuple[PlacementProblem, FloatArray | None]:
         following = read_routing(values["next_file"], problem.experts).counts
         _same_shape(following, routing.counts, f"{values['next_file']}: counts")
     return problem, following
+
+
+def _for_model(base: CostConstants, folder: Path, shape: tuple[int, ...]) -> CostConstants:
+    """`base` for the model in `folder`; raises InputError where it is not what was recorded."""
+    from gimbal.core.errors import InputError
+    from gimbal.core.model import read_architecture, read_config
+    from gimbal.core.model.architecture import ACTIVATION_BYTES
+    from gimbal.core.placement.problem import constants_for_model
+
+    model = read_architecture(read_config(folder))
+    own = (model.experts.layers, model.experts.experts)
+    if shape[1:] != own:
+        raise InputError(
+            f"--model-dir {folder}: {own[0]} MoE layers of {own[1]} experts, --routing has "
+            f"{shape[1]} of {shape[2]}"
+        )
+    hidden_bytes = model.experts.inputs * ACTIVATION_BYTES
+    return constants_for_model(base, model.expert_bytes, hidden_bytes, model.experts.top_k)
 
 
 def _same_shape(counts: FloatArray, like: FloatArray, name: str) -> None:

@@ -55,8 +55,8 @@ def command(
         levels=levels,
         config_file=gimbal_config,
     )
-    if "placement" in plan.idle_levels:
-        click.echo("gimbal: level placement stays idle: it needs --enable-eplb (and -ep)", err=True)
+    for warning in plan.warnings:
+        click.echo(f"gimbal: {warning}", err=True)
     if dry_run:
         words = [f"{name}={shlex.quote(value)}" for name, value in plan.environment.items()]
         click.echo(" ".join([*words, shlex.join(plan.command)]))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import urllib.error
-import urllib.request
 from http.client import HTTPException
 
 from gimbal.core.errors import InputError, one_line
 from gimbal.core.json_text import parse_json
+from gimbal.core.web import open_url
 
 
 def ask(url: str, path: str, timeout_s: float, most_bytes: int) -> bytes:
@@ -19,7 +19,7 @@ def ask(url: str, path: str, timeout_s: float, most_bytes: int) -> bytes:
         raise InputError(f"{url}: expected a server's address, such as http://localhost:8000")
     address = url.rstrip("/").removesuffix("/v1") + path
     try:
-        with urllib.request.urlopen(address, timeout=timeout_s) as reply:
+        with open_url(address, timeout_s) as reply:
             content: bytes = reply.read(most_bytes + 1)
     except urllib.error.HTTPError as error:
         raise InputError(f"{url}: {_reason(error)}") from None
@@ -37,4 +37,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
         text = error.read(1 << 16).decode(errors="replace")
         return one_line(parse_json(text, "answer")["error"])
     except (OSError, ValueError, KeyError, TypeError, HTTPException):
-        return f"HTTP {error.code}: no Gimbal routes (VLLM_PLUGINS must name gimbal)"
+        return (
+            f"HTTP {error.code}: no Gimbal routes (VLLM_PLUGINS must name gimbal; vLLM's Rust "
+            "front end has none)"
+        )

@@ -8,12 +8,16 @@ definition of each formula and a decision does not depend on which of the two ma
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 import threading
 import types
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
+
+from gimbal.core.caches import COMPILED, keep_compiled_code
 
 logger = logging.getLogger("vllm.gimbal")
 
@@ -50,9 +54,29 @@ class Kernel:
     def compile(self) -> None:
         """Compiles, or loads numba's cache; `call` is the compiled form afterwards."""
         if not self.compiled:
-            import numba
+            self.call = njit(self.signature)(_named_by_constants(self.plain))
 
-            self.call = numba.njit(self.signature, cache=True)(_named_by_constants(self.plain))
+
+def njit(*signature: str, **options: Any) -> Callable[[Any], Any]:
+    """numba's ``njit``; what it compiles is kept for other processes where anything can be."""
+    keeps = _keeps_compiled_code()
+    import numba
+
+    return cast(Callable[[Any], Any], numba.njit(*signature, cache=keeps, **options))
+
+
+@functools.cache
+def _keeps_compiled_code() -> bool:
+    keeps = keep_compiled_code()
+    if keeps and "numba" in sys.modules:
+        sys.modules["numba"].config.reload_config()  # it had read the environment before
+    if not keeps:
+        logger.warning(
+            "Gimbal: no folder can be written, so every process compiles for itself, up to a "
+            "minute of a core beside its work; set %s to a writable folder",
+            COMPILED,
+        )
+    return keeps
 
 
 def _named_by_constants(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -242,12 +242,11 @@ def argmin_rotating(costs: FloatArray | Sequence[float], rotation: int) -> int:
     A fixed tie-break would send every request of an idle server to rank 0 (vLLM PR #47420). Equal
     means up to one part in 10^9: vectorized sums of the same numbers may differ in the last bit.
     """
-    values = costs.tolist() if isinstance(costs, np.ndarray) else list(costs)
-    start = rotation % len(values)
-    turned = values[start:] + values[:start]
-    least = min(turned)
+    values = costs.tolist() if isinstance(costs, np.ndarray) else costs
+    start, least = rotation % len(values), min(values)
     limit = least + abs(least) * 1e-9
-    for step, value in enumerate(turned):
-        if value <= limit:
-            return (start + step) % len(values)
+    for indices in (range(start, len(values)), range(start)):
+        for index in indices:
+            if values[index] <= limit:
+                return index
     raise ValueError("costs are not numbers")

@@ -24,6 +24,8 @@ _SHAPE = bytes(
 )
 """What `_may_be_odd` sees of a byte: digits are alike, and what stands before an exponent is."""
 
+_WORDS = ("NaN", "Infinity", "-Infinity")
+
 
 class _Refused(str):
     """A numeral that is no finite number of bounded length."""
@@ -41,26 +43,28 @@ def _real(numeral: str) -> Any:
 _CAREFUL = json.JSONDecoder(parse_int=_integer, parse_float=_real, parse_constant=_Refused)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, finite: bool = True) -> dict[str, Any]:
     """`read_json` of a file that must hold an object; raises InputError for anything else."""
-    document = read_json(path)
+    document = read_json(path, finite=finite)
     if not isinstance(document, dict):
         raise InputError(f"{path}: expected a JSON object")
     return document
 
 
-def read_json(path: Path, name: str | Path | None = None) -> Any:
+def read_json(path: Path, name: str | Path | None = None, finite: bool = True) -> Any:
     """The document of a file; raises InputError that names it, see `parse_json`."""
     name = path if name is None else name
-    return parse_json(read_text(path, name), str(name))
+    return parse_json(read_text(path, name), str(name), finite=finite)
 
 
-def parse_json(text: str, where: str, line: int | None = None) -> Any:
+def parse_json(text: str, where: str, line: int | None = None, finite: bool = True) -> Any:
     """The document that `text` is.
 
     Args:
         where: the file, for complaints.
         line: where `text` stands in it; None: it is the whole file.
+        finite: False leaves a NaN or an infinity as the word it is, for documents of other
+            programs that hold one where nobody looks.
 
     Raises InputError for what is no JSON, NaN and infinities (1e400 is one), numerals of more than
     `DIGITS` characters, half a surrogate pair, and nesting beyond `DEPTH`.
@@ -74,7 +78,7 @@ def parse_json(text: str, where: str, line: int | None = None) -> Any:
     except RecursionError:
         raise InputError(f"{place}: nested deeper than {DEPTH} levels") from None
     if careful or text.count("[") + text.count("{") > DEPTH:
-        _look_through(document, place)
+        _look_through(document, place, finite)
     return document
 
 
@@ -84,7 +88,7 @@ def _may_be_odd(text: str) -> bool:
     return any(map(shape.__contains__, _ODD_SHAPES))
 
 
-def _look_through(document: Any, where: str) -> None:
+def _look_through(document: Any, where: str, finite: bool) -> None:
     """Raises InputError for what `parse_json` refuses, naming the value's path."""
     left = [("", document, 1)]
     while left:
@@ -96,7 +100,7 @@ def _look_through(document: Any, where: str) -> None:
             left += [(path, key, depth) for key in value]
         elif isinstance(value, list):
             left += [(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value)]
-        elif isinstance(value, _Refused):
+        elif isinstance(value, _Refused) and (finite or value not in _WORDS):
             name = path.removeprefix(".") or "document"
             raise InputError(f"{where}: {name}={_cut(value)}: expected a finite number")
         elif isinstance(value, str) and not is_unicode(value):

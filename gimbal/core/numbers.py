@@ -57,8 +57,8 @@ def as_whole(value: object) -> int | None:
     number = as_real(value)
     if number is None or not number.is_integer():
         return None
-    if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
-        return int(value)  # beyond 2**53 a float would be another number
+    if isinstance(value, str) and (text := value.strip()).lstrip("+-").isdigit():
+        return int(text)  # beyond 2**53 a float would be another number
     return int(number)
 
 

@@ -52,19 +52,20 @@ class Field(IntEnum):
     QUEUE_GRAPH_STEPS = 31  # steps whose prefill was cut to what a CUDA graph covers
     STEP_TOKENS = 32  # all tokens of the step that runs now
     SIGNAL_FALLBACKS = 33  # events that the engine's signals missed because they failed
+    IDLE = 34  # 1: nothing to run, though requests may wait: while paused, or for a transfer
     # Of the placement level, said by the worker that answers. All ranks plan alike, so that these
     # are the same on every engine as soon as it has said them; the stall is the worker's own.
-    PLACEMENT_PROPOSALS = 34  # rearrangements that were planned
-    PLACEMENT_COMMITS = 35  # those that all ranks put in force
-    PLACEMENT_RECEIVED_EXPERTS = 36  # experts of one layer that a commit brought to a new rank
-    PLACEMENT_RECEIVED_BYTES = 37  # their weights
-    PLACEMENT_STALL_US = 38  # serving time that commits have taken
-    PLACEMENT_PREDICTED_GAIN_US = 39  # per step, of the last commit; a row holds no negative number
-    PLACEMENT_PREDICTED_LOSS_US = 40  # the same where it is a loss
-    PLACEMENT_REALIZED_GAIN_US = 41  # per step, of the last commit that was priced afterwards
-    PLACEMENT_REALIZED_LOSS_US = 42  # the same where it is a loss
-    PLACEMENT_BALANCE = 43  # mean over busiest rank, in the last window; 0 before the first plan
-    PLACEMENT_LOCAL_SHARE = 44  # of pairs served on the source's own ranks; the same
+    PLACEMENT_PROPOSALS = 35  # rearrangements that were planned
+    PLACEMENT_COMMITS = 36  # those that all ranks put in force
+    PLACEMENT_RECEIVED_EXPERTS = 37  # experts of one layer that a commit brought to a new rank
+    PLACEMENT_RECEIVED_BYTES = 38  # their weights
+    PLACEMENT_STALL_US = 39  # serving time that commits have taken
+    PLACEMENT_PREDICTED_GAIN_US = 40  # per step, of the last commit; a row holds no negative number
+    PLACEMENT_PREDICTED_LOSS_US = 41  # the same where it is a loss
+    PLACEMENT_REALIZED_GAIN_US = 42  # per step, of the last commit that was priced afterwards
+    PLACEMENT_REALIZED_LOSS_US = 43  # the same where it is a loss
+    PLACEMENT_BALANCE = 44  # mean over busiest rank, in the last window; 0 before the first plan
+    PLACEMENT_LOCAL_SHARE = 45  # of pairs served on the source's own ranks; the same
 
 
 SNAPSHOT_FIELDS = 46

@@ -20,7 +20,7 @@ from gimbal.core.numbers import as_real
 
 Figures = Mapping[str, float]
 SILENT_US = 2e6
-"""An engine with work that has published nothing for as long is named."""
+"""An engine that has something to run and has published nothing for as long is named."""
 _LEVELS = ("dispatch", "queue", "placement", "feedback")
 _STYLES = {"on": "green", "off": "dim", "switched itself off": "bold red"}
 
@@ -116,7 +116,7 @@ def _trouble(levels: Mapping[str, str], engines: list[dict[str, float]]) -> list
         works = _total(engine, "waiting_requests", "running_requests", "unacknowledged_requests")
         if age_us is None:
             found += [f"{rank} has published nothing yet"] * publish
-        elif works and age_us > SILENT_US:
+        elif works and age_us > SILENT_US and not engine.get("idle"):
             found.append(f"{rank} has work and said nothing for {age_us / 1e6:.0f} s")
     for level in ("queue", "placement", "signal"):
         count = sum(engine.get(f"{level}_fallbacks", 0.0) for engine in engines)

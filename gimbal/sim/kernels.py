@@ -6,15 +6,15 @@ import math
 import types
 from collections.abc import Callable
 
-import numba as nb
 import numpy as np
 
+from gimbal.core.compiled import njit
 from gimbal.core.contracts import FloatArray
 from gimbal.core.cost import step
 
 
 def _compile(function: object) -> object:
-    return nb.njit(cache=True, nogil=True)(function)
+    return njit(nogil=True)(function)
 
 
 def _compiled_device_us() -> Callable[[FloatArray, float, FloatArray], float]:
@@ -34,7 +34,7 @@ def _compiled_device_us() -> Callable[[FloatArray, float, FloatArray], float]:
 device_us = _compiled_device_us()
 
 
-@nb.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def experts_us(  # pragma: no cover - compiled
     tokens: FloatArray,
     pairs: FloatArray,
@@ -103,7 +103,7 @@ def experts_us(  # pragma: no cover - compiled
     return time, balance, group
 
 
-@nb.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _most_leaving(  # pragma: no cover - compiled
     tokens: FloatArray, pairs: FloatArray, layer: int, source_of_rank: FloatArray
 ) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gimbal.core.config import GimbalConfig, parse_config
@@ -32,3 +33,11 @@ def level_config(vllm_config: Any, level: str) -> GimbalConfig | None:
     """The configuration when `level` is switched on, else None."""
     config = gimbal_config(vllm_config)
     return config if config is not None and level in config.levels else None
+
+
+def rust_front_end(environment: Mapping[str, str]) -> bool:
+    """Whether vLLM serves through ``vllm-rs``, which loads no Python: see docs/features.md.
+
+    vLLM itself takes whole numbers only and refuses everything else at start.
+    """
+    return environment.get("VLLM_USE_RUST_FRONTEND", "0").strip() not in ("", "0")

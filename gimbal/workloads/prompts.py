@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from gimbal.core.errors import InputError
 from gimbal.core.json_text import read_object
-from gimbal.core.numbers import MOST, MOST_VOCABULARY, as_whole, whole
+from gimbal.core.model import language_model, read_config
+from gimbal.core.model.config import HUGGING_FACE, MISTRAL
+from gimbal.core.numbers import MOST, MOST_VOCABULARY, as_whole
 from gimbal.workloads.trace import Trace
 
 TokenArray = npt.NDArray[np.int64]
@@ -83,11 +85,9 @@ def read_vocabulary(model: Path) -> Vocabulary:
         if isinstance(domains, dict) and domains:
             return Vocabulary({str(k): _demo_pool(demo, k, v) for k, v in domains.items()})
         raise InputError(f"{demo}: 'domains' must map names to token ids and weights")
-    config = model / "config.json"
-    if not config.is_file():
-        raise InputError(f"{model}: no {DEMO_FILE} and no config.json: not a model directory")
-    size = read_object(config).get("vocab_size")
-    size = whole(size, f"{config}: vocab_size=", 1, MOST_VOCABULARY)
+    if not any((model / name).is_file() for name in (HUGGING_FACE, MISTRAL)):
+        raise InputError(f"{model}: no {DEMO_FILE} and no {HUGGING_FACE}: not a model directory")
+    size = language_model(read_config(model)).count("vocab_size", most=MOST_VOCABULARY)
     return uniform_vocabulary(0, size, _special_tokens(model))
 
 

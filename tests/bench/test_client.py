@@ -65,6 +65,21 @@ def test_wrong_token_count_and_no_server_fail() -> None:
     assert gone.status == "failed"
 
 
+def test_proxies_are_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with echo_server(EchoOptions(tick_s=0.01)) as url:
+        # It answers as a proxy would that knows no such host: {} to any path but its own.
+        monkeypatch.setenv("http_proxy", url)
+        [far] = asyncio.run(Client("http://far.invalid").replay(requests(1, 3))).results
+        assert far.error == "the stream ended without [DONE]"
+        assert Endpoint("http://far.invalid").healthy()
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        [near] = asyncio.run(Client(url).replay(requests(1, 3))).results
+        assert near.status == "ok"
+        assert Endpoint(url).model().name
+
+
 def test_a_late_server_does_not_slow_arrivals() -> None:
     with echo_server(EchoOptions(tick_s=3.0)) as url:
         replay = asyncio.run(Client(url).replay(requests(20, 1, gap_s=0.02)))

@@ -52,6 +52,40 @@ def test_json_has_the_promised_fields(routing: Path, tmp_path: Path) -> None:
     assert json.loads(again)["moved_slots"] < report["moved_slots"] / 3
 
 
+MODEL = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 16,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+
+
+def test_a_model_of_its_own_is_priced_by_its_bytes(routing: Path, tmp_path: Path) -> None:
+    """With the shape of the profile's model nothing changes; with half its bytes a move is half."""
+
+    def cost(**changed: object) -> dict:
+        (tmp_path / "config.json").write_text(json.dumps({**MODEL, **changed}))
+        text = run("--routing", routing, "--ranks", 4, "--model-dir", tmp_path, "--json")
+        return json.loads(text)["cost_us"]
+
+    bare = json.loads(run("--routing", routing, "--ranks", 4, "--json"))["cost_us"]
+    assert cost() == bare
+    assert cost(hidden_size=1024)["before"]["comm"] == pytest.approx(bare["before"]["comm"] / 2)
+    fp8 = cost(quantization_config={"quant_method": "fp8"})
+    assert fp8["before"]["load"] < bare["before"]["load"]
+    assert fp8["before"]["comm"] == bare["before"]["comm"]
+
+
+def test_a_model_that_was_not_recorded_is_refused(routing: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**MODEL, "num_experts": 64}))
+    with pytest.raises(InputError, match="3 MoE layers of 64 experts, --routing has 3 of 16"):
+        run("--routing", routing, "--ranks", 4, "--model-dir", tmp_path)
+
+
 def test_other_engines_forms(routing: Path, tmp_path: Path) -> None:
     out = tmp_path / "map"
     run("--routing", routing, "--ranks", 4, "--out", out, "--format", "trtllm")

@@ -31,7 +31,7 @@ def dense(tmp_path: Path) -> str:
     [
         (["serve"], "no model given"),
         (["serve", "/no/such/model"], "no such model folder"),
-        (["serve", "DENSE", "--enable-expert-parallel"], "not a Mixture-of-Experts model"),
+        (["serve", "DENSE", "--enable-eplbb"], "--enable-eplbb: vLLM has no such flag"),
         (["serve", "DENSE", "-tp", "3"], "does not divide the model's 8 heads"),
         (["serve", "DENSE", "--levels", "dispach"], "did you mean 'dispatch'?"),
         (["serve", "--demo", "-dp", "3"], "do not divide over DP 3"),
@@ -50,7 +50,9 @@ def test_one_line_and_exit_code_2(dense: str, words: list[str], message: str) ->
 
 
 def test_a_dry_run_prints_the_command_and_starts_nothing(dense: str) -> None:
-    done = gimbal("serve", dense, "--dry-run", "--port", "0", "--levels", "queue")
+    done = gimbal("serve", dense, "--dry-run", "--port", "18622", "--levels", "queue", "-ep")
     assert done.returncode == 0, done.stderr
-    assert f"gimbal.vllm_plugin.serve.server {dense} --port 0" in done.stdout
+    assert "gimbal: " in done.stderr
+    assert "its configuration names no experts, which --enable-expert-parallel needs" in done.stderr
+    assert f"gimbal.vllm_plugin.serve.server {dense} --port 18622" in done.stdout
     assert '"levels": ["queue"]' in done.stdout

@@ -82,6 +82,8 @@ def test_the_recorded_server(url: str) -> None:
     engine = RECORDED["engines"][1]
     row = row_of(1, result.output)
     assert row[1:3] == [f"{engine[f'{k}_requests']:,.0f}" for k in ("waiting", "running")]
+    assert engine["step_time_us"] > 0.0
+    assert row[6] == f"{engine['step_time_us'] / 1e3:,.1f}"
     sent = sum(entry["count"] for entry in RECORDED["dispatch"]["decisions"])
     assert sent > 0
     assert f"sent {sent:,} requests" in result.output
@@ -109,11 +111,12 @@ def test_trouble_comes_first() -> None:
     assert "dispatch switched itself off" in first[0]
     assert "! level dispatch has switched itself off" in first[2]
     assert "! dispatch fell back 20 times: error" in first[3]
-    silent = picture(changed(age_us=5e6, waiting_requests=3, queue_fallbacks=2))
+    silent = picture(changed(age_us=5e6, idle=0.0, waiting_requests=3, queue_fallbacks=2))
     assert "! engine 1 has work and said nothing for 5 s" in silent
     assert "! queue fell back to vLLM 2 times" in silent
     idle = changed(age_us=5e6, waiting_requests=0, running_requests=0, unacknowledged_requests=0)
     assert "said nothing" not in picture(idle)
+    assert "said nothing" not in picture(changed(age_us=5e6, waiting_requests=3, idle=1.0))
     assert "! engine 1 has published nothing yet" in picture(changed(age_us=None))
 
 

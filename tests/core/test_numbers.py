@@ -48,6 +48,7 @@ def test_reals(value: object, number: float | None) -> None:
 def test_wholes_keep_every_digit() -> None:
     assert as_whole("9007199254740993") == 2**53 + 1
     assert as_whole(2**63 + 1) == 2**63 + 1
+    assert as_whole("\x1c077") == as_whole(" 77\n") == 77  # int() strips less than float()
     assert as_whole("12.0") == as_whole("1.2e1") == as_whole(12.0) == 12
     assert as_whole("1.5") is as_whole(True) is as_whole("0x10") is None
 

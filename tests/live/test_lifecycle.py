@@ -49,6 +49,28 @@ def test_a_stop_while_starting_leaves_nothing(server_pool: Any, tmp_path: Path, 
     assert not [path for path in shared if path.exists()]
 
 
+def test_a_start_that_fails_leaves_nothing(server_pool: Any, tmp_path: Path) -> None:
+    """Engines that are up when they find no room for the KV cache have queues in /dev/shm."""
+    from gimbal.vllm_plugin.serve.processes import descendants_of
+    from gimbal.vllm_plugin.serve.shared_memory import shared_memory_of
+
+    server_pool.stop()
+    log = tmp_path / "log"
+    flags = ["--port", str(server_pool.free_port()), "--kv-cache-memory-bytes", "4096"]
+    with log.open("wb") as out:
+        process = subprocess.Popen([*SERVE, *flags], stdout=out, stderr=subprocess.STDOUT)
+    family: set[int] = set()
+    shared: set[Path] = set()
+    while process.poll() is None:
+        family.update(now := descendants_of(process.pid))
+        shared |= shared_memory_of(now)
+        time.sleep(0.1)
+    assert process.returncode == 1, log.read_text(errors="replace")[-4000:]
+    assert len(shared) >= 2
+    assert gone(sorted(family), 5)
+    assert not [path for path in shared if path.exists()]
+
+
 def test_a_killed_supervisor_takes_its_server_along(server: Any, server_pool: Any) -> None:
     from gimbal.vllm_plugin.serve.processes import descendants_of
 
@@ -152,7 +174,12 @@ def test_plain_vllm_runs_the_plugin_only_when_it_is_enabled(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_NO_USAGE_STATS": "1"},
+            env=os.environ
+            | {
+                "VLLM_CPU_OMP_THREADS_BIND": bind,
+                "VLLM_CPU_SIM_MULTI_NUMA": "0",
+                "VLLM_NO_USAGE_STATS": "1",
+            },
         )
     try:
         wait_for("Application startup complete", log, process, 200)

@@ -51,6 +51,7 @@ class PlainClient(DPLBAsyncMPClient):
             parallel_config=parallel,
             model_config=SimpleNamespace(is_moe=True, served_model_name="demo"),
             kv_events_config=None,
+            speculative_config=None,
         )
         book_keeping(self, ENGINES)
         self.asked: Counter[str] = Counter()  # vLLM's own method, by request

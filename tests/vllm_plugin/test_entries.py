@@ -83,7 +83,7 @@ def in_the_table(owner: str, name: str) -> bool:
 
 
 OTHER_ROWS = {
-    ("engine/scheduler.py", "EngineCoreProc", "name"): "each name of REFUSALS has its row",
+    ("engine/refusals.py", "EngineCoreProc", "preprocess_add_request"): "inherited: EngineCore",
     ("dispatch/unsent.py", "DPLBAsyncMPClient", "add_request_async"): "inherited: DPAsyncMPClient",
     ("placement/hook.py", "EplbState", "policy"): "AbstractEplbPolicy.rebalance_experts",
 }
@@ -129,13 +129,6 @@ def test_a_new_assignment_is_seen(tmp_path: Path) -> None:
         ("Engine", "gimbal_own"),
     }
     assert [one for one in found if in_the_table(*one)] == [("Engine", "gimbal_own")]
-
-
-def test_every_refusal_has_its_row() -> None:
-    pytest.importorskip("vllm")
-    from gimbal.vllm_plugin.engine import scheduler
-
-    assert {f"EngineCoreProc.{name}" for name in scheduler.REFUSALS} <= REPLACED
 
 
 def modules() -> Iterator[ModuleType]:
@@ -208,6 +201,7 @@ ELSEWHERE = {
     "CPUModelRunner": "replaced while a worker is made",
     "Scheduler._reserve_prefill_lookahead": "of the scheduler at hand, for a step",
     "DPAsyncMPClient.add_request_async": "on the class that dispatches, below",
+    "EngineCore.preprocess_add_request": "on the class of an engine's process, below",
 }
 checked = 0
 for seam in SEAMS:
@@ -237,6 +231,9 @@ for seam in SEAMS:
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
 assert DPLBAsyncMPClient.add_request_async.__code__.co_qualname.startswith("_followed.")
+from vllm.v1.engine.core import EngineCoreProc
+
+assert EngineCoreProc.preprocess_add_request.__code__.co_qualname.startswith("_read.")
 print("checked", checked)
 """
 

@@ -84,17 +84,32 @@ def news(result: Any) -> None:
     setattr(result, news.PLACEMENT, {Field.PLACEMENT_COMMITS: 1.0})
 
 
-def scenario(scheduler: Any, requests: list[Any]) -> Counter[str]:
-    """500 requests, some others that are aborted, a refusal, and an operator at work."""
-    from vllm.v1.request import RequestStatus
+def refuse(scheduler: Any, refused: list[Any]) -> None:
+    """An engine answers two requests by itself: one that it cannot read, one while it is paused."""
+    from vllm.v1.engine import EngineCoreRequestType
 
-    from gimbal.vllm_plugin.engine.scheduler import _counted
+    from gimbal.vllm_plugin.engine.refusals import _handled, _read
+
+    def unreadable(_: Any, request: Any) -> None:
+        refused.append(request)
+        raise ValueError("unreadable")
+
+    engine = SimpleNamespace(scheduler=scheduler, input_queue=SimpleQueue())
+    request = SimpleNamespace(prompt_token_ids=[1], prompt_embeds=None, client_index=0)
+    with pytest.raises(ValueError, match="unreadable"):
+        _read(unreadable)(engine, request)
+    paused = _handled(lambda _, _kind, message: refused.append(message))
+    paused(engine, EngineCoreRequestType.ADD, (real.request("late", 8), 0))
+
+
+def scenario(scheduler: Any, requests: list[Any]) -> Counter[str]:
+    """500 requests, some others that are aborted or refused, and an operator at work."""
+    from vllm.v1.request import RequestStatus
 
     aborted = prompts("aborted", 12, seed=2)
     board = getattr(getattr(scheduler, "gimbal_state", None), "board", None)
     messages = [{"ordering": "hrrn"}, {"queue": {"max_wait_s": 0.001}}, {"levels": []}, {}]
-    engine = SimpleNamespace(scheduler=scheduler, input_queue=SimpleQueue())
-    refused = []
+    refused: list[Any] = []
     ready = scheduler._handle_blocked_waiting_request
     not_ready: list[int] = []
 
@@ -115,14 +130,13 @@ def scenario(scheduler: Any, requests: list[Any]) -> Counter[str]:
         if step == 8:
             not_ready[:] = [1, 1]  # vLLM skips two requests, as those that wait for a grammar
             assert {r.request_id for r in scheduler.waiting} <= set(scheduler.requests)
-            request = SimpleNamespace(prompt_token_ids=[1], prompt_embeds=None, client_index=0)
-            _counted(lambda _, request: refused.append(request))(engine, request)
+            refuse(scheduler, refused)
         if board is not None and step % 5 == 4 and messages:
             with faults.by_the_test():
                 board.write_control(messages.pop(0))
 
     got, _ = serve(scheduler, requests, each_step)
-    assert len(refused) == 1
+    assert len(refused) == 2
     return Counter({name: tokens for name, tokens in got.items() if "aborted" not in name})
 
 
@@ -166,7 +180,9 @@ def test_an_engine_serves_through_every_fault(tmp_path: Path, board: Any, capsys
     _, second = serve(plain, prompts("s", 60))
     assert expected == Counter({r.request_id: r.max_tokens for r in prompts("r")})
     functions, met = faults.called(whole_life)
-    assert met >= faults.entries("engine.scheduler", "queue.level", "queue.waiting_queue")
+    assert met >= faults.entries(
+        "engine.scheduler", "engine.refusals", "queue.level", "queue.waiting_queue"
+    )
     queue = "vllm_plugin.queue.waiting_queue:GimbalRequestQueue."
     assert {f"{queue}{name}" for name in QUEUE} <= {one.name for one in functions}
     tally = faults.Tally("engine", functions)

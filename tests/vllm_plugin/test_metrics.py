@@ -23,7 +23,12 @@ from tests.vllm_plugin.exposition import refresh, rows, samples, served
 ABBREVIATED = {"avg", "gb", "kb", "mb", "ms", "ns", "num", "pct", "req", "s", "sec", "tok", "us"}
 UNITS = {"blocks", "bytes", "ratio", "requests", "seconds", "tokens"}
 PER = {"request", "second", "token"}
-WITHOUT_UNIT = {"gimbal_build_info", "gimbal_engine_kv_blocks_used", "gimbal_level_state"}
+WITHOUT_UNIT = {
+    "gimbal_build_info",
+    "gimbal_engine_idle",
+    "gimbal_engine_kv_blocks_used",
+    "gimbal_level_state",
+}
 
 
 @pytest.fixture(scope="module")

@@ -100,10 +100,14 @@ def test_pool_draws_with_its_weights() -> None:
 def test_reads_vocabularies_from_model_directories(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a model directory"):
         read_vocabulary(tmp_path)
+    (tmp_path / "params.json").write_text(json.dumps({"dim": 8, "vocab_size": 30}))
+    assert len(read_vocabulary(tmp_path).domains["any"].ids) == 30
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 20}))
     special = {"added_tokens": [{"id": 0}, {"id": 19}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(special))
     assert read_vocabulary(tmp_path).domains["any"].ids.tolist() == list(range(1, 19))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 10}}))
+    assert read_vocabulary(tmp_path).domains["any"].ids.tolist() == list(range(1, 10))
     demo = {"domains": {"a": {"token_ids": [4, 5], "weights": [0.5, 0.5]}}}
     (tmp_path / "gimbal_demo.json").write_text(json.dumps(demo))
     assert read_vocabulary(tmp_path).names == ("a",)

@@ -1,15 +1,17 @@
 """An estimated profile for a model and a GPU nobody measured, from config.json and a data sheet.
 
 Roofline with the efficiencies that the measured H100 tables show: 0.85 of memory bandwidth, 0.72
-of dense bf16 FLOP/s, 0.75 of link bandwidth, and 5 us per kernel. Expect tens of percent of error,
+of dense FLOP/s, 0.75 of link bandwidth, and 5 us per kernel. Expect tens of percent of error,
 more on small steps, where launches and the host decide; `gimbal calibrate` replaces the guess.
+
+A profile counts MoE layers and says what each costs. Where a model has other layers too, a term is
+the sum over all layers divided by the MoE layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from gimbal.core.cost.profile import (
     AttentionTerm,
@@ -22,180 +24,228 @@ from gimbal.core.cost.profile import (
     load_profile,
 )
 from gimbal.core.errors import InputError, nearest
-from gimbal.core.numbers import MOST_EXPERTS, MOST_LAYERS, MOST_VOCABULARY, shown, whole
+from gimbal.core.model import Architecture, ModelConfig, read_architecture
+from gimbal.core.model.architecture import ACTIVATION_BYTES
+from gimbal.core.model.quantization import BF16, Format
 
 MEMORY, COMPUTE, LINK = 0.85, 0.72, 0.75
 KERNEL_US = 5.0
 MOE_NORM = 2.0
-BF16_BYTES = 2
 SAMPLER_US = 150.0
+USED_MEMORY, RESERVED_GB = 0.9, 2.0
+"""vLLM's default ``--gpu-memory-utilization``, and what activations and CUDA graphs take of it."""
+CONTEXT_TOKENS = 4096
+"""Context at which a window is priced: a profile knows one rate per KV token, so layers that read
+at most w tokens cost w / 4096 of it."""
 HOST_PROFILE = "h100-qwen3-30b-a3b"
 """Whose host times an estimate takes: no data sheet says them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Data-sheet figures of one GPU: GB/s, dense bf16 TFLOP/s, GB, and GB/s per direction."""
+    """Data-sheet figures of one GPU: GB/s, dense TFLOP/s, GB, and GB/s per direction.
+
+    Attributes:
+        tflops: in bf16.
+        fp8_tflops, fp4_tflops: 0 where the GPU does not multiply in that format.
+    """
 
     memory_gbps: float
     tflops: float
     memory_gb: float
     link_gbps: float
     other_node_gbps: float = 50.0
+    fp8_tflops: float = 0.0
+    fp4_tflops: float = 0.0
+
+    def flop_per_us(self, format_: Format) -> float:
+        """What weights of this format can be multiplied at; in the next wider one where the GPU
+        lacks it (vLLM's weight-only kernels)."""
+        by_bits = ((4, self.fp4_tflops), (8, self.fp8_tflops), (16, self.tflops))
+        fitting = (rate for bits, rate in by_bits if bits >= format_.activation_bits and rate)
+        return next(fitting) * 1e6 * COMPUTE
 
 
 GPUS = {
     "a100": Gpu(2039, 312, 80, 300),
-    "h100": Gpu(3350, 989, 80, 450),
-    "h200": Gpu(4800, 989, 141, 450),
-    "b200": Gpu(8000, 2250, 180, 900, 100),
-    "l40s": Gpu(864, 362, 48, 32),
+    "h100": Gpu(3350, 989, 80, 450, fp8_tflops=1979),
+    "h200": Gpu(4800, 989, 141, 450, fp8_tflops=1979),
+    "b200": Gpu(8000, 2250, 180, 900, 100, fp8_tflops=4500, fp4_tflops=9000),
+    "l40s": Gpu(864, 362, 48, 32, fp8_tflops=733),
 }
 """Vendor data sheets, SXM where there is one; dense rates without sparsity."""
 
 
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Under which a Hugging Face configuration counts its experts, by family."""
-
-
-def model_shape(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
-    """What a Hugging Face configuration fixes; raises InputError when it is no MoE model's."""
-    if not isinstance(config, Mapping):
-        raise InputError(f"{where}: expected an object, got {shown(config)}")
-    if not any(config.get(key) for key in EXPERT_KEYS):
-        raise InputError(f"{where}: none of {', '.join(EXPERT_KEYS)}: not a MoE model")
-    _, kv_heads, head_dim = _attention_heads(config, where)
-    hidden = _size(config, where, ("hidden_size",))
-    layers = _size(config, where, ("num_hidden_layers",), most=MOST_LAYERS)
-    dense = _size(config, where, ("first_k_dense_replace",), 0, least=0, most=layers - 1)
-    # Models without dense layers (Mixtral) have one width only.
-    width = _size(config, where, ("moe_intermediate_size", "intermediate_size"))
+def model_shape(architecture: Architecture, kv_dtype: str = "auto") -> ModelShape:
+    """What a profile keeps of a model."""
+    experts = architecture.experts
     return ModelShape(
-        layers=layers - dense,
-        experts=_size(config, where, EXPERT_KEYS, most=MOST_EXPERTS),
-        top_k=_size(config, where, ("num_experts_per_tok",), most=MOST_EXPERTS),
-        hidden=hidden,
-        expert_bytes=3 * hidden * width * BF16_BYTES,
-        kv_bytes_per_token=layers * 2 * kv_heads * head_dim * BF16_BYTES,
+        layers=experts.layers,
+        experts=experts.experts,
+        top_k=experts.top_k,
+        hidden=architecture.hidden,
+        expert_bytes=round(architecture.expert_bytes),
+        kv_bytes_per_token=round(architecture.kv_bytes_per_token(kv_dtype)),
     )
-
-
-def _attention_heads(config: Mapping[str, Any], where: str) -> tuple[int, int, int]:
-    """Query heads, key/value heads, channels of one."""
-    heads = _size(config, where, ("num_attention_heads",))
-    kv_heads = _size(config, where, ("num_key_value_heads",), heads)
-    narrow = max(1, _size(config, where, ("hidden_size",)) // heads)
-    return heads, kv_heads, _size(config, where, ("head_dim",), narrow)
-
-
-def _size(
-    config: Mapping[str, Any],
-    where: str,
-    keys: Sequence[str],
-    default: int | None = None,
-    least: int = 1,
-    most: int = 2**20,
-) -> int:
-    """The first of `keys` that says something, as a whole number; raises InputError."""
-    for key in keys:
-        if config.get(key):
-            return whole(config[key], f"{where}: {key}=", least, most)
-    if default is None:
-        raise InputError(f"{where}: no {keys[0]}")
-    return default
 
 
 @dataclass(frozen=True, slots=True)
 class _Roofline:
     """What kernels of one GPU can be expected to reach."""
 
-    flop_per_us: float
-    byte_per_us: float
-    link_per_us: float
+    gpu: Gpu
     source: str
 
-    def gemm(self, inputs: int, outputs: float) -> Term:
-        flops, weights = 2.0 * inputs * outputs, inputs * outputs * BF16_BYTES
-        floor = KERNEL_US + weights / self.byte_per_us
-        return Term(flops / self.flop_per_us, KERNEL_US, floor, self.source)
+    @property
+    def byte_per_us(self) -> float:
+        return self.gpu.memory_gbps * 1e3 * MEMORY
 
-    def elementwise(self, bytes_per_token: float) -> Term:
-        return Term(bytes_per_token / self.byte_per_us, 2 * KERNEL_US, 0.0, self.source)
+    @property
+    def link_per_us(self) -> float:
+        return self.gpu.link_gbps * 1e3 * LINK
 
-    def transfer(self, bytes_per_token: float) -> Term:
-        return Term(bytes_per_token / self.link_per_us, KERNEL_US, 0.0, self.source)
+    def gemm(self, weights: float, format_: Format = BF16, times: float = 1.0) -> Term:
+        """`weights` multiplied with one token, `times` in a MoE layer of the profile."""
+        flop_us = 2.0 * weights / self.gpu.flop_per_us(format_)
+        floor = KERNEL_US + weights * format_.bytes_per_weight / self.byte_per_us
+        return Term(times * flop_us, times * KERNEL_US, times * floor, self.source)
 
-    def attention(self, width: float, kv_bytes_per_token: float) -> AttentionTerm:
-        """Args: width, channels of all heads; kv_bytes_per_token, both of one layer of one rank."""
-        kv_us = kv_bytes_per_token / self.byte_per_us
-        return AttentionTerm(
-            floor_us=2 * KERNEL_US,
-            base_us=2 * KERNEL_US,
-            per_decode_kv_token_us=kv_us,
-            per_mixed_decode_kv_token_us=kv_us,
-            per_prefill_pair_us=4.0 * width / self.flop_per_us,
-            per_prefill_kv_token_us=kv_us,
-            source=self.source,
-        )
+    def elementwise(self, bytes_per_token: float, times: float) -> Term:
+        per_token = times * bytes_per_token / self.byte_per_us
+        return Term(per_token, times * 2 * KERNEL_US, 0.0, self.source)
 
-    def moe(self, model: ModelShape) -> MoeTerm:
-        flops = 2.0 * model.expert_bytes / BF16_BYTES  # a multiplication and an addition each
-        return MoeTerm(
-            base_us=5 * KERNEL_US,
-            per_active_expert_us=model.expert_bytes / self.byte_per_us,
-            per_pair_us=flops / self.flop_per_us,
-            per_group_token_us=3 * model.top_k * model.hidden * BF16_BYTES / self.byte_per_us,
-            norm=MOE_NORM,
-            source=self.source,
-        )
+    def transfer(self, bytes_per_token: float, times: float = 1.0) -> Term:
+        per_token = times * bytes_per_token / self.link_per_us
+        return Term(per_token, times * KERNEL_US, 0.0, self.source)
 
 
 def derive_profile(
-    name: str, config: Mapping[str, Any], gpu: str, layout: Layout, where: str = "config.json"
+    name: str, config: ModelConfig, gpu: str, layout: Layout, kv_dtype: str = "auto"
 ) -> Profile:
-    """The estimate for a model on `layout.ep` GPUs called `gpu`; raises InputError.
+    """The estimate for a model on `layout.ep` GPUs called `gpu`.
+
+    Args:
+        kv_dtype: vLLM's ``--kv-cache-dtype``.
 
     The result says ``estimated: true``, and so does every term. What the host takes and how far
-    CUDA graphs reach are those of the measured H100 profile.
+    CUDA graphs reach are those of the measured H100 profile. Raises InputError for a GPU without a
+    data sheet here, and for a model that `read_architecture` refuses or that has no KV cache.
     """
     if gpu not in GPUS:
         raise InputError(f"unknown GPU {gpu!r}{nearest(gpu, GPUS)}")
-    sheet, model = GPUS[gpu], model_shape(config, where)
+    model = read_architecture(config)
+    rank_kv_bytes = model.kv_bytes_per_token(kv_dtype, layout.tp)
+    if not rank_kv_bytes:
+        raise InputError(f"{config.where}: no layer has a KV cache")
+    sheet = GPUS[gpu]
     source = f"estimate: roofline of the {gpu} data sheet"
-    link_per_us = sheet.link_gbps * 1e3 * LINK
-    flop_per_us, byte_per_us = sheet.tflops * 1e6 * COMPUTE, sheet.memory_gbps * 1e3 * MEMORY
-    roofline = _Roofline(flop_per_us, byte_per_us, link_per_us, source)
-    tp, hidden, token_bytes = layout.tp, model.hidden, model.hidden * BF16_BYTES
-    heads, kv_heads, head_dim = _attention_heads(config, where)
-    per_rank = [
-        roofline.gemm(hidden, (heads + 2 * kv_heads) * head_dim / tp),
-        roofline.gemm(hidden, heads * head_dim / tp),
-        roofline.gemm(hidden, model.experts),
-        roofline.elementwise(10 * token_bytes),
-    ]
-    if tp > 1:
-        per_rank += [roofline.transfer(2 * token_bytes * (tp - 1) / tp)]
+    roofline = _Roofline(sheet, source)
+    inputs_bytes = model.experts.inputs * ACTIVATION_BYTES
     gathers = 2 if layout.ep > 1 else 0  # dispatch and combine
-    kv_layer = 2 * kv_heads * head_dim * BF16_BYTES / tp
-    vocabulary = _size(config, where, ("vocab_size",), 0, most=MOST_VOCABULARY)
-    head_us = vocabulary * token_bytes / tp / byte_per_us
-    weights = model.layers * model.experts / layout.ep * model.expert_bytes
-    free = max(0.0, sheet.memory_gb * 1e9 * 0.9 - 1.15 * weights)
+    head_us = model.vocabulary * model.hidden * ACTIVATION_BYTES / layout.tp / roofline.byte_per_us
+    weights = _rank_weights(model, layout)
+    free = sheet.memory_gb * 1e9 * USED_MEMORY - weights - RESERVED_GB * 1e9
+    notes = ["an estimate: measure with gimbal calibrate before trusting absolute times"]
+    notes += model.remarks()
+    if free <= 0:
+        notes.append(
+            f"does not fit: {weights / 1e9:.1f} GB of weights per rank, {gpu} has "
+            f"{(free + weights) / 1e9:.1f} GB for them; kv_tokens is 0, so take more ranks"
+        )
+    host = load_profile(HOST_PROFILE)
     return replace(
-        load_profile(HOST_PROFILE),
+        host,
         name=name,
         machine=f"{layout.ep}x {gpu}",
-        model=model,
+        model=model_shape(model, kv_dtype),
         layout=layout,
-        per_rank_token=tuple(per_rank),
-        per_group_token=(roofline.transfer(token_bytes),) * gathers,
-        attention=roofline.attention(heads * head_dim / tp, kv_layer),
-        moe=roofline.moe(model),
+        per_rank_token=tuple(_dense_terms(model, roofline, layout.tp)),
+        per_group_token=(roofline.transfer(inputs_bytes),) * gathers,
+        attention=_attention_term(model, roofline, layout.tp, kv_dtype),
+        moe=_moe_term(model, roofline),
         per_step=(Term(0.3, head_us + SAMPLER_US, 0.0, source),),
         interconnect=Interconnect(
-            link_per_us, sheet.other_node_gbps * 1e3 * LINK, link_per_us, 15_000.0, source
+            roofline.link_per_us,
+            sheet.other_node_gbps * 1e3 * LINK,
+            roofline.link_per_us,
+            15_000.0,
+            source,
         ),
-        kv_tokens=int(free / (model.kv_bytes_per_token / tp)),
+        launch_layer_us=host.launch_layer_us * model.mixers / model.experts.layers,
+        kv_tokens=int(max(0.0, free) / rank_kv_bytes),
         estimated=True,
-        notes=("an estimate: measure with gimbal calibrate before trusting absolute times",),
+        notes=tuple(notes),
+    )
+
+
+def _rank_weights(model: Architecture, layout: Layout) -> float:
+    """Bytes of weights on one GPU: its share of the experts, the rest split over TP only."""
+    experts = model.experts.layers * model.experts.experts * model.expert_bytes
+    return experts / layout.ep + model.other_bytes / layout.tp
+
+
+def _dense_terms(model: Architecture, roofline: _Roofline, tp: int) -> Iterator[Term]:
+    """Everything outside the routed experts and the attention kernel itself."""
+    experts, formats, per = model.experts, model.quantization.parts, model.experts.layers
+    token_bytes = model.hidden * ACTIVATION_BYTES
+    for group in model.attention:
+        for inputs, outputs, is_split in group.projections:
+            weights = inputs * outputs / (tp if is_split else 1)
+            yield roofline.gemm(weights, formats["attention"], group.layers / per)
+    if model.linear_layers:
+        weights = model.linear_parameters / tp
+        yield roofline.gemm(weights, formats["linear"], model.linear_layers / per)
+    for part, width, times in (
+        ("shared", experts.shared_width, 1.0),
+        ("dense", experts.dense_width, experts.dense_mlps / per),
+    ):
+        if width and times:
+            weights = model.hidden * width / tp
+            yield roofline.gemm((experts.matrices - 1) * weights, formats[part], times)
+            yield roofline.gemm(weights, formats[part], times)
+    yield roofline.gemm(model.hidden * (experts.experts + experts.zero_experts))
+    yield roofline.elementwise(10 * token_bytes, model.mixers / per)
+    if tp > 1:
+        yield roofline.transfer(2 * token_bytes * (tp - 1) / tp, model.mixers / per)
+
+
+def _attention_term(
+    model: Architecture, roofline: _Roofline, tp: int, kv_dtype: str
+) -> AttentionTerm:
+    decode_us = pair_us = prefix_us = times = 0.0
+    flop_per_us = roofline.gpu.flop_per_us(BF16)
+    for group in model.attention:
+        share = group.layers / model.experts.layers
+        window = group.window_tokens or CONTEXT_TOKENS
+        reach = share * min(1.0, window / CONTEXT_TOKENS)
+        kv_bytes = model.layer_kv_bytes(group, kv_dtype, tp)
+        read_us = reach * (kv_bytes - group.index_bytes) / roofline.byte_per_us
+        read_us += share * group.index_bytes / roofline.byte_per_us
+        flop_us = reach * 2.0 * group.heads * group.decode_channels / tp / flop_per_us
+        decode_us += max(read_us, flop_us)
+        prefix_us += read_us
+        pair_us += reach * 2.0 * group.heads * group.prefill_channels / tp / flop_per_us
+        times += share
+    return AttentionTerm(
+        floor_us=times * 2 * KERNEL_US,
+        base_us=times * 2 * KERNEL_US,
+        per_decode_kv_token_us=decode_us,
+        per_mixed_decode_kv_token_us=decode_us,
+        per_prefill_pair_us=pair_us,
+        per_prefill_kv_token_us=prefix_us,
+        source=roofline.source,
+    )
+
+
+def _moe_term(model: Architecture, roofline: _Roofline) -> MoeTerm:
+    experts, format_ = model.experts, model.quantization.parts["experts"]
+    flops = 2.0 * experts.parameters  # a multiplication and an addition each
+    moved = 3 * experts.top_k * experts.inputs * ACTIVATION_BYTES
+    return MoeTerm(
+        base_us=5 * KERNEL_US,
+        per_active_expert_us=model.expert_bytes / roofline.byte_per_us,
+        per_pair_us=flops / roofline.gpu.flop_per_us(format_),
+        per_group_token_us=moved / roofline.byte_per_us,
+        norm=MOE_NORM,
+        source=roofline.source,
     )

@@ -134,7 +134,7 @@ class Dispatcher:
         oldest_us = self.ledger.observe(board, now_us)
         match = self.prefixes.match(prompt_token_ids or ())
         decision = self._decide(request, self._loads(board, match), oldest_us)
-        self._enter(request, decision.engine, match, now_us)
+        self._enter(request, decision.engine, match, now_us, decision.cached_tokens)
         self._learn_reuse(request, match)
         return decision
 
@@ -147,7 +147,8 @@ class Dispatcher:
         """Enters a request that somebody else sent to `engine`: a pinned rank, or a fallback."""
         self.settle()
         match = self.prefixes.match(prompt_token_ids or ())
-        self._enter(request, engine, match, request.arrival_us)
+        cached = float(match.cached_tokens[engine])
+        self._enter(request, engine, match, request.arrival_us, cached)
 
     def finished(self, request_id: str) -> None:
         """Ends a request, finished or aborted; unknown ids and repetitions are ignored."""
@@ -219,9 +220,10 @@ class Dispatcher:
         reason = "policy"
         if oldest_us > self._max_age_us and oldest_us > self._limit_us(loads):
             costs, reason = self._without_signals(loads), "stale"
+            values = costs.tolist()
         else:
-            costs, terms, names = self._ask(request, loads)
-        engine = argmin_rotating(costs, self._rotation)
+            costs, values, terms, names = self._ask(request, loads)
+        engine = argmin_rotating(values, self._rotation)
         if request.session is not None and terms is not None:
             engine, reason = self._keep_session(request, loads, costs, engine)
         cached = float(loads.cached_tokens[engine])
@@ -229,8 +231,11 @@ class Dispatcher:
 
     def _ask(
         self, request: DispatchRequest, loads: EngineLoads
-    ) -> tuple[FloatArray, FloatArray | None, tuple[str, ...]]:
-        """The policy's costs, their terms and the terms' names; PolicyError if it gives none."""
+    ) -> tuple[FloatArray, list[float], FloatArray | None, tuple[str, ...]]:
+        """The policy's costs, as a list too, their terms and the terms' names.
+
+        Raises PolicyError when it gives none.
+        """
         try:
             if self._timed is None:
                 costs = self.policy.costs(request, loads)
@@ -239,15 +244,14 @@ class Dispatcher:
             else:
                 priced = self._timed.priced(request, loads)
                 terms, costs, names = priced[:-1], priced[-1], self._timed.term_names
-            wrong = costs.shape != (len(loads.board),) or not (
-                -math.inf < sum(costs.tolist()) < math.inf
-            )
+            values: list[float] = costs.tolist()
+            wrong = costs.shape != (len(loads.board),) or not -math.inf < sum(values) < math.inf
         except Exception as error:
             text = f"dispatch policy {self.policy_name!r}: {with_type(error)}"
             raise PolicyError(text) from error
         if wrong:
             self._refuse(costs, len(loads.board))
-        return costs, terms, names
+        return costs, values, terms, names
 
     def _refuse(self, costs: FloatArray, engines: int) -> None:
         """Raises PolicyError unless `costs` are numbers, one per engine, and some are finite."""
@@ -288,9 +292,13 @@ class Dispatcher:
         return home, "session"
 
     def _enter(
-        self, request: DispatchRequest, engine: int, match: PrefixMatch, now_us: float
+        self,
+        request: DispatchRequest,
+        engine: int,
+        match: PrefixMatch,
+        now_us: float,
+        cached: float,
     ) -> None:
-        cached = float(match.cached_tokens[engine])
         self.ledger.sent(request.request_id, engine, request.prompt_tokens, cached, now_us)
         self._rotation += 1
         if request.session is not None:

@@ -36,6 +36,7 @@ from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, Field
 
 _EPOCH, _SEQUENCE, _TIMESTAMP = int(Field.EPOCH), int(Field.SEQUENCE), int(Field.TIMESTAMP_US)
 _WAITING, _RUNNING = int(Field.WAITING_REQUESTS), int(Field.RUNNING_REQUESTS)
+_IDLE = int(Field.IDLE)
 
 # Rows of the accounts, one column per engine.
 _KNOWN_EPOCH, _SEEN, _OWED_SINCE, _SENT, _ACCEPTED, _UNACKED, _INFLIGHT = 0, 1, 2, 3, 5, 7, 9
@@ -91,11 +92,12 @@ class Ledger:
 
         Returns the largest of `silent_us`, given the board's clock `now_us`.
         """
-        oldest_us: float = OBSERVE.call(board, self._accounts, self._front_end, now_us)
+        oldest_us: float
+        oldest_us, lost = OBSERVE.call(board, self._accounts, self._front_end, now_us)
         if self._cached:
             for engine in list(self._cached):
                 self._forget_cached(engine, int(self.unacked[0, engine]))
-        if 1.0 in self._lost.tolist():
+        if lost:
             self._forget_lost()
         return oldest_us
 
@@ -209,17 +211,22 @@ class Ledger:
             del self._cached[engine]
 
 
-def _observe(board: FloatArray, accounts: FloatArray, front_end: int, now_us: float) -> float:
-    """Brings `accounts` up to date with `board`; returns the longest silence, microseconds."""
+def _observe(
+    board: FloatArray, accounts: FloatArray, front_end: int, now_us: float
+) -> tuple[float, bool]:
+    """Brings `accounts` up to date with `board`.
+
+    Returns the longest silence, microseconds, and whether an engine's process was replaced.
+    """
     requests, tokens = ACCEPTED_REQUESTS + front_end, ACCEPTED_TOKENS + front_end
-    oldest_us = 0.0
+    oldest_us, lost = 0.0, False
     for e in range(board.shape[0]):
         fresh = board[e, _SEQUENCE] > accounts[_SEEN, e]
         if board[e, _EPOCH] != accounts[_KNOWN_EPOCH, e]:
             if accounts[_KNOWN_EPOCH, e] > 0.0:  # the first process seen is no restart
                 accounts[_SENT, e] = board[e, requests]
                 accounts[_SENT + 1, e] = board[e, tokens]
-                accounts[_LOST, e] = 1.0
+                accounts[_LOST, e], lost = 1.0, True
             accounts[_KNOWN_EPOCH, e] = board[e, _EPOCH]
             fresh = True
         if fresh:
@@ -240,13 +247,14 @@ def _observe(board: FloatArray, accounts: FloatArray, front_end: int, now_us: fl
             accounts[_UNACKED, e] = accounts[_UNACKED + 1, e] = 0.0
         silent_us = now_us - board[e, _TIMESTAMP]
         # An idle engine takes no steps and publishes nothing: its last word stays true until it
-        # is sent something, and from then on it owes an answer.
-        if silent_us > FRESH_US and board[e, _WAITING] + board[e, _RUNNING] <= 0.0:
+        # is sent something, and from then on it owes an answer. One that is paused is idle too.
+        empty = board[e, _WAITING] + board[e, _RUNNING] <= 0.0
+        if silent_us > FRESH_US and (empty or board[e, _IDLE] > 0.0):
             owed_us = now_us - accounts[_OWED_SINCE, e]
             silent_us = min(silent_us, owed_us) if accounts[_UNACKED, e] > 0.0 else 0.0
         accounts[_SILENT, e] = silent_us
         oldest_us = max(oldest_us, silent_us)
-    return oldest_us
+    return oldest_us, lost
 
 
 def _enter(
@@ -265,5 +273,5 @@ def _enter(
     accounts[_UNACKED_CACHED, engine] += cached_tokens
 
 
-OBSERVE = Kernel(_observe, "f8(f8[:,::1], f8[:,::1], i8, f8)")
+OBSERVE = Kernel(_observe, "Tuple((f8, b1))(f8[:,::1], f8[:,::1], i8, f8)")
 ENTER = Kernel(_enter, "void(f8[:,::1], i8, f8, f8, f8)")

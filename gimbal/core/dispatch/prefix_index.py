@@ -66,13 +66,14 @@ class PrefixIndex:
 
     Attributes:
         block_tokens: the engines' KV blocks; they reuse whole ones only.
+        lookahead_tokens: tokens behind a block that must be known as well for it to be reused.
     """
 
     def __init__(
         self, engines: int, capacity: int = 1_000_000, chunk_tokens: int = CHUNK_TOKENS
     ) -> None:
         self.chunk_tokens = chunk_tokens
-        self.block_tokens = 1
+        self.block_tokens, self.lookahead_tokens = 1, 0
         self._fine_tokens = _FINE_CHUNKS * chunk_tokens
         self._shard_mask = 0
         self._young: list[dict[int, int]] = [{}]
@@ -223,7 +224,8 @@ class PrefixIndex:
         cached = np.zeros(len(self._bits))
         for tokens, holders in depths:
             # The engine always computes the last token itself: it needs its logits.
-            value = min(tokens, prompt_tokens - 1) // self.block_tokens * self.block_tokens
+            known = max(0, min(tokens - self.lookahead_tokens, prompt_tokens - 1))
+            value = known // self.block_tokens * self.block_tokens
             for engine, bit in enumerate(self._bits):
                 if holders & bit:
                     cached[engine] = value

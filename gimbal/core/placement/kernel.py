@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from gimbal.core.compiled import njit as cached_njit
 from gimbal.core.contracts import FloatArray
 from gimbal.core.cost import step
 from gimbal.core.placement import kernel_replicas, kernel_swaps
@@ -347,7 +348,4 @@ def compiled() -> Any:
                 counts, n, current[n], start[n], load, setup, st, out[n], facts[n], notes[n]
             )
 
-    try:
-        return njit(cache=True, nogil=True)(solve)
-    except RuntimeError:  # no folder that numba may write its cache to
-        return njit(nogil=True)(solve)
+    return cached_njit(nogil=True)(solve)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,7 +14,12 @@ from gimbal.core.feedback.pressure import wire_us_per_pair
 from gimbal.core.placement import PLACERS, gate, heuristic
 from gimbal.core.placement.backends import GATHER_BACKEND, ROUTED_BACKEND
 from gimbal.core.placement.kinds import MEAN_STEP, StepKind, at_kind, mixed
-from gimbal.core.placement.problem import CostConstants, PlacementProblem, constants_of
+from gimbal.core.placement.problem import (
+    CostConstants,
+    PlacementProblem,
+    constants_for_model,
+    constants_of,
+)
 from gimbal.core.placement.replica_split import near_split
 from gimbal.core.placement.verify import answer
 
@@ -71,19 +76,10 @@ GPU_PROFILE, CPU_PROFILE = "h100-qwen3-30b-a3b", "cpu-demo"
 def cost_constants(facts: ModelFacts, profile: str = "") -> CostConstants:
     """Constants of a cost profile (a packaged name or a file), scaled to this model.
 
-    Reading an expert and multiplying by it are both proportional to its bytes. Raises InputError
-    for a profile that does not exist or is malformed.
+    Raises InputError for a profile that does not exist or is malformed.
     """
     base = constants_of(load_profile(profile or (CPU_PROFILE if facts.on_cpu else GPU_PROFILE)))
-    scale = facts.expert_bytes / base.expert_bytes
-    return replace(
-        base,
-        us_per_active_expert=base.us_per_active_expert * scale,
-        us_per_pair=base.us_per_pair * scale,
-        expert_bytes=facts.expert_bytes,
-        bytes_per_pair=2.0 * facts.hidden_bytes,
-        top_k=facts.top_k,
-    )
+    return constants_for_model(base, facts.expert_bytes, facts.hidden_bytes, facts.top_k)
 
 
 def planner_for(config: PlacementConfig, facts: ModelFacts) -> Planner:

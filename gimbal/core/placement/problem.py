@@ -7,7 +7,7 @@ so every cost below is microseconds per step.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -99,6 +99,29 @@ def constants_of(profile: Profile) -> CostConstants:
         expert_bytes=float(profile.model.expert_bytes),
         migration_gbps=wires.migration_bytes_per_us / 1e3,
         migration_fixed_us=wires.migration_layer_us,
+    )
+
+
+def constants_for_model(
+    base: CostConstants, expert_bytes: float, hidden_bytes: float, top_k: int
+) -> CostConstants:
+    """`base` for another model on the same machine.
+
+    Reading an expert and multiplying by it are both proportional to its bytes.
+
+    Args:
+        expert_bytes: weights of one expert of one layer.
+        hidden_bytes: one token's hidden state.
+        top_k: experts per token.
+    """
+    scale = expert_bytes / base.expert_bytes
+    return replace(
+        base,
+        us_per_active_expert=base.us_per_active_expert * scale,
+        us_per_pair=base.us_per_pair * scale,
+        expert_bytes=expert_bytes,
+        bytes_per_pair=2.0 * hidden_bytes,
+        top_k=top_k,
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from gimbal.core.compiled import njit
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def split_layers(  # type: ignore[no-untyped-def]
     counts, placement, rank, source_of, node_of, node, ranks, spill, shares
 ):
@@ -37,7 +38,7 @@ def split_layers(  # type: ignore[no-untyped-def]
                     shares[source, layer, slot] = near[source, slot]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _even_split(demand, slots, rank, ranks, shares):  # type: ignore[no-untyped-def]
     """Writes the even split; returns its rank loads, those of single-slot experts, replicas."""
     replicas = np.zeros(demand.shape[1])
@@ -54,7 +55,7 @@ def _even_split(demand, slots, rank, ranks, shares):  # type: ignore[no-untyped-
     return even, fixed, replicas
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _fill_near(demand, slots, rank, tier, replicas, fixed, limit):  # type: ignore[no-untyped-def]
     """Shares when every source fills near slots first; returns them and the rank loads."""
     near, load = np.zeros(tier.shape), fixed.copy()

@@ -8,7 +8,7 @@ go where the session is, which is in the accounts already.
 
 When Gimbal cannot decide, the request goes where the fewest prompt tokens are in flight; when that
 fails too, where vLLM would have sent it. vLLM's method is called once for every request, whatever
-fails before or after it.
+fails before or after it, and not for a session's later chunks.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from gimbal.vllm_plugin.dispatch.request import Described, describe, left_to_vll
 from gimbal.vllm_plugin.engine import remote
 from gimbal.vllm_plugin.engine.identity import server_board_path, why_dispatch_cannot_act
 from gimbal.vllm_plugin.metrics import model_name
+from gimbal.vllm_plugin.versions import reuse_lookahead_tokens
 
 logger = logging.getLogger("vllm.gimbal")
 
@@ -123,8 +124,9 @@ class FrontEnd:
 
     def route(self, client: Any, request: Any, original: Original) -> bytes:
         """The engine of `request`; vLLM's bookkeeping is done when it returns."""
-        if request.request_id in client.reqs_in_flight:
-            return original(client, request)  # the next chunk of an open streaming session
+        home: bytes | None = client.reqs_in_flight.get(request.request_id)
+        if home is not None:  # the next chunk of an open streaming session
+            return home  # as vLLM does since 0.32; 0.31 chooses anew and counts it twice
         if self.guard.disabled:
             engine = original(client, request)
             self.guard.run("count", self._count, client.core_engines.index(engine), VLLM, "policy")
@@ -321,6 +323,7 @@ def attach(client: Any) -> FrontEnd | None:
     board = Board(server_board_path(client.vllm_config))
     # Engines of a dense model run on their own.
     front_end = FrontEnd(client, config, board, client.vllm_config.model_config.is_moe)
+    front_end.dispatcher.prefixes.lookahead_tokens = reuse_lookahead_tokens(client.vllm_config)
     if any(name in sys.modules for name in user_session.HTTP_SERVERS):
         user_session.install()
     sources = kv_events.endpoints(client.vllm_config, front_end.first, front_end.dispatcher.engines)

@@ -113,6 +113,10 @@ ENGINE: dict[Field, tuple[str, str]] = {
         "signal_fallbacks_total",
         "Events that the engine's own accounts missed and were counted anew after",
     ),
+    Field.IDLE: (
+        "idle",
+        "1 while the engine has nothing to run, though requests may wait; it says nothing then",
+    ),
     Field.PLACEMENT_STALL_US: (
         "placement_stall_seconds_total",
         "Serving time that rearrangements of experts have taken from the engine",
@@ -198,6 +202,7 @@ class RowMetrics:
     def serve(self, model: str, engines: range, counts: bool) -> None:
         """Makes every series; `counts` is True in the first API server of a server."""
         self._model, self._counts = model, counts
+        self._seen.clear()  # another server of this process, with engines of its own
         self._shown = {engine: self._series(engine) for engine in engines}
         for family, _ in self._server:
             family.labels(model)

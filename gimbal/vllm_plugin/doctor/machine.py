@@ -68,7 +68,8 @@ def check_shared_memory(free_bytes: int | None) -> Finding:
             "shared memory",
             "failed",
             text,
-            f"needs {SHARED_MEMORY_MIB} MiB; in a container start it with --shm-size=1g",
+            f"needs {SHARED_MEMORY_MIB} MiB, or engines end while starting: --shm-size=1g or "
+            "--ipc=host (Kubernetes: an emptyDir of medium Memory at /dev/shm)",
         )
     return Finding("shared memory", "ok", text)
 

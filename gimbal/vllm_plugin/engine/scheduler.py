@@ -146,29 +146,6 @@ class GimbalSchedulerMixin:
             self._gimbal_guard.run("close", signals.close)
         super().shutdown()  # type: ignore[misc]
 
-    def gimbal_refused(self, request: Any, input_queue: Any) -> None:
-        """`request` was answered with an error before the scheduler saw it.
-
-        Called by the thread that reads the engine's sockets.
-        """
-        signals = self.gimbal_signals
-        if signals is None or self._gimbal_guard.disabled:
-            return
-        noted = self._gimbal_guard.run("refused", _note_refusal, signals, request, input_queue)
-        if noted is None:
-            signals.needs_recount = True
-
-
-def _note_refusal(signals: SchedulerSignals, request: Any, input_queue: Any) -> bool:
-    from vllm.utils import length_from_prompt_token_ids_or_embeds
-    from vllm.v1.engine import EngineCoreRequestType
-
-    tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
-    signals.refused(request.client_index, tokens)
-    # An idle engine waits for its input queue, and would never publish the refusal.
-    input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
-    return True
-
 
 def with_gimbal(base: type, config: GimbalConfig) -> type:
     """`base` with Gimbal in front, named after it; returns `base` when it cannot carry Gimbal."""
@@ -206,27 +183,15 @@ def build_scheduler(base: type, *args: Any, **kwargs: Any) -> Any:
     return base(*args, **kwargs)
 
 
-REFUSALS = (
-    "_handle_request_preproc_error",
-    "_handle_mm_cache_miss",
-    "_handle_request_validation_error",  # since 0.33
-)
-"""Methods of ``EngineCoreProc`` that answer a request before the scheduler sees it."""
-
-
 def install() -> None:
-    """Has ``EngineCore`` build its scheduler through `build_scheduler`, and counts its refusals.
+    """Has ``EngineCore`` build its scheduler through `build_scheduler`.
 
     Not through ``EngineCore.__init__``: in an engine process that already runs when vLLM loads
     plugins, and the class is asked for without the ``VllmConfig`` that the instance gets.
     """
     from vllm.config.scheduler import SchedulerConfig
-    from vllm.v1.engine.core import EngineCoreProc
 
     SchedulerConfig.get_scheduler_cls = _built_by_gimbal(SchedulerConfig.get_scheduler_cls)
-    for name in REFUSALS:
-        if hasattr(EngineCoreProc, name):
-            setattr(EngineCoreProc, name, _counted(getattr(EngineCoreProc, name)))
 
 
 def _built_by_gimbal(get_scheduler_cls: Any) -> Any:
@@ -235,17 +200,3 @@ def _built_by_gimbal(get_scheduler_cls: Any) -> Any:
         return partial(build_scheduler, get_scheduler_cls(self))
 
     return scheduler_cls
-
-
-def _counted(refuse: Any) -> Any:
-    """A front end must not wait for the acknowledgement of a request its engine refused."""
-
-    @wraps(refuse)
-    def refuse_and_count(self: Any, request: Any, *args: Any) -> Any:
-        answer = refuse(self, request, *args)
-        scheduler = getattr(self, "scheduler", None)
-        if isinstance(scheduler, GimbalSchedulerMixin):
-            scheduler.gimbal_refused(request, self.input_queue)
-        return answer
-
-    return refuse_and_count

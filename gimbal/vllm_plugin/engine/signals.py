@@ -66,6 +66,7 @@ class SchedulerSignals:
 
     Attributes:
         needs_recount: set when an event was missed; the next snapshot starts from a full count.
+        taken: requests that reached the scheduler.
         log: takes one record per step, or None.
         mended: numbers that no engine can have, left out of a snapshot.
     """
@@ -85,7 +86,7 @@ class SchedulerSignals:
         self._group_prefill = self._group_decodes = self._group_tokens = 0.0
         self._group_complete = False
         self.needs_recount = False
-        self.mended = 0
+        self.taken = self.mended = 0
         self.log: StepLog | None = None
         self._waiting = self.state.waiting
         self._waiting_tokens = 0
@@ -102,6 +103,7 @@ class SchedulerSignals:
         self._last_done_us = 0.0
         self._published = 0
         self._idle_since_us: float | None = None
+        self._unsaid = False  # something came or went since the last snapshot
         self._recount_steps = (
             RECOUNT_STEPS_SPECULATIVE if scheduler.num_spec_tokens else RECOUNT_STEPS
         )
@@ -121,19 +123,19 @@ class SchedulerSignals:
         if request.request_id in self.scheduler.requests:
             return  # the next chunk of a streaming session; front ends count sessions once
         self._acknowledge(request.client_index, request.num_prompt_tokens)
+        self.taken += 1
 
     def refused(self, client_index: int, prompt_tokens: int) -> None:
-        """The engine answered a message with an error before its scheduler saw it.
-
-        Called by the thread that reads the sockets; taken up by the next snapshot.
-        """
+        """The engine answered a message itself; for the next snapshot, from any thread."""
         self._refused.append((client_index, prompt_tokens))
+        self._unsaid = True
 
     def enqueued(self, request: Any) -> None:
         """`request` enters the waiting queue; looks its prompt up in the prefix cache once."""
         self._leave_waiting(request.request_id)
         cached = request.num_computed_tokens or self._cached_tokens(request)
         uncached = max(request.num_tokens - cached, 0)
+        self._unsaid = True
         self._waiting[request.request_id] = uncached, cached
         self._waiting_tokens += uncached
         self._waiting_cached += cached
@@ -159,6 +161,7 @@ class SchedulerSignals:
 
     def freed(self, request: Any) -> None:
         """`request` is finished, wherever it was."""
+        self._unsaid = True
         self._leave_waiting(request.request_id)
         self._leave_running(request)
 
@@ -168,6 +171,7 @@ class SchedulerSignals:
         """A step was put together and is about to run."""
         now = now_us()
         self._idle_since_us = None
+        self.row[Field.IDLE] = 0.0
         counts = output.num_scheduled_tokens
         if counts:
             admitted, new_tokens, new_pairs = self._admit(output, counts)
@@ -214,18 +218,19 @@ class SchedulerSignals:
         self.publish(now)
 
     def idle(self) -> None:
-        """There is nothing to schedule; said at once, then every `IDLE_INTERVAL_US`."""
+        """There is nothing to schedule; said at once and with all news, else every interval."""
         now = now_us()
         since = self._idle_since_us
-        if since is None or now - since >= IDLE_INTERVAL_US or self._refused:
+        if since is None or now - since >= IDLE_INTERVAL_US or self._unsaid:
             if self.log is not None and self._idle_since_us is None:
                 self.log.flush()
             self._idle_since_us = now
-            self.row[Field.STEP_PREFILL_TOKENS] = self.row[Field.STEP_TOKENS] = 0.0
+            self.row[[Field.STEP_PREFILL_TOKENS, Field.STEP_TOKENS, Field.IDLE]] = 0.0, 0.0, 1.0
             self.publish(now)
 
     def publish(self, now: float) -> None:
         """Completes the row and hands it to the sink."""
+        self._unsaid = False
         if self.needs_recount or self._published % self._recount_steps == self._recount_steps - 1:
             self._recount()
         row, scheduler = self.row, self.scheduler
@@ -273,8 +278,7 @@ class SchedulerSignals:
         """Lets go of the board, and finishes the log."""
         if self.log is not None:
             self.log.close()
-        close = getattr(self.sink, "close", None)
-        if close is not None:
+        if close := getattr(self.sink, "close", None):
             close()
 
     # Bookkeeping.
@@ -287,10 +291,8 @@ class SchedulerSignals:
     def _cached_tokens(self, request: Any) -> int:
         """Prompt tokens the prefix cache holds now, without touching its statistics."""
         scheduler = self.scheduler
-        if (
-            scheduler.enable_kv_cache_events
-            and getattr(request, "kv_cache_report_mode", "incremental") == "full"
-        ):
+        reported = getattr(request, "kv_cache_report_mode", "incremental")
+        if scheduler.enable_kv_cache_events and reported == "full":
             return 0  # this lookup would publish KV events a second time
         return int(scheduler.kv_cache_manager.get_computed_blocks(request)[1])
 

@@ -30,7 +30,7 @@ from gimbal.core.dispatch import POLICIES
 from gimbal.core.errors import InputError, nearest, one_line
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.snapshot import Field
-from gimbal.vllm_plugin import bridge
+from gimbal.vllm_plugin import bridge, versions
 from gimbal.vllm_plugin.dispatch.engine_header import EngineHeader
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of
 from gimbal.vllm_plugin.engine.identity import server_board_path
@@ -63,7 +63,9 @@ class GimbalEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Finds the server's configuration and board."""
-        config = None if engine_client is None else bridge.gimbal_config(engine_client.vllm_config)
+        config = None
+        if engine_client is not None and versions.running_is_supported():
+            config = bridge.gimbal_config(engine_client.vllm_config)
         state.gimbal_operator = None if config is None else Operator(engine_client, config)
         state.gimbal_authentication = _authentication(args)
 

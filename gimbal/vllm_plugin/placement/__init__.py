@@ -4,6 +4,7 @@
 module           does
 ===============  ==========================================================================
 `hook`           patches ``EplbState`` where the level is on; nothing else touches vLLM
+`member`         a rank's part in every collective, which it plays whatever fails
 `controller`     one per worker process: what happens at a step, a rearrangement, a commit
 `view`           what it knows of its place, and of each model's last window
 `window`         vLLM's load window reduced to one row per rank, with ages and step kinds

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gimbal.core.caches import compiled_code
 from gimbal.core.config import PlacementConfig
 from gimbal.core.placement.planner import ModelFacts, Planner, planner_for
 
@@ -41,6 +42,8 @@ def one_at_a_time() -> Iterator[None]:
 def warm_up(planner: Planner) -> float:
     """Makes `planner` ready to plan; returns the seconds that took, waiting included."""
     start = time.monotonic()
+    folder, _ = compiled_code()
+    logger.info("Gimbal placement: compiles its planner, or reads it from %s", folder or "nowhere")
     with one_at_a_time():
         planner.warm_up()
     return time.monotonic() - start

@@ -35,6 +35,7 @@ from gimbal.vllm_plugin.placement.rows import (
     per_source,
     row_length,
     split_rows,
+    who_counts,
 )
 from gimbal.vllm_plugin.placement.sending import measure
 from gimbal.vllm_plugin.placement.view import ModelView, Place
@@ -86,7 +87,6 @@ class Controller:
     window_size: int
     clock_s: Callable[[], float] = time.monotonic
     feedback: bool = False  # measures pressure, and plans for the rows that will last
-    naive: bool = False  # every rank routes all tokens, known from the layers
     models: list[ModelView] = field(default_factory=list)
     step: int = 0
     batch: tuple[int, int] = (0, 0)  # (prefill, decode) tokens of the step being run
@@ -139,6 +139,13 @@ class Controller:
         if measured_us is not None:
             self.pressure_us, self.pressure_news = measured_us, True
 
+    def _stop_pressing(self) -> None:
+        """Whose slots are whose is no longer known: dispatch is told that nothing presses."""
+        for view in self.models:
+            view.meter = None
+        self.pressure_news |= self.pressure_us > 0.0
+        self.pressure_us = 0.0
+
     def watch(self, state: Any) -> None:
         """Looks after the asynchronous worker, and closes its rearrangement's account."""
         if not state.is_async:
@@ -175,6 +182,7 @@ class Controller:
         if gathered.shape[0] != self.place.ranks:
             # Scaled since this worker started; who stands where is known from then.
             self.guard.fell_back("the expert-parallel group has another size")
+            self._stop_pressing()
             return Proposal((Verdict.VLLM, 0))
         current = np.ascontiguousarray(old.numpy(), dtype=np.int32)
         view = self.models[index]
@@ -233,7 +241,13 @@ class Controller:
         offset = sum(row_length(*v.state.logical_replica_count.shape) for v in self.models[:index])
         part = gathered[:, offset : offset + row_length(*shape)]
         rows = split_rows(part, *shape)
-        return per_source(rows, self.place.ranks_per_source), float(rows.stall_us.max())
+        sources = self.sources_of(self.models[index])
+        counts = per_source(rows, self.place.ranks_per_source, sources)
+        return counts, float(rows.stall_us.max())
+
+    def sources_of(self, view: ModelView) -> Sources:
+        """Which tokens the ranks count in a model."""
+        return who_counts(view.state.model.moe_layers, self.place.ranks_per_source)
 
     def _expected(self, view: ModelView, counts: SourceCounts) -> tuple[RoutingCounts, float]:
         """The rows to plan for, and for how many intervals; as measured and 1 without feedback."""
@@ -244,14 +258,15 @@ class Controller:
         return view.outlook.observe(counts.routing, overlap), view.outlook.windows
 
     def _note_sources(self, sources: Sources) -> None:
-        if sources is Sources.UNKNOWN and sources.value not in self._said:
+        several = self.place.ranks > self.place.ranks_per_source
+        if sources is Sources.UNKNOWN and several and sources.value not in self._said:
             self._said.add(sources.value)
             logger.warning("Gimbal placement: %s", sources.value)
             self.guard.fell_back("source-awareness off")
 
     def _may_prefer_near(self, sources: Sources) -> bool:
         """Own tables need one rank to choose for a token; see `replicas`."""
-        return sources is Sources.PER_RANK and not self.naive and self.place.ranks > 1
+        return sources is Sources.PER_RANK and self.place.ranks > 1
 
     def _realized(self, view: ModelView, counts: SourceCounts, current: IntArray) -> None:
         """Prices the last commit on the counts that followed it."""

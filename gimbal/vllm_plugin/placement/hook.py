@@ -15,6 +15,7 @@ from typing import Any
 
 from gimbal.core.config import GimbalConfig
 from gimbal.core.guard import LevelGuard
+from gimbal.core.model import ModelConfig, count_top_k
 from gimbal.core.placement.planner import ModelFacts, Planner, planner_for
 from gimbal.vllm_plugin.bridge import level_config
 from gimbal.vllm_plugin.engine import news
@@ -101,7 +102,6 @@ def _with_model(
     meter = _meter(planner, controller.place) if controller.feedback else None
     view = ModelView(model_state, planner, meter, ready=False)
     controller.models.append(view)
-    controller.naive |= any(map(routes_all_tokens, model_state.model.moe_layers))
     threading.Thread(target=_warm_up, args=(view,), daemon=True).start()
     return controller
 
@@ -147,25 +147,16 @@ def _new_controller(state: Any, config: GimbalConfig, guard: LevelGuard) -> Cont
 
 def _facts(state: Any, model_state: Any, model_config: Any) -> ModelFacts:
     weights = model_state.model.expert_weights[0]
-    text = model_config.hf_text_config
+    text = ModelConfig(vars(model_config.hf_text_config), "the model's configuration")
     parallel = state.parallel_config
     return ModelFacts(
         expert_bytes=float(sum(w[0].numel() * w.element_size() for w in weights)),
-        top_k=int(getattr(text, "num_experts_per_tok", 0) or 1),
+        top_k=count_top_k(text),
         hidden_bytes=float(model_config.get_hidden_size() * 2),
         on_cpu=model_state.expert_load_window.device.type == "cpu",
         all2all_backend=str(parallel.all2all_backend),
         step_interval=int(parallel.eplb_config.step_interval),
     )
-
-
-def routes_all_tokens(layer: Any) -> bool:
-    """Whether this MoE layer gathers router logits first, so that every rank routes every token."""
-    for owner in (layer, getattr(layer, "runner", None)):
-        for name in ("do_naive_dispatch_combine", "is_monolithic"):
-            if bool(getattr(owner, name, False)):
-                return True
-    return False
 
 
 def _taking_part(state: Any) -> Member | None:

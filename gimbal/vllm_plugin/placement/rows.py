@@ -5,8 +5,10 @@ Every rank computes this from the same bytes, so all ranks agree on the result.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 import numpy as np
 
@@ -77,19 +79,28 @@ def split_rows(gathered: FloatArray, layers: int, experts: int) -> RankRows:
     return RankRows(*(planes[:, p] for p in range(PLANES)), *gathered[:, -SCALARS:].T)
 
 
-def who_counts(raw: FloatArray, ranks_per_source: int) -> Sources:
-    """Which tokens the ranks counted, from `raw` [ranks, layers, experts].
+def who_counts(layers: Iterable[Any], ranks_per_source: int) -> Sources:
+    """Which tokens the ranks counted, from what vLLM does in the MoE `layers` of a model.
 
-    Two engines never route the same tokens, so equal rows mean that every rank saw all tokens.
-    Within an engine, equal rows mean plain tensor parallelism, different ones sequence-parallel
-    MoE, where each rank routes its share of the tokens.
+    A rank counts what it routes: tokens of all ranks where router logits are gathered first,
+    otherwise its engine's, or its own share of those where MoE layers are sequence-parallel. Asked
+    at every rearrangement, because vLLM may make a layer's kernel after it has loaded the model.
     """
-    groups = raw.reshape(-1, ranks_per_source, *raw.shape[1:])
-    if len(groups) > 1 and raw.any() and (raw == raw[:1]).all():
+    runners = [getattr(layer, "runner", layer) for layer in layers]
+    if any(map(_routes_all_tokens, runners)):
         return Sources.UNKNOWN
-    if ranks_per_source > 1 and raw.any() and (groups == groups[:, :1]).all():
-        return Sources.PER_ENGINE
-    return Sources.PER_RANK
+    shared = not any(map(_is_sequence_parallel, runners))
+    return Sources.PER_ENGINE if ranks_per_source > 1 and shared else Sources.PER_RANK
+
+
+def _routes_all_tokens(runner: Any) -> bool:
+    names = ("do_naive_dispatch_combine", "is_monolithic")
+    return any(bool(getattr(runner, name, False)) for name in names)
+
+
+def _is_sequence_parallel(runner: Any) -> bool:
+    config = getattr(runner, "moe_config", None)
+    return bool(getattr(config, "is_sequence_parallel", False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +120,11 @@ class SourceCounts:
     kinds: tuple[StepKind, ...] = MEAN_STEP
 
 
-def per_source(rows: RankRows, ranks_per_source: int) -> SourceCounts:
-    """Adds ranks to engines as `who_counts` says, and scales to whole steps.
+def per_source(rows: RankRows, ranks_per_source: int, sources: Sources) -> SourceCounts:
+    """Adds ranks to engines as `sources` (`who_counts`) says, and scales to whole steps.
 
     Lock-step engines share their steps: the busiest rank's decayed steps are the window's.
     """
-    sources = who_counts(rows.raw, ranks_per_source)
     window = max(float(rows.steps.max()), 1e-9)
     steps = max(1, round(window))
     scale = steps / window

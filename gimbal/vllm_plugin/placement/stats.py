@@ -47,6 +47,7 @@ def _routing(member: Member, controller: Controller) -> dict[str, Any]:
                 "name": str(state.model_name),
                 "layers": int(layers),
                 "experts": int(experts),
+                "sources": controller.sources_of(view).name,
                 "row": row.cpu().numpy().astype("<f8").tobytes(),
                 "physical_to_logical": slots.cpu().numpy().astype("<i4").tobytes(),
             }
@@ -114,7 +115,8 @@ def combine(answers: Sequence[dict[str, Any]]) -> tuple[SourceCounts, np.ndarray
     first = ranks[0]["models"][0]
     shape = first["layers"], first["experts"]
     rows = np.stack([np.frombuffer(a["models"][0]["row"], "<f8") for a in ranks])
-    counts = per_source(split_rows(rows, *shape), ranks[0]["ranks_per_source"])
+    sources = Sources[first["sources"]]
+    counts = per_source(split_rows(rows, *shape), ranks[0]["ranks_per_source"], sources)
     placement = np.frombuffer(first["physical_to_logical"], "<i4").reshape(shape[0], -1)
     facts = {k: v for k, v in ranks[0].items() if k not in ("models", "rank")}
     facts["pressure_us"] = [r["pressure_us"] for r in ranks[:: ranks[0]["ranks_per_source"]]]

@@ -23,6 +23,7 @@ from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin.engine.state import EngineState
 from gimbal.vllm_plugin.queue.facts import EngineFacts
 from gimbal.vllm_plugin.queue.waiting_queue import PLACE, GimbalRequestQueue
+from gimbal.vllm_plugin.versions import prefill_interval_of_one
 
 _PLAIN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
@@ -89,9 +90,9 @@ class SchedulerView:
 
     @property
     def held_back(self) -> bool:
-        """By the group's interval, or in vLLM 0.33 by that of an engine which is alone."""
+        """By the group's interval, or by that of an engine which is alone."""
         scheduler = self.scheduler
-        interval = getattr(scheduler, "local_prefill_interval", 1)
+        interval = prefill_interval_of_one(scheduler)
         if self._throttled or interval <= 1:
             return self._throttled
         return bool(scheduler.num_executed_steps + 1 - scheduler.last_prefill_step < interval)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from gimbal.vllm_plugin.seams.table import Seam
@@ -24,25 +25,43 @@ class SeamProblem:
 def check_seams(vllm_root: Path, seams: Iterable[Seam]) -> list[SeamProblem]:
     """Compares `seams` with the sources below `vllm_root` (the folder that holds ``v1/``)."""
     problems = []
-    trees: dict[Path, ast.Module] = {}
     for seam in seams:
-        base = vllm_root.joinpath(*seam.module.split("."))
-        path = base.with_suffix(".py") if base.with_suffix(".py").exists() else base / "__init__.py"
-        if not path.exists():
+        if not _file_of(vllm_root, seam.module).exists():
             problems.append(SeamProblem(seam, f"no module {seam.module}"))
             continue
-        if path not in trees:
-            trees[path] = ast.parse(path.read_text(encoding="utf-8"))
-        node = _find(trees[path], seam.symbol.split("."))
-        if node is None and seam.since:
+        place = find_symbol(vllm_root, seam)
+        if place is None and seam.since:
             continue
-        if node is None:
+        if place is None:
             problems.append(SeamProblem(seam, "no such symbol"))
         elif seam.parameters:
-            found = _parameters(node)
-            if found != seam.parameters:
+            found = _parameters(place[0])
+            if found not in (seam.parameters, *seam.also):
                 problems.append(SeamProblem(seam, f"({', '.join(found)})"))
     return problems
+
+
+def find_symbol(vllm_root: Path, seam: Seam) -> tuple[ast.AST, str] | None:
+    """What defines the symbol of `seam` below `vllm_root`, and the source of its module."""
+    path = _file_of(vllm_root, seam.module)
+    if not path.exists():
+        return None
+    tree, source = _parsed(path, path.stat().st_mtime_ns)
+    node = _find(tree, seam.symbol.split("."))
+    return None if node is None else (node, source)
+
+
+def _file_of(vllm_root: Path, module: str) -> Path:
+    base = vllm_root.joinpath(*module.split("."))
+    path = base.with_suffix(".py")
+    return path if path.exists() else base / "__init__.py"
+
+
+@lru_cache(maxsize=64)
+def _parsed(path: Path, changed_ns: int) -> tuple[ast.Module, str]:
+    del changed_ns  # a file that was written again is read again
+    source = path.read_text(encoding="utf-8")
+    return ast.parse(source), source
 
 
 def _find(node: ast.AST, path: list[str]) -> ast.AST | None:

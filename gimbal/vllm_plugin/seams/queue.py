@@ -147,10 +147,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam(
         "v1.core.kv_cache_manager",
         "KVCacheManager.get_computed_blocks",
-        (),
+        ("self", "request"),
         "queue",
         "blocks of a shared prefix that a request need not allocate",
         patched=False,
+        also=(("self", "request", "max_cache_hit_length"),),
     ),
     Seam(
         "v1.metrics.loggers",

@@ -21,6 +21,7 @@ class Seam:
             makes the function it reaches; empty where vLLM calls nothing of Gimbal's. An entry
             guards everything below it: a fault there ends in vLLM's behaviour for that call.
         since: the vLLM version that brought it, where older supported ones lack it.
+        also: parameters that it has in other supported versions, and that serve as well.
     """
 
     module: str
@@ -31,3 +32,4 @@ class Seam:
     patched: bool = True
     entry: str = ""
     since: str = ""
+    also: tuple[tuple[str, ...], ...] = ()

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import re
 import socket
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from gimbal.core.cost.derive import EXPERT_KEYS
 from gimbal.core.errors import InputError
+from gimbal.core.model import ModelConfig, count_experts, read_config
+from gimbal.core.model.config import HUGGING_FACE, MISTRAL
+from gimbal.vllm_plugin.serve.command_line import vllm_table
 from gimbal.vllm_plugin.serve.flags import VllmFlags
-
-SUPPORTED = ((0, 32), (0, 33))
-"""vLLM minor versions Gimbal works with; `docs/compatibility.md` says what was tested."""
+from gimbal.vllm_plugin.versions import check_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +24,6 @@ class VllmInstall:
     distribution: str
     version: str
     cpu: bool
-
-
-def supported_text() -> str:
-    return " and ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
 
 
 def installed_vllm() -> VllmInstall:
@@ -50,65 +43,77 @@ def installed_vllm() -> VllmInstall:
     )
 
 
-def check_version(version: str) -> None:
-    """Raises InputError unless `version` is one Gimbal supports."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if match is None or (int(match[1]), int(match[2])) not in SUPPORTED:
-        raise InputError(
-            f"vLLM {version} is not supported: Gimbal works with {supported_text()} "
-            "(`gimbal doctor` shows which symbols differ)"
-        )
+def check_model(flags: VllmFlags, version: str) -> tuple[str, ...]:
+    """Checks what the model's own configuration says against the flags; returns warnings.
 
-
-def model_config(model: str) -> dict[str, Any] | None:
-    """``config.json`` of a local model folder, None for a name to be downloaded.
-
-    Raises InputError for something that looks like a path and holds no model.
+    What it does not say, or says in a way that is not known here, is left to vLLM.
     """
-    folder = Path(model).expanduser()
+    assert flags.model is not None
+    config = None if "hf_config_path" in flags.given else model_config(flags.model)
+    if config is None or "hf_overrides" in flags.given:
+        return ()
+    check_heads(flags, config)
+    check_class(flags, config, version)
+    return check_experts(flags, config)
+
+
+def model_config(model: str) -> ModelConfig | None:
+    """The configuration of a local model folder, None for a name to be downloaded.
+
+    ``config.json``, or ``params.json`` as Mistral has it. Raises InputError for something that
+    looks like a path and holds neither.
+    """
+    folder = Path(os.path.expanduser(model))
     if not folder.exists():
         if model.startswith((".", "/", "~")):
             raise InputError(f"{model}: no such model folder")
         return None
-    path = folder / "config.json"
-    if not path.exists():
-        raise InputError(f"{model}: not a model folder (it has no config.json)")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    return values if isinstance(values, dict) else None
+    if not folder.is_dir():
+        return None
+    if not any((folder / name).exists() for name in (HUGGING_FACE, MISTRAL)):
+        raise InputError(f"{model}: not a model folder (it has no {HUGGING_FACE} and no {MISTRAL})")
+    return read_config(folder)
 
 
-def count_experts(config: dict[str, Any]) -> int:
-    """Routed experts per layer that a Hugging Face config declares; 0 for a dense model."""
-    for section in (config, config.get("text_config") or {}):
-        for key in EXPERT_KEYS:
-            if isinstance(section.get(key), int) and section[key] > 1:
-                return int(section[key])
-    return 0
-
-
-def check_experts(flags: VllmFlags, config: dict[str, Any] | None) -> None:
+def check_experts(flags: VllmFlags, config: ModelConfig) -> tuple[str, ...]:
     """Expert parallelism needs experts, and slots that divide over the ranks with EPLB."""
-    if config is None or not (flags.expert_parallel or flags.eplb):
-        return
+    if not (flags.expert_parallel or flags.eplb):
+        return ()
     experts = count_experts(config)
-    if experts == 0:
+    if experts is None:
+        return (f"{flags.model}: how many experts it has is not known here: vLLM decides",)
+    if not experts:
         wanted = "--enable-expert-parallel" if flags.expert_parallel else "--enable-eplb"
-        raise InputError(f"{flags.model}: not a Mixture-of-Experts model, so {wanted} cannot work")
-    ranks = flags.dp * flags.tp
+        return (f"{flags.model}: its configuration names no experts, which {wanted} needs",)
+    ranks = flags.dp * flags.tp * flags.pcp
     slots = experts + flags.redundant_experts
     if flags.eplb and slots % ranks:
         raise InputError(
             f"{flags.model}: {experts} experts + {flags.redundant_experts} redundant = {slots} "
-            f"slots do not divide over DP {flags.dp} x TP {flags.tp} = {ranks} expert ranks"
+            f"slots do not divide over DP {flags.dp} x TP {flags.tp * flags.pcp} = {ranks} "
+            "expert ranks"
+        )
+    return ()
+
+
+def check_class(flags: VllmFlags, config: ModelConfig, version: str) -> None:
+    """Raises InputError where vLLM's class of the model cannot do EPLB."""
+    names = config.get("architectures")
+    if not flags.eplb or "model_impl" in flags.given or not isinstance(names, list) or not names:
+        return
+    if set(map(str, names)) <= set(vllm_table(version)["without_eplb"]):
+        raise InputError(
+            f"{flags.model}: vLLM {version} cannot move experts of {names[0]}, so --enable-eplb "
+            "cannot work"
         )
 
 
-def check_heads(flags: VllmFlags, config: dict[str, Any] | None) -> None:
-    """Tensor parallelism splits attention heads."""
-    heads = (config or {}).get("num_attention_heads")
+def check_heads(flags: VllmFlags, config: ModelConfig) -> None:
+    """Tensor parallelism splits attention heads (of a model that is not made of several)."""
+    heads = config.get("num_attention_heads")
+    parts = [part for part in config.values.values() if isinstance(part, dict)]
+    if any("num_attention_heads" in part for part in parts):
+        return
     if isinstance(heads, int) and heads % flags.tp:
         raise InputError(
             f"--tensor-parallel-size {flags.tp}: does not divide the model's {heads} heads"
@@ -121,10 +126,10 @@ def check_devices(flags: VllmFlags, gpus: int | None) -> None:
         gpus is None
         or flags.nodes > 1
         or flags.headless
-        or "--data-parallel-backend" in flags.given
+        or flags.given & {"data_parallel_backend", "distributed_executor_backend"}
     ):
         return
-    needed = flags.local_engines * flags.tp * flags.pp
+    needed = flags.local_engines * flags.ranks_per_engine
     if needed > gpus:
         raise InputError(
             f"DP {flags.local_engines} x TP {flags.tp} x PP {flags.pp} needs {needed} GPUs on "
@@ -141,6 +146,21 @@ def visible_gpus() -> int | None:
     return len(list(folder.iterdir())) if folder.is_dir() else None
 
 
+def check_address(flags: VllmFlags) -> None:
+    """Raises InputError where the server could not listen, or nobody would know where it does."""
+    if flags.headless:
+        return
+    if flags.uds is not None:
+        if os.path.lexists(flags.uds):
+            raise InputError(f"--uds {flags.uds}: already there; remove it, or choose another")
+        return
+    if flags.port == 0:
+        raise InputError(
+            "--port 0: any free port would do, and nobody would know which: choose one"
+        )
+    check_port(flags.host, flags.port)
+
+
 def check_port(host: str | None, port: int) -> None:
     """Raises InputError when `port` cannot be listened on."""
     family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
@@ -150,6 +170,9 @@ def check_port(host: str | None, port: int) -> None:
             probe.bind((host or "", port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            if getattr(error, "errno", None) == errno.EADDRINUSE:
+            number = getattr(error, "errno", None)
+            if number == errno.EADDRINUSE:
                 reason = "already in use; choose another with --port"
+            if isinstance(error, socket.gaierror) or number == errno.EADDRNOTAVAIL:
+                raise InputError(f"--host {host}: {reason}") from None
             raise InputError(f"port {port}: {reason}") from None

@@ -1,77 +1,51 @@
-"""Reads the few vLLM flags Gimbal must know; every flag still goes to vLLM untouched.
-
-Written by hand because vLLM's own parser takes seconds to import, and bad input should be
-answered before that.
-"""
+"""What a vLLM command line says, as far as Gimbal must know; every flag still goes to vLLM."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gimbal.core.errors import InputError
+from gimbal.core.json_text import parse_json
+from gimbal.vllm_plugin.serve.command_line import parse
 
-_SHORT = {
-    "-dp": "--data-parallel-size",
-    "-dpl": "--data-parallel-size-local",
-    "-tp": "--tensor-parallel-size",
-    "-pp": "--pipeline-parallel-size",
-    "-n": "--nnodes",
-    "-ep": "--enable-expert-parallel",
-    "-asc": "--api-server-count",
-    "-ac": "--additional-config",
-}
-_VALUED = (
-    "--model",
-    "--host",
-    "--port",
-    "--uds",
-    "--config",
-    "--data-parallel-size",
-    "--data-parallel-size-local",
-    "--data-parallel-backend",
-    "--tensor-parallel-size",
-    "--pipeline-parallel-size",
-    "--nnodes",
-    "--api-server-count",
-    "--eplb-config",
-    "--additional-config",
-    "--max-model-len",
-    "--max-num-batched-tokens",
-    "--kv-cache-memory-bytes",
-    "--served-model-name",
-    "--seed",
-)
-_SWITCHES = ("--enable-expert-parallel", "--enable-eplb", "--headless", "--enforce-eager")
-_DOTTED = ("--eplb-config", "--additional-config")
+_EXTRA = "--additional-config"
+_PORT = 8000
 
 
 @dataclass(frozen=True, slots=True)
 class VllmFlags:
-    """What the flags say; None or the default where they say nothing.
+    """What flags and ``--config`` file say; None or vLLM's default where they say nothing.
 
     Attributes:
         rest: the arguments for vLLM, all but ``--additional-config``, in their order.
-        additional_config: vLLM's ``--additional-config`` (dotted form included) as one mapping.
-        given: names of the long flags that were given.
+        given: names of what is set, as vLLM has them (``data_parallel_size``).
+        host: None: every address.
+        dp_local: DP engines of this machine where that is said or follows from ``--nnodes``.
+        pcp: ranks of prefill context parallelism.
+        eplb_config, additional_config: vLLM's, as mappings.
     """
 
     rest: tuple[str, ...]
     given: frozenset[str]
     model: str | None = None
+    served_name: str | None = None
     host: str | None = None
-    port: int = 8000
+    port: int = _PORT
+    uds: str | None = None
+    tls: bool = False
+    grpc: bool = False
     dp: int = 1
     dp_local: int | None = None
     tp: int = 1
     pp: int = 1
+    pcp: int = 1
     nodes: int = 1
     expert_parallel: bool = False
     eplb: bool = False
-    redundant_experts: int = 0
     headless: bool = False
+    eplb_config: dict[str, Any] | None = None
     additional_config: dict[str, Any] | None = None
 
     @property
@@ -79,134 +53,94 @@ class VllmFlags:
         """DP engines started on this machine."""
         return self.dp if self.dp_local is None else self.dp_local
 
+    @property
+    def ranks_per_engine(self) -> int:
+        """Worker processes of one engine."""
+        return self.tp * self.pp * self.pcp
 
-def read_flags(arguments: Sequence[str]) -> VllmFlags:
-    """Parses `arguments` of ``gimbal serve`` that are not Gimbal's own.
+    @property
+    def redundant_experts(self) -> int:
+        redundant = (self.eplb_config or {}).get("num_redundant_experts", 0)
+        if not isinstance(redundant, int):
+            raise InputError(
+                f"--eplb-config: num_redundant_experts: expected a whole number, got {redundant!r}"
+            )
+        return redundant
 
-    Raises InputError for a known flag whose value is missing or not of its type.
+
+def read_flags(arguments: Sequence[str], version: str) -> VllmFlags:
+    """Parses `arguments` of ``gimbal serve`` that are not Gimbal's own, for vLLM `version`.
+
+    Raises InputError for what vLLM would refuse, and for sizes below one.
     """
-    values: dict[str, str] = {}
-    dotted: dict[str, dict[str, Any]] = {name: {} for name in _DOTTED}
-    switches: set[str] = set()
-    rest: list[str] = []
-    given: set[str] = set()
-    words = list(arguments)
-    index = 0
-    model = None
-    previous_takes_value = False
-    while index < len(words):
-        word = words[index]
-        index += 1
-        name, value = _split(word)
-        given.add(name) if name.startswith("--") else None
-        if name in _SWITCHES or name.replace("--no-", "--", 1) in _SWITCHES:
-            on = name in _SWITCHES
-            name = name if on else name.replace("--no-", "--", 1)
-            switches.add(name) if on else switches.discard(name)
-            rest.append(word)
-            previous_takes_value = False
-            continue
-        section = name.partition(".")[0]
-        if name in _VALUED or section in _DOTTED:
-            taken = [word]
-            if value is None:
-                if index >= len(words):
-                    raise InputError(f"{word}: needs a value")
-                value = words[index]
-                taken.append(value)
-                index += 1
-            if name in _VALUED:
-                values[name] = value
-            else:
-                _set_dotted(dotted[section], name.partition(".")[2], value)
-            if section != "--additional-config":
-                rest += taken
-            previous_takes_value = False
-            continue
-        if not word.startswith("-") and not previous_takes_value and model is None:
-            model = word
-        # An unknown flag may or may not take the next word; a word right behind one is never
-        # taken for the model.
-        previous_takes_value = word.startswith("-") and value is None
-        rest.append(word)
-    return _build(values, dotted, switches, tuple(rest), frozenset(given), model)
+    found = parse(arguments, version)
 
+    def size(name: str, least: int = 1) -> int:
+        value = found.get(name)
+        if value is None:
+            return 1
+        if value < least:
+            raise InputError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
+        return int(value)
 
-def _build(
-    values: dict[str, str],
-    dotted: dict[str, dict[str, Any]],
-    switches: set[str],
-    rest: tuple[str, ...],
-    given: frozenset[str],
-    model: str | None,
-) -> VllmFlags:
-    def integer(name: str, default: int | None) -> Any:
-        if name not in values:
-            return default
-        try:
-            number = int(values[name])
-        except ValueError:
-            raise InputError(f"{name}: expected a whole number, got {values[name]!r}") from None
-        if number < (0 if name.endswith(("local", "port")) else 1):
-            raise InputError(f"{name}: must be at least 1, got {number}")
-        return number
-
-    eplb = _json_option(values, "--eplb-config") | dotted["--eplb-config"]
-    extra = _json_option(values, "--additional-config") | dotted["--additional-config"]
-    redundant = eplb.get("num_redundant_experts", 0)
-    if not isinstance(redundant, int):
-        raise InputError(
-            f"--eplb-config: num_redundant_experts: expected a whole number, got {redundant!r}"
-        )
+    names = found.get("served_model_name")
     return VllmFlags(
-        rest=rest,
-        given=given,
-        model=model or values.get("--model"),
-        host=values.get("--host"),
-        port=integer("--port", 8000),
-        dp=integer("--data-parallel-size", 1),
-        dp_local=integer("--data-parallel-size-local", None),
-        tp=integer("--tensor-parallel-size", 1),
-        pp=integer("--pipeline-parallel-size", 1),
-        nodes=integer("--nnodes", 1),
-        expert_parallel="--enable-expert-parallel" in switches,
-        eplb="--enable-eplb" in switches,
-        redundant_experts=redundant,
-        headless="--headless" in switches,
-        additional_config=extra,
+        rest=_without_extra(arguments),
+        given=frozenset(found),
+        model=found.get("model_tag") or found.get("model"),
+        served_name=names[0] if names else None,
+        host=found.get("host"),
+        port=found.get("port", _PORT),
+        uds=found.get("uds"),
+        tls=bool(found.get("ssl_keyfile") or found.get("ssl_certfile")),  # as uvicorn has it
+        grpc=found.get("grpc", False),
+        dp=size("data_parallel_size"),
+        dp_local=_local_engines(found, size),
+        tp=size("tensor_parallel_size"),
+        pp=size("pipeline_parallel_size"),
+        pcp=size("prefill_context_parallel_size"),
+        nodes=size("nnodes"),
+        expert_parallel=found.get("enable_expert_parallel", False),
+        eplb=found.get("enable_eplb", False),
+        headless=found.get("headless", False),
+        eplb_config=_json_option(found, "eplb_config"),
+        additional_config=_json_option(found, "additional_config"),
     )
 
 
-def _split(word: str) -> tuple[str, str | None]:
-    """A flag in vLLM's canonical spelling (dashes, long) and its ``=value``, if any."""
-    if not word.startswith("-"):
-        return word, None
-    name, equals, value = word.partition("=")
-    if name.startswith("--"):
-        head, dot, tail = name.partition(".")
-        name = head.replace("_", "-") + dot + tail
-    return _SHORT.get(name, name), value if equals else None
+def _local_engines(found: dict[str, Any], size: Callable[..., int]) -> int | None:
+    """As `EngineArgs.create_engine_config` has it."""
+    if found.get("data_parallel_external_lb") or found.get("data_parallel_rank") is not None:
+        return 1
+    if found.get("data_parallel_size_local") is not None:
+        return size("data_parallel_size_local", 0)
+    if (nodes := size("nnodes")) > 1:
+        return max(size("data_parallel_size") // nodes, 1)
+    return None
 
 
-def _json_option(values: dict[str, str], name: str) -> dict[str, Any]:
-    if name not in values:
+def _json_option(found: dict[str, Any], name: str) -> dict[str, Any]:
+    text = found.get(name)
+    if text is None:
         return {}
-    try:
-        parsed = json.loads(values[name])
-    except json.JSONDecodeError as error:
-        raise InputError(f"{name}: not JSON at character {error.pos} ({error.msg})") from None
-    if not isinstance(parsed, dict):
-        raise InputError(f"{name}: expected a JSON object, got {values[name]!r}")
-    return parsed
+    flag = f"--{name.replace('_', '-')}"
+    value = parse_json(text, flag)
+    if not isinstance(value, dict):
+        raise InputError(f"{flag}: expected a JSON object, got {text!r}")
+    return value
 
 
-def _set_dotted(target: dict[str, Any], path: str, text: str) -> None:
-    """``a.b`` = `text` in nested mappings; JSON where it parses as JSON, as vLLM reads it."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *parents, last = path.split(".")
-    for part in parents:
-        target = target.setdefault(part, {})
-    target[last] = value
+def _without_extra(arguments: Sequence[str]) -> tuple[str, ...]:
+    """`arguments` less ``--additional-config``, dotted or not."""
+    kept: list[str] = []
+    takes_value = False
+    for word in arguments:
+        if takes_value:
+            takes_value = False
+            continue
+        name, equals, _ = word.partition("=")
+        if name.partition(".")[0].replace("_", "-") == _EXTRA:
+            takes_value = not equals
+        else:
+            kept.append(word)
+    return tuple(kept)

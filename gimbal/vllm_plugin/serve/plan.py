@@ -14,14 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gimbal.core.caches import COMPILED, compiled_code, is_writable, private_folder, user_cache
 from gimbal.core.config import GimbalConfig
 from gimbal.core.config_sources import merge_config, parse_levels, read_config_file, to_mapping
 from gimbal.core.errors import InputError
 from gimbal.core.files import writing
+from gimbal.vllm_plugin.bridge import rust_front_end
 from gimbal.vllm_plugin.cpu_backend.binding import bind_workers, usable_cores
 from gimbal.vllm_plugin.serve import checks
+from gimbal.vllm_plugin.serve.address import Address, address_of
 from gimbal.vllm_plugin.serve.flags import VllmFlags, read_flags
-from gimbal.vllm_plugin.serve.known_flags import check_flags
+from gimbal.vllm_plugin.versions import MEMORY_FOLLOWS_CORES
 
 DEMO_NAME = "gimbal-demo"
 
@@ -41,6 +44,8 @@ _DEMO_SWITCHES = ("--enable-expert-parallel", "--enable-eplb", "--enforce-eager"
 # oneDNN keeps a compiled kernel, some 100 KiB, for each of the last 1,024 batch shapes; under
 # continuous batching nearly every step has a new one, so a worker would grow for hours.
 _ONEDNN_KERNELS = "64"
+_BINDING, _NO_CORES_NAMED = "VLLM_CPU_OMP_THREADS_BIND", ("auto", "nobind")
+_OWN_MEMORY_NODES = "CPU_VISIBLE_MEMORY_NODES"
 _DEMO_EPLB = {"window_size": 100, "step_interval": 200, "communicator": "torch_gloo"}
 
 
@@ -52,28 +57,33 @@ class ServePlan:
         arguments: for vLLM's ``serve`` parser, the model first.
         environment: variables added to this process's own.
         config: Gimbal's effective configuration.
-        url: base of the OpenAI API, ``/v1`` included.
+        address: where the server answers; None where nobody here can ask it over HTTP (headless,
+            a Unix socket, gRPC).
         model: name to ask for in requests.
+        eplb: vLLM's expert parallel load balancing is on.
+        warnings: what is worth saying before the start.
+        page: the server answers below ``/gimbal``.
     """
 
     arguments: tuple[str, ...]
     environment: dict[str, str]
     config: GimbalConfig
-    url: str
+    address: Address | None
     model: str
-    headless: bool
+    headless: bool = False
+    page: bool = True
+    eplb: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def places_experts(self) -> bool:
         """Whether workers will want a compiled placement planner."""
-        return "placement" in self.config.levels and "--enable-eplb" in self.arguments
+        return "placement" in self.config.levels and self.eplb
 
     @property
     def idle_levels(self) -> tuple[str, ...]:
         """Levels that are on and can do nothing with these flags."""
-        if "placement" not in self.config.levels or self.places_experts:
-            return ()
-        return () if "--config" in self.arguments else ("placement",)
+        return ("placement",) if "placement" in self.config.levels and not self.eplb else ()
 
     @property
     def command(self) -> list[str]:
@@ -94,35 +104,53 @@ def plan_server(
     Raises InputError for a bad flag, configuration, model, port, vLLM version or machine.
     """
     environment = os.environ if environment is None else environment
-    flags = read_flags(arguments)
+    install = checks.installed_vllm()
+    read = _read_for_demo if demo else read_flags
+    flags = read(arguments, install.version)
     config = _configuration(flags, levels, config_file)
     plugins = environment.get("VLLM_PLUGINS")
     if plugins is not None and "gimbal" not in plugins.split(","):
         raise InputError(f"VLLM_PLUGINS={plugins}: vLLM would not load gimbal: add it, or unset it")
-    install = checks.installed_vllm()
-    check_flags(flags.given)
     if demo:
-        flags = _demo_flags(flags, demo_dir)
-    elif flags.model is None and not any(w in flags.given for w in ("--config", "--model")):
+        flags = _demo_flags(flags, install.version, demo_dir)
+    elif flags.model is None:
         raise InputError("no model given: gimbal serve MODEL [vLLM flags], or gimbal serve --demo")
-    if flags.model is not None:
-        model_config = checks.model_config(flags.model)
-        checks.check_experts(flags, model_config)
-        checks.check_heads(flags, model_config)
+    assert flags.model is not None
+    warnings = checks.check_model(flags, install.version)
     if not install.cpu:
         checks.check_devices(flags, checks.visible_gpus())
-    if not flags.headless and "--uds" not in flags.given:
-        checks.check_port(flags.host, flags.port)
+    checks.check_address(flags)
     extra = dict(flags.additional_config or {})
     extra["gimbal"] = to_mapping(config)
-    host = flags.host if flags.host not in (None, "0.0.0.0", "::") else "127.0.0.1"
-    return ServePlan(
+    plan = ServePlan(
         arguments=(*flags.rest, "--additional-config", json.dumps(extra)),
         environment=_environment(flags, install.cpu, demo, environment),
         config=config,
-        url=f"http://{host}:{flags.port}/v1",
-        model=_served_name(flags),
-        headless=flags.headless or "--uds" in flags.given,
+        address=address_of(flags),
+        model=flags.served_name or flags.model,
+        headless=flags.headless,
+        page=bool(config.levels) and not rust_front_end(environment),
+        eplb=flags.eplb,
+    )
+    if plan.idle_levels:
+        warnings += ("level placement stays idle: it needs --enable-eplb (and -ep)",)
+    return _keeping_compiled_code(replace(plan, warnings=warnings))
+
+
+def _keeping_compiled_code(plan: ServePlan) -> ServePlan:
+    """`plan` whose processes find each other's compiled code, though no folder lasts."""
+    folder, lasts = compiled_code()
+    if lasts or not plan.config.levels:
+        return plan
+    said = f"neither the package's folder nor a cache of yours can be written: {COMPILED} names one"
+    if folder is None:
+        return replace(
+            plan, warnings=(*plan.warnings, f"{said}; until then every process compiles")
+        )
+    return replace(
+        plan,
+        environment={COMPILED: str(folder)} | plan.environment,
+        warnings=(*plan.warnings, f"{said} that lasts; compiled code goes to {folder}"),
     )
 
 
@@ -140,35 +168,50 @@ def _configuration(flags: VllmFlags, levels: str | None, file: Path | None) -> G
     return merge_config(sources)
 
 
-def _demo_flags(flags: VllmFlags, demo_dir: Path | None) -> VllmFlags:
+def _read_for_demo(arguments: Sequence[str], version: str) -> VllmFlags:
+    """`read_flags` where no model need be named: beside ``--config`` vLLM wants one."""
+    try:
+        return read_flags(arguments, version)
+    except InputError:
+        flags = read_flags([DEMO_NAME, *arguments], version)
+        return replace(flags, model=None, rest=flags.rest[1:])
+
+
+def _demo_flags(flags: VllmFlags, version: str, demo_dir: Path | None) -> VllmFlags:
     """`flags` with the demo's model and every default the command line leaves open."""
     if flags.model is not None and demo_dir is not None:
         raise InputError("--demo-dir makes a demo model, but a model was given as well")
     added: list[str] = []
     for name, value in _DEMO_VALUES:
-        if name not in flags.given:
+        if _name(name) not in flags.given:
             added += [name, value]
-    for switch in _DEMO_SWITCHES:
-        if switch not in flags.given and switch.replace("--", "--no-", 1) not in flags.given:
-            added.append(switch)
-    given = [g for g in flags.given if g.partition(".")[0] == "--eplb-config"]
-    if "--eplb-config" not in given:
-        set_here = {g.partition(".")[2] for g in given}
+    added += [switch for switch in _DEMO_SWITCHES if _name(switch) not in flags.given]
+    # Dotted keys are put together; a whole option would be replaced by them.
+    if "eplb_config" not in flags.given or any(map(_is_dotted_eplb, flags.rest)):
         added += [
             word
             for key, value in _DEMO_EPLB.items()
-            if key not in set_here
+            if key not in (flags.eplb_config or {})
             for word in (f"--eplb-config.{key}", str(value))
         ]
-    model = flags.model or str(demo_model(demo_dir))
-    words = [*flags.rest, *added] if flags.model else [model, *flags.rest, *added]
-    extra = flags.additional_config
-    merged = read_flags(words)
-    return replace(merged, model=model, additional_config=extra)
+    words = [*flags.rest, *added]
+    if flags.model is None:
+        words = [str(demo_model(demo_dir)), *words]
+    return replace(read_flags(words, version), additional_config=flags.additional_config)
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _is_dotted_eplb(word: str) -> bool:
+    return _name(word).startswith("eplb_config.")
 
 
 def demo_model(folder: Path | None = None) -> Path:
     """The demo model's folder; made when `folder` (default: a cache) does not hold it yet.
+
+    Where the user's cache cannot be written it lies among temporary files.
 
     The cache's name carries a digest of sizes and seed and of the code that makes the model, so
     a change of either makes a new one. Raises InputError for a folder that cannot be written, or
@@ -184,8 +227,14 @@ def demo_model(folder: Path | None = None) -> Path:
         digest = hashlib.sha256(repr(sizes).encode())
         for source in sorted(Path(demo.__path__[0]).glob("*.py")):
             digest.update(source.read_bytes())
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(base) / "gimbal" / f"demo-{digest.hexdigest()[:12]}"
+        name = f"demo-{digest.hexdigest()[:12]}"
+        cache = user_cache()
+        base = cache / "gimbal" if cache else None
+        if base is None or not ((base / name / MANIFEST).exists() or is_writable(base)):
+            base = private_folder()
+        if base is None:
+            raise InputError("no folder can be written for the demo model: --demo-dir FOLDER")
+        folder = base / name
     if (folder / MANIFEST).exists():
         return folder
     require_free(folder)
@@ -210,9 +259,11 @@ def _environment(
         # The demo needs nothing from the network; without these vLLM and transformers try it.
         added |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if cpu:
-        bind = bind_workers(usable_cores(), max(1, flags.local_engines), flags.tp * flags.pp)
-        added["VLLM_CPU_OMP_THREADS_BIND"] = bind
+        bind = bind_workers(usable_cores(), max(1, flags.local_engines), flags.ranks_per_engine)
+        added[_BINDING] = bind
         added["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = _ONEDNN_KERNELS
+        if _OWN_MEMORY_NODES not in current and current.get(_BINDING) not in _NO_CORES_NAMED:
+            added |= MEMORY_FOLLOWS_CORES
         # The quick start does not pin the threads of a worker one by one: nothing lost with one
         # core per worker, left to the user where there are more.
         if "," not in bind:
@@ -238,12 +289,3 @@ def _torch_openmp() -> dict[str, str]:
         for library in sorted(Path(folder).glob("lib/libgomp*.so*")):
             return {"LD_PRELOAD": str(library)}
     return {}
-
-
-def _served_name(flags: VllmFlags) -> str:
-    words = list(flags.rest)
-    for index, word in enumerate(words):
-        name, _, value = word.replace("_", "-").partition("=")
-        if name == "--served-model-name":
-            return value or words[index + 1]
-    return flags.model or "the configured model"

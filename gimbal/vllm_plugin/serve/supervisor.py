@@ -14,9 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import IO
 
 from rich.console import Console
 
+from gimbal.core.caches import temporary_folder
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.serve import processes, shared_memory
 from gimbal.vllm_plugin.serve.family import REPORTS, Ended, Family
@@ -173,16 +171,16 @@ class Supervisor:
 
     def _wait_ready(self, server: _Server) -> None:
         while self._goes_on(server, 0.25):
-            if not self.plan.headless and self._answers():
+            if self._answers():
                 self.ready = True
                 return
 
     def _answers(self) -> bool:
         """Whether the server answers; another program on its port does not count."""
-        port = urllib.parse.urlsplit(self.plan.url).port
-        if not _is_healthy(self.plan.url.removesuffix("/v1") + "/health"):
+        address = self.plan.address
+        if address is None or not address.is_healthy():
             return False
-        return port is None or processes.listens(processes.descendants(), port)
+        return address.uds is not None or processes.listens(processes.descendants(), address.port)
 
     def _relay(self, stream: IO[str]) -> None:
         shown = "\n"
@@ -236,19 +234,21 @@ class Supervisor:
         took_s = time.monotonic() - self.started_s
         memory_gib = processes.resident_bytes(processes.descendants()) / 2**30
         levels = ", ".join(self.plan.config.levels) or "none"
+        address = self.plan.address
+        assert address is not None
         self._say(
-            f"ready in {took_s:.1f} s at {self.plan.url} "
+            f"ready in {took_s:.1f} s at {address.uds or address.url + '/v1'} "
             f"(model {self.plan.model}; levels: {levels}; {memory_gib:.1f} GiB resident)"
         )
-        if self.plan.config.levels:
-            self._say(f"watch it: {self.plan.url.removesuffix('/v1')}/gimbal")
+        if self.plan.page:
+            self._say(f"watch it: {address.url}/gimbal")
         body = {
             "model": self.plan.model,
             "messages": [{"role": "user", "content": "Hello"}],
             "max_tokens": 32,
         }
         self._say(
-            f"try: curl {self.plan.url}/chat/completions -H 'Content-Type: application/json' "
+            f"try: {address.curl}/v1/chat/completions -H 'Content-Type: application/json' "
             f"-d '{json.dumps(body)}'"
         )
 
@@ -265,18 +265,10 @@ class Supervisor:
 
 def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
     try:
-        return tempfile.TemporaryDirectory(prefix="gimbal-")
+        return tempfile.TemporaryDirectory(prefix="gimbal-", dir=temporary_folder())
     except OSError as error:
         raise InputError(f"no folder for temporary files (TMPDIR): {error}") from error
 
 
 def _silent(text: str) -> None:
     del text
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2.0) as reply:
-            return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False

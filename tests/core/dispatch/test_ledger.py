@@ -293,3 +293,15 @@ def test_resize(engines):
     assert ledger.finished("b") == (1 if engines > 1 else None)
     ledger.observe(np.zeros((engines, ROW_WIDTH)))
     assert ledger.inflight[1].sum() == 10
+
+
+def test_an_engine_with_nothing_to_run_is_not_late_though_requests_wait_in_it():
+    ledger = Ledger(2)
+    board = np.zeros((2, ROW_WIDTH))
+    board[:, Field.WAITING_REQUESTS] = 3
+    board[0, Field.IDLE] = 1
+    assert ledger.observe(board, 5e6) == 5e6
+    assert ledger.silent_us.tolist() == [0, 5e6]
+    ledger.sent("r", 0, 10, now_us=5e6)
+    ledger.observe(board, 6e6)
+    assert ledger.silent_us.tolist() == [1e6, 6e6], "what it is sent it has to answer"

@@ -28,6 +28,15 @@ def test_whole_chunks_of_the_common_prefix():
     assert cached(index, []) == [0, 0, 0]
 
 
+def test_a_block_is_reused_only_where_the_tokens_behind_it_are_known_too():
+    index = PrefixIndex(1, chunk_tokens=64)
+    index.block_tokens, index.lookahead_tokens = 16, 1
+    tokens = prompt(200)
+    index.insert(tokens, 0)
+    assert cached(index, tokens) == [176]
+    assert cached(index, tokens[:70] + prompt(100, 1)) == [48]
+
+
 def test_chunks_count_only_behind_the_same_beginning():
     index = PrefixIndex(1, chunk_tokens=4)
     index.insert([1, 2, 3, 4, 5, 6, 7, 8], 0)

@@ -111,6 +111,7 @@ class CheckedServer:
             cores = (str(rank % (os.cpu_count() or 1)) for rank in range(self.layout.dp))
             binding = "|".join(core for core in cores for _ in range(self.layout.tp))
             environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding)
+            environment.setdefault("VLLM_CPU_SIM_MULTI_NUMA", "0")
         began = time.monotonic()
         self._process = subprocess.Popen(
             command,

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from gimbal.core.config import LEVELS
 from gimbal.core.errors import InputError
-from gimbal.vllm_plugin.doctor import machine, seams_report, software
+from gimbal.vllm_plugin.doctor import machine, seams_report, software, surroundings
 from gimbal.vllm_plugin.doctor.findings import Finding, report
 
 AVX2 = {"avx2", "avx512f", "avx512_bf16"}
@@ -37,6 +38,24 @@ GIB_KIB = 2**20
         (machine.check_shared_memory(64 << 20), "failed", "--shm-size"),
         (machine.check_shared_memory(1 << 30), "ok", ""),
         (machine.check_shared_memory(None), "warning", "worker queues"),
+        (surroundings.check_compiled_code(Path("/a"), True), "ok", ""),
+        (surroundings.check_compiled_code(Path("/a"), False), "warning", "NUMBA_CACHE_DIR"),
+        (surroundings.check_compiled_code(None, False), "failed", "set NUMBA_CACHE_DIR"),
+        (surroundings.check_temporary(Path("/tmp")), "ok", ""),
+        (surroundings.check_temporary(None), "failed", "set TMPDIR"),
+        (surroundings.check_proxies({}), "ok", ""),
+        (surroundings.check_proxies({"http_proxy": "p:1"}), "warning", "no_proxy=localhost"),
+        (
+            surroundings.check_proxies({"HTTPS_PROXY": "p:1", "no_proxy": "a"}),
+            "warning",
+            "no_proxy",
+        ),
+        (surroundings.check_proxies({"http_proxy": "p:1", "no_proxy": "*"}), "ok", ""),
+        (
+            surroundings.check_proxies({"http_proxy": "p", "NO_PROXY": "127.0.0.1, localhost"}),
+            "ok",
+            "",
+        ),
     ],
 )
 def test_each_check(finding: Finding, status: str, advice: str) -> None:
@@ -64,7 +83,31 @@ def test_plugin_switched_off_by_the_environment() -> None:
     assert software.check_plugin({}).status == "ok"
     assert software.check_plugin({"VLLM_PLUGINS": "other"}).status == "failed"
     assert software.check_plugin({"VLLM_PLUGINS": "other,gimbal"}).status == "ok"
-    assert software.check_plugin({"VLLM_USE_RUST_FRONTEND": "1"}).status == "warning"
+
+
+def test_the_rust_front_end_is_named() -> None:
+    assert list(software.check_front_end({})) == []
+    assert list(software.check_front_end({"VLLM_USE_RUST_FRONTEND": "0"})) == []
+    (finding,) = software.check_front_end({"VLLM_USE_RUST_FRONTEND": "1"})
+    assert finding.status == "warning"
+    assert "queue and placement act" in finding.advice
+
+
+def test_a_proxy_s_password_is_not_shown() -> None:
+    for proxy in ("http://me:secret@proxy:3128/", "me:secret@proxy:3128"):
+        found = surroundings.check_proxies({"http_proxy": proxy}).found
+        assert found == "http_proxy=proxy:3128; no_proxy=(not set)"
+
+
+def test_caches_that_cannot_be_written(tmp_path: Path) -> None:
+    good = {"VLLM_CACHE_ROOT": str(tmp_path / "a" / "b"), "HF_HOME": str(tmp_path)}
+    assert surroundings.check_model_caches(good).status == "ok"
+    assert not (tmp_path / "a").exists()  # looking leaves nothing
+    (tmp_path / "file").touch()
+    bad = str(tmp_path / "file" / "models")
+    finding = surroundings.check_model_caches(good | {"HF_HOME": bad})
+    assert (finding.status, finding.found) == ("warning", f"{bad} cannot be written")
+    assert "set HF_HOME to" in finding.advice
 
 
 def test_cpu_flags_of_both_architectures() -> None:
@@ -94,6 +137,7 @@ def test_sources_are_found_and_their_version_read(tmp_path: Path) -> None:
     assert {"symbols of dispatch", "symbols of serve"} < {finding.check for finding in missing}
     for finding in missing:
         assert ("--levels" in finding.advice) == (finding.check in levels)
+        assert re.search(r"use vLLM 0.* or 0\.33 \(what Gimbal does with it: .+\)$", finding.advice)
 
 
 def test_a_warning_does_not_fail_the_report() -> None:

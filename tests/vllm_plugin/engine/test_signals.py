@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import random
 from itertools import count
 from pathlib import Path
@@ -143,6 +142,26 @@ def test_an_idle_engine_says_so_once_and_then_seldom(engine: Any, monkeypatch: A
     assert rows.count == before + 2, "at once and 50 ms later"
 
 
+def test_a_paused_engine_is_idle_and_says_at_once_who_came_and_went(engine: Any) -> None:
+    from vllm.v1.core.sched.interface import PauseState
+
+    scheduler, rows = engine()
+    scheduler.has_requests()
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    for number in (1, 2):  # before vLLM waits for its next message
+        scheduler.add_request(real_scheduler.request(f"r{number}", 10))
+        assert not scheduler.has_requests()
+        assert rows[Field.WAITING_REQUESTS] == rows.row[ACCEPTED_REQUESTS] == number
+    scheduler.finish_requests(["r1"], _aborted())
+    while scheduler.has_requests():  # a step in which workers hear of it
+        scheduler.schedule()
+    assert rows[Field.WAITING_REQUESTS] == rows[Field.IDLE] == 1.0
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert scheduler.has_requests()
+    scheduler.schedule()
+    assert rows[Field.IDLE] == 0.0
+
+
 def test_an_idle_engine_says_at_once_that_it_refused_somebody(engine: Any) -> None:
     scheduler, rows = engine()
     scheduler.has_requests()
@@ -152,60 +171,6 @@ def test_an_idle_engine_says_at_once_that_it_refused_somebody(engine: Any) -> No
     assert rows.count == before + 1
     assert rows.row[ACCEPTED_REQUESTS + 2] == 1.0
     assert rows.row[ACCEPTED_TOKENS + 2] == 30.0
-
-
-class Refusing:
-    """The part of vLLM's ``EngineCoreProc`` that answers requests the scheduler never sees."""
-
-    def __init__(self, refused: Any) -> None:
-        from gimbal.core.guard import LevelGuard
-        from gimbal.vllm_plugin.engine.scheduler import GimbalSchedulerMixin
-
-        class Scheduler(GimbalSchedulerMixin):
-            def __init__(self) -> None:
-                self.gimbal_signals = SimpleNamespace(refused=refused, needs_recount=False)
-                self._gimbal_guard = LevelGuard("signals")
-
-        self.input_queue: queue.Queue[Any] = queue.Queue()
-        self.scheduler = Scheduler()
-        self.answered: list[Any] = []
-
-    def refuse(self, request: Any) -> None:
-        self.answered.append(request)
-
-
-def refuse(process: Refusing) -> Any:
-    """A request that `process` refuses, through the hook."""
-    from gimbal.vllm_plugin.engine.scheduler import _counted
-
-    request = SimpleNamespace(client_index=1, prompt_token_ids=[1, 2, 3], prompt_embeds=None)
-    _counted(Refusing.refuse)(process, request)
-    return request
-
-
-def test_a_refused_request_wakes_its_engine() -> None:
-    """An engine of a dense model that is idle blocks on its input queue, and would stay silent."""
-    from vllm.v1.engine import EngineCoreRequestType
-
-    refused: list[tuple[int, int]] = []
-    process = Refusing(lambda *told: refused.append(told))
-    request = refuse(process)
-    assert process.answered == [request]
-    assert refused == [(1, 3)]
-    assert process.input_queue.get_nowait() == (EngineCoreRequestType.WAKEUP, None)
-
-
-def test_a_refusal_that_cannot_be_counted_is_answered_once() -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("injected")
-
-    process = Refusing(fail)
-    request = refuse(process)
-    assert process.answered == [request]
-    assert process.scheduler._gimbal_guard.counts == {"refused": 1}
-    assert process.scheduler.gimbal_signals.needs_recount
-    del process.scheduler
-    refuse(process)  # refused before there was a scheduler
 
 
 def _aborted() -> Any:

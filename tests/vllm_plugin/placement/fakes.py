@@ -34,6 +34,7 @@ def model_state(experts: np.ndarray) -> SimpleNamespace:
     """vLLM's state of a model whose slots hold `experts` [layers, slots]."""
     slots = experts.shape[1]
     return SimpleNamespace(
+        model=SimpleNamespace(moe_layers=[SimpleNamespace()]),
         physical_to_logical_map=torch.from_numpy(experts.astype(np.int64)),
         logical_to_physical_map=torch.full((LAYERS, EXPERTS, TABLE), -1),
         logical_replica_count=torch.zeros(LAYERS, EXPERTS, dtype=torch.long),

@@ -21,6 +21,7 @@ COMMIT, KEEP, REFUSE, VLLM = (
         ([(KEEP, 0), (KEEP, 0)], KEEP),
         ([(COMMIT, 7), (REFUSE, 0)], REFUSE),
         ([(COMMIT, 7), (VLLM, 0), (REFUSE, 0)], VLLM),
+        ([(COMMIT, 7), (VLLM, 0), (Verdict.OFF, 0)], Verdict.OFF),
         ([(COMMIT, 7)], COMMIT),
         ([(COMMIT, 7), (Verdict.NOT_READY, 0), (REFUSE, 0)], Verdict.NOT_READY),
     ],

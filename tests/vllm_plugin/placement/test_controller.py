@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,18 +77,35 @@ def test_one_rank_switched_off_hands_all_of_them_to_vllm():
     before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
     for placement in group.rearrange():
         np.testing.assert_array_equal(placement, np.roll(before, 1, axis=1))
+    assert all(member.off for member in group.members)
+    for member in group.members:
+        member.begin(True)
+        assert member.mode == "pass", "vLLM sums its loads again, and nobody votes"
+
+
+def test_a_rank_without_a_controller_takes_part_and_votes_for_vllm():
+    group = filled(2)
+    group.members[1].controller = None
+    before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
+    for placement in group.rearrange():  # sums are checked there
+        np.testing.assert_array_equal(placement, np.roll(before, 1, axis=1))
+    assert all(member.off for member in group.members)
 
 
 def test_a_group_of_another_size_is_vllms_to_place():
     group = filled(2)
     for worker in group.workers:
         worker.place = Place(worker.place.rank, 4, 1, 4)  # as it was before two ranks left
+        worker.models[0].meter, worker.pressure_us = SimpleNamespace(), 7.0
     before = np.tile(np.arange(EXPERTS), (LAYERS, 1))
     for placement in group.rearrange():
         np.testing.assert_array_equal(placement, np.roll(before, 1, axis=1))
     reason = "the expert-parallel group has another size"
     assert set(group.workers[0].guard.counts) == {reason}
     assert not group.workers[0].guard.disabled
+    for worker in group.workers:  # what is sent where is no longer known either
+        assert worker.models[0].meter is None
+        assert (worker.pressure_us, worker.pressure_news) == (0.0, True)
 
 
 def test_a_rank_that_still_compiles_is_waited_for():
@@ -149,8 +167,25 @@ def test_vllm_plans_its_profile_run_and_elastic_scaling():
     np.testing.assert_array_equal(result.numpy(), np.roll(old.numpy(), 1, axis=1))
 
 
-def test_equal_rows_switch_source_awareness_off_once(caplog):
+def gather_logits_first(group):
+    """Makes every rank of `group` route all tokens."""
+    for worker in group.workers:
+        worker.models[0].state.model.moe_layers[0].do_naive_dispatch_combine = True
+
+
+def test_equal_rows_of_one_window_keep_source_awareness_on():
     group = Group(2)
+    for _ in range(4):
+        group.run_step(np.repeat(skewed(2)[:1], 2, axis=0))
+    group.rearrange()
+    worker = group.workers[0]
+    assert worker.models[0].counts.routing.counts.shape[0] == 2
+    assert worker.guard.counts == {}
+
+
+def test_ranks_that_count_all_tokens_switch_source_awareness_off_once():
+    group = Group(2)
+    gather_logits_first(group)
     for _ in range(4):
         group.run_step(np.repeat(skewed(2)[:1], 2, axis=0))
     group.rearrange()
@@ -186,8 +221,8 @@ def test_replica_tables_serve_more_of_the_demand_at_home():
 @pytest.mark.parametrize("reason", ["even", "naive"])
 def test_replica_tables_are_left_alone(reason):
     group = filled(2, redundant=4, replicas="even" if reason == "even" else "near")
-    for worker in group.workers:
-        worker.naive = reason == "naive"
+    if reason == "naive":
+        gather_logits_first(group)
     group.rearrange()
     for worker in group.workers:
         state = worker.models[0].state

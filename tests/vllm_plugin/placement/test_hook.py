@@ -17,7 +17,6 @@ from gimbal.vllm_plugin.placement.hook import (
     batch_tokens,
     patch_model_runner,
     patch_model_runners,
-    routes_all_tokens,
 )
 from gimbal.vllm_plugin.placement.member import Member
 from gimbal.vllm_plugin.placement.rebalance_log import RebalanceLog
@@ -35,13 +34,6 @@ from gimbal.vllm_plugin.placement.rebalance_log import RebalanceLog
 def test_tokens_of_a_step_by_kind(scheduled, proposed, expected):
     output = SimpleNamespace(num_scheduled_tokens=scheduled, scheduled_spec_decode_tokens=proposed)
     assert batch_tokens(output) == expected
-
-
-def test_layers_that_gather_logits_are_found():
-    assert not routes_all_tokens(SimpleNamespace())
-    assert routes_all_tokens(SimpleNamespace(is_monolithic=True))
-    runner = SimpleNamespace(do_naive_dispatch_combine=True, is_monolithic=False)
-    assert routes_all_tokens(SimpleNamespace(runner=runner))
 
 
 def member(pressure_us):

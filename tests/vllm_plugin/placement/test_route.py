@@ -84,6 +84,26 @@ def test_those_who_ask_meanwhile_share_one_answer(monkeypatch: Any) -> None:
     asyncio.run(ask())
 
 
+def test_every_engine_is_asked_where_vllm_hands_on_one_answer_only() -> None:
+    """As vLLM 0.31, which has no ``call_utility_all_async``."""
+
+    async def ask() -> None:
+        site = Site()
+
+        async def of_one(rpc: str, method: str, *_: Any, engine: bytes) -> Any:
+            site.calls.append(f"{method} of {engine.decode()}")
+            return [{"physical_to_logical": [[0, 1]]}]
+
+        site.app.state.gimbal_operator.engine_client.engine_core = SimpleNamespace(
+            _call_utility_async=of_one, core_engines=[b"0", b"1"]
+        )
+        answer = await site.get("?map=1")
+        assert answer.status_code == 200
+        assert site.calls == ["gimbal_experts_map of 0", "gimbal_experts_map of 1"]
+
+    asyncio.run(ask())
+
+
 def test_what_the_workers_lack_is_a_conflict() -> None:
     async def ask() -> None:
         site = Site()

@@ -1,5 +1,7 @@
 """Rows of ranks to counts of engines."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -41,33 +43,50 @@ def test_a_row_is_as_long_as_it_says():
     assert back.recorded.tolist() == [4, 4]
 
 
+def layer(**facts):
+    parallel = SimpleNamespace(is_sequence_parallel=facts.pop("is_sequence_parallel", False))
+    return SimpleNamespace(moe_config=parallel, **facts)
+
+
 @pytest.mark.parametrize(
-    ("raw", "ranks_per_source", "expected"),
+    ("facts", "ranks_per_source", "expected"),
     [
-        ([ONE, OTHER], 1, Sources.PER_RANK),
-        ([ONE, ONE], 1, Sources.UNKNOWN),
-        ([ONE, ONE, OTHER, OTHER], 2, Sources.PER_ENGINE),
-        ([ONE, OTHER, ONE, OTHER], 2, Sources.PER_RANK),
-        ([ONE, ONE, ONE, ONE], 2, Sources.UNKNOWN),
-        ([ONE, ONE], 2, Sources.PER_ENGINE),  # one engine of TP=2
-        ([0 * ONE, 0 * ONE], 1, Sources.PER_RANK),  # no traffic says nothing
-        ([ONE, 0 * ONE], 1, Sources.PER_RANK),
+        ({}, 1, Sources.PER_RANK),
+        ({}, 2, Sources.PER_ENGINE),
+        ({"is_sequence_parallel": True}, 2, Sources.PER_RANK),
+        ({"do_naive_dispatch_combine": True}, 1, Sources.UNKNOWN),
+        ({"do_naive_dispatch_combine": True, "is_sequence_parallel": True}, 2, Sources.UNKNOWN),
+        ({"is_monolithic": True, "do_naive_dispatch_combine": False}, 2, Sources.UNKNOWN),
     ],
 )
-def test_equal_rows_tell_who_counts(raw, ranks_per_source, expected):
-    assert who_counts(np.array(raw), ranks_per_source) is expected
+def test_what_vllm_does_tells_who_counts(facts, ranks_per_source, expected):
+    layers = [layer(), layer(**facts)]
+    assert who_counts(layers, ranks_per_source) is expected
+    assert who_counts([SimpleNamespace(runner=one) for one in layers], ranks_per_source) is expected
+
+
+def test_a_layer_that_says_nothing_counts_its_engine_s_tokens():
+    assert who_counts([SimpleNamespace()], 1) is Sources.PER_RANK
+    assert who_counts([SimpleNamespace()], 4) is Sources.PER_ENGINE
+
+
+def test_equal_rows_are_two_sources_where_vllm_keeps_them_apart():
+    """Random weights can route every token alike, so one window may be equal by chance."""
+    counts = per_source(rows([ONE, ONE], [5, 5]), 1, Sources.PER_RANK)
+    assert counts.routing.counts.shape == (2, 2, 3)
 
 
 def test_sequence_parallel_ranks_add_up_and_tensor_parallel_ranks_do_not():
-    added = per_source(rows([ONE, OTHER, OTHER, ONE + 2], [5, 5, 5, 5]), 2)
+    gathered = rows([ONE, OTHER, OTHER, ONE + 2], [5, 5, 5, 5])
+    added = per_source(gathered, 2, Sources.PER_RANK)
     np.testing.assert_allclose(added.routing.counts[0], 2 * (ONE + OTHER))
-    once = per_source(rows([ONE, ONE, OTHER, OTHER], [5, 5, 5, 5]), 2)
+    once = per_source(rows([ONE, ONE, OTHER, OTHER], [5, 5, 5, 5]), 2, Sources.PER_ENGINE)
     np.testing.assert_allclose(once.routing.counts, [2 * ONE, 2 * OTHER])
     assert added.routing.steps == 5
 
 
 def test_unknown_sources_become_one():
-    counts = per_source(rows([ONE, ONE], [5, 5]), 1)
+    counts = per_source(rows([ONE, ONE], [5, 5]), 1, Sources.UNKNOWN)
     assert counts.sources is Sources.UNKNOWN
     assert counts.routing.counts.shape == (1, 2, 3)
     np.testing.assert_allclose(counts.routing.counts[0], 2 * ONE)
@@ -75,15 +94,17 @@ def test_unknown_sources_become_one():
 
 def test_activity_is_per_step_of_the_group():
     """An engine idle in half the group's steps activates its experts half as often."""
-    counts = per_source(rows([ONE, OTHER], [10.0, 5.0], [ONE * 0 + 10.0, OTHER * 0 + 5.0]), 1)
+    gathered = rows([ONE, OTHER], [10.0, 5.0], [ONE * 0 + 10.0, OTHER * 0 + 5.0])
+    counts = per_source(gathered, 1, Sources.PER_RANK)
     np.testing.assert_allclose(counts.routing.active[0], 1.0)
     np.testing.assert_allclose(counts.routing.active[1], 0.5)
-    union = per_source(rows([ONE, OTHER], [10.0, 10.0], [ONE * 0 + 5, OTHER * 0 + 5]), 2)
+    gathered = rows([ONE, OTHER], [10.0, 10.0], [ONE * 0 + 5, OTHER * 0 + 5])
+    union = per_source(gathered, 2, Sources.PER_RANK)
     np.testing.assert_allclose(union.routing.active, 0.75)
 
 
 def test_decayed_steps_are_rounded_without_changing_pairs_per_step():
-    counts = per_source(rows([ONE, OTHER], [2.4, 1.0]), 1)
+    counts = per_source(rows([ONE, OTHER], [2.4, 1.0]), 1, Sources.PER_RANK)
     assert counts.routing.steps == 2
     np.testing.assert_allclose(counts.routing.counts[0] / 2, 2 * ONE / 2.4)
 
@@ -106,12 +127,13 @@ def test_numbers_that_are_no_counts_are_refused(number: int, value: float):
         )
     ),
     st.sampled_from([1, 2]),
+    st.sampled_from(list(Sources)),
 )
-def test_whatever_comes_becomes_finite_counts_or_one_error(gathered, ranks_per_source):
+def test_whatever_comes_becomes_finite_counts_or_one_error(gathered, ranks_per_source, sources):
     if len(gathered) % ranks_per_source:
         ranks_per_source = 1
     try:
-        counts = per_source(split_rows(gathered, 2, 3), ranks_per_source)
+        counts = per_source(split_rows(gathered, 2, 3), ranks_per_source, sources)
     except InputError:
         assert not (gathered >= 0.0).all() or gathered.max() > 1e30
         return
@@ -136,7 +158,8 @@ LUMPY = np.full((2, 3), 50.0)
 )
 def test_large_steps_coincide_within_an_engine_only(raw, ranks_per_source, expected):
     squares = [10 * (2 * np.sum(r) / 10) ** 2 for r in raw]
-    counts = per_source(rows(raw, [100] * len(raw), squares=squares), ranks_per_source)
+    gathered = rows(raw, [100] * len(raw), squares=squares)
+    counts = per_source(gathered, ranks_per_source, Sources.PER_RANK)
     large, small = counts.kinds
     assert 1 / large.size == pytest.approx(expected, rel=1e-3)
     assert small.size == pytest.approx(0.5), "half of the pairs are decodes"

@@ -487,6 +487,31 @@ def test_steps_are_cut_only_where_nothing_waits_for_a_whole_one(build, section, 
     assert not _may_cut_steps(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("connector", object()),
+        ("lora_config", object()),
+        ("is_encoder_decoder", True),
+        ("need_mamba_block_aligned_split", True),
+    ],
+)
+def test_chunks_stay_vllms_where_their_end_or_start_is_not_its_queues_to_say(
+    build, monkeypatch, name, value
+):
+    from gimbal.vllm_plugin.queue.step_view import SchedulerView
+
+    scheduler = build({})
+    level = scheduler.gimbal_queue
+    assert level.view.can_share
+    with monkeypatch.context() as changed:
+        changed.setattr(scheduler, name, value)
+        view = SchedulerView(scheduler, level.queue, level.facts, level.state, level.memory)
+    assert not view.can_share
+    scheduler._inflight_prefills.add(object())
+    assert view.running == ()
+
+
 def test_nothing_is_cut_where_prompts_must_stay_whole(build):
     scheduler = with_graphs(build({}, budget=8192, enable_chunked_prefill=False))
     requests = [(0, real.request("decodes", 50, 30)), (2, real.request("p", 200))]

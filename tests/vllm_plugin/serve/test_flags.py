@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 
 from gimbal.core.errors import InputError
-from gimbal.vllm_plugin.serve.flags import read_flags
+from gimbal.vllm_plugin.serve.flags import VllmFlags
+from gimbal.vllm_plugin.serve.flags import read_flags as read_flags_of
+
+pytest.importorskip("vllm")
+
+
+def read_flags(words: list[str]) -> VllmFlags:
+    return read_flags_of(words, "0.32.0")
 
 
 @pytest.mark.parametrize(
@@ -27,6 +34,8 @@ def test_every_spelling_is_understood_and_passed_on_untouched(words: list[str]) 
         (["m", "--enable_eplb"], True),
         (["m", "--enable-eplb", "--no-enable-eplb"], False),
         (["m", "--no-enable-eplb"], False),
+        (["m", "--enable-eplb", "--disable-eplb"], False),
+        (["m", "--disable-eplb", "--enable-eplb"], True),
     ],
 )
 def test_switches(words: list[str], eplb: bool) -> None:
@@ -47,29 +56,53 @@ def test_redundant_experts(words: list[str]) -> None:
     assert list(flags.rest) == words
 
 
-def test_additional_config_is_taken_out_and_merged() -> None:
-    whole = '{"a": 1, "gimbal": {"seed": 3}}'
-    flags = read_flags(["m", "-ac", whole, "--seed", "7", "--additional-config.b.c", "2"])
-    assert flags.additional_config == {"a": 1, "gimbal": {"seed": 3}, "b": {"c": 2}}
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (
+            ["--additional-config", '{"a": 1, "gimbal": {"seed": 3}}'],
+            {"a": 1, "gimbal": {"seed": 3}},
+        ),
+        (["--additional-config.b.c", "2", "--additional_config.d=3"], {"b": {"c": 2}, "d": 3}),
+        # vLLM lets dotted keys replace the whole.
+        (["--additional-config", '{"a": 1}', "--additional-config.b", "2"], {"b": 2}),
+    ],
+)
+def test_additional_config_is_taken_out(words: list[str], value: dict) -> None:
+    flags = read_flags(["m", *words, "--seed", "7"])
+    assert flags.additional_config == value
     assert flags.rest == ("m", "--seed", "7")
 
 
-def test_a_word_behind_an_unknown_flag_is_not_the_model() -> None:
-    assert read_flags(["--unknown", "value"]).model is None
-    assert read_flags(["--unknown=value", "m"]).model == "m"
+@pytest.mark.parametrize(
+    ("words", "engines"),
+    [
+        (["-dp", "8"], 8),
+        (["-dp", "8", "-dpl", "2"], 2),
+        (["-dp", "8", "--nnodes", "4"], 2),
+        (["-dp", "2", "--nnodes", "4"], 1),
+        (["-dp", "8", "--data-parallel-rank", "3"], 1),
+        (["-dp", "8", "--headless", "-dpl", "0"], 0),
+    ],
+)
+def test_engines_of_this_machine(words: list[str], engines: int) -> None:
+    assert read_flags(["m", *words]).local_engines == engines
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["m", "--port"], "--port: needs a value"),
-        (["m", "--port", "x"], "--port: expected a whole number, got 'x'"),
         (["m", "-dp", "0"], "--data-parallel-size: must be at least 1, got 0"),
-        (["m", "--eplb-config", "{"], "--eplb-config: not JSON"),
+        (["m", "--eplb-config", "{"], "--eplb-config:1: not JSON"),
         (["m", "--additional-config", "[]"], "--additional-config: expected a JSON object"),
-        (["m", "--eplb-config", '{"num_redundant_experts": "x"}'], "num_redundant_experts"),
     ],
 )
 def test_bad_values(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message.replace("(", r"\(").replace("[", r"\[")):
         read_flags(words)
+
+
+def test_redundant_experts_that_are_no_number() -> None:
+    flags = read_flags(["m", "--eplb-config", '{"num_redundant_experts": "x"}'])
+    with pytest.raises(InputError, match="num_redundant_experts: expected a whole number"):
+        _ = flags.redundant_experts

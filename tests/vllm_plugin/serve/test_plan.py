@@ -7,7 +7,11 @@ import pytest
 
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.serve import checks, plan
+from gimbal.vllm_plugin.serve.address import Address
 from gimbal.vllm_plugin.serve.flags import read_flags
+
+pytest.importorskip("vllm")
+IDLE = "it needs --enable-eplb (and -ep)"
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def test_user_flags_reach_vllm_untouched(model: str) -> None:
     words = [model, "--dtype", "bfloat16", "-tp", "2", "--port", "9001"]
     made = plan.plan_server(words, environment={})
     assert list(made.arguments[: len(words)]) == words
-    assert made.url == "http://127.0.0.1:9001/v1"
+    assert made.address == Address("127.0.0.1", 9001)
     assert made.model == model
 
 
@@ -80,7 +84,7 @@ def test_a_plugin_list_without_gimbal_is_refused(model: str) -> None:
     [
         ([], None, ("placement",)),
         (["--enable-eplb"], None, ()),
-        (["--config", "vllm.yaml"], None, ()),  # EPLB may be switched on in there
+        (["--enable_eplb"], None, ()),
         ([], "dispatch,queue", ()),
     ],
 )
@@ -89,13 +93,15 @@ def test_placement_without_eplb_is_known_to_be_idle(
 ) -> None:
     made = plan.plan_server([model, *words], levels=levels, environment={})
     assert made.idle_levels == idle
+    assert made.places_experts is ("--enable" in "".join(words))
+    assert made.warnings == tuple(f"level {name} stays idle: {IDLE}" for name in idle)
 
 
 def test_demo_defaults_give_way_to_flags(model: str) -> None:
     made = plan.plan_server(
         ["-dp", "1", "--no-enable-eplb", "--max-model-len", "512"], demo=True, environment={}
     )
-    flags = read_flags(made.arguments)
+    flags = read_flags(made.arguments, "0.32.0")
     assert made.arguments[0] == model
     assert (flags.dp, flags.eplb, flags.expert_parallel) == (1, False, True)
     assert made.arguments.count("--max-model-len") == 1
@@ -122,6 +128,22 @@ def test_workers_are_bound_to_cores_unless_the_user_did(model: str) -> None:
     assert "VLLM_CPU_OMP_THREADS_BIND" not in kept.environment
 
 
+@pytest.mark.parametrize(
+    ("mine", "free"),
+    [
+        ({}, True),
+        ({"VLLM_CPU_OMP_THREADS_BIND": "1|0"}, True),
+        ({"VLLM_CPU_OMP_THREADS_BIND": "auto"}, False),  # by NUMA node, vLLM's own way
+        ({"CPU_VISIBLE_MEMORY_NODES": "0,1"}, False),
+    ],
+)
+def test_memory_follows_the_cores_where_cores_are_named(
+    model: str, mine: dict[str, str], free: bool
+) -> None:
+    made = plan.plan_server([], demo=True, environment=mine)
+    assert ("VLLM_CPU_SIM_MULTI_NUMA" in made.environment) == free
+
+
 def test_gpu_installs_are_left_alone(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         checks, "installed_vllm", lambda: checks.VllmInstall("vllm", "0.32.0", False)
@@ -130,6 +152,43 @@ def test_gpu_installs_are_left_alone(model: str, monkeypatch: pytest.MonkeyPatch
     made = plan.plan_server([model], environment={})
     assert "VLLM_CPU_OMP_THREADS_BIND" not in made.environment
     assert "GIMBAL_ZYGOTE" not in made.environment
+
+
+def test_a_configuration_file_of_vllm_counts_like_flags(model: str, tmp_path: Path) -> None:
+    extra = {"other": 1, "gimbal": {"board_port": 5}}
+    settings = {
+        "model": model,
+        "data-parallel-size": 2,
+        "enable_eplb": True,
+        "port": 9009,
+        "served-model-name": ["a", "b"],
+        "additional-config": extra,
+    }
+    (tmp_path / "vllm.yaml").write_text(json.dumps(settings))
+    words = ["--config", str(tmp_path / "vllm.yaml")]
+    made = plan.plan_server(words, levels="placement", environment={})
+    assert made.address == Address("127.0.0.1", 9009)
+    assert made.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
+    assert made.places_experts
+    assert made.model == "a"
+    assert made.arguments[:2] == tuple(words)
+    assert gimbal_section(made)["board_port"] == 5
+    assert json.loads(options(made)["--additional-config"])["other"] == 1
+    # The demo's own values give way to the file's.
+    demo = plan.plan_server(words, demo=True, environment={})
+    assert "--data-parallel-size" not in demo.arguments
+
+
+def test_the_demo_with_a_file_that_names_no_model(model: str, tmp_path: Path) -> None:
+    (tmp_path / "vllm.yaml").write_text("port: 9009")
+    words = ["--config", str(tmp_path / "vllm.yaml")]
+    made = plan.plan_server(words, demo=True, environment={})
+    assert made.arguments[:3] == (model, *words)
+    assert made.address == Address("127.0.0.1", 9009)
+    with pytest.raises(InputError, match="--prot: vLLM has no such flag"):
+        plan.plan_server([*words, "--prot", "1"], demo=True, environment={})
+    with pytest.raises(InputError, match="No model specified"):
+        plan.plan_server(words, environment={})
 
 
 def test_no_model() -> None:
@@ -145,3 +204,10 @@ def test_the_demo_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert plan.demo_model() == first
     assert (first / "model.safetensors").stat().st_mtime_ns == before
     assert [path.name for path in first.parent.iterdir()] == [first.name]
+
+
+def test_a_page_is_promised_only_where_one_is_served(model: str) -> None:
+    assert plan.plan_server([model], environment={}).page
+    assert not plan.plan_server([model], levels="none", environment={}).page
+    rust = {"VLLM_USE_RUST_FRONTEND": "1"}
+    assert not plan.plan_server([model], environment=rust).page

@@ -26,6 +26,7 @@ RUN = """
 import dataclasses, sys
 from rich.console import Console
 from gimbal.core.config import GimbalConfig
+from gimbal.vllm_plugin.serve.address import Address
 from gimbal.vllm_plugin.serve.plan import ServePlan
 from gimbal.vllm_plugin.serve import supervisor
 from gimbal.vllm_plugin.serve.supervisor import Supervisor
@@ -34,8 +35,8 @@ class Plan(ServePlan):
     __slots__ = ()
     command = property(lambda self: [sys.executable, "-u", "-c", self.arguments[0]])
 
-url = "http://127.0.0.1:" + sys.argv[2] + "/v1"
-plan = Plan((sys.argv[1],), {}, GimbalConfig(), url, "m", False)
+address = Address("127.0.0.1", int(sys.argv[2]))
+plan = Plan((sys.argv[1],), {}, GimbalConfig(), address, "m")
 supervisor.LOST_GRACE_S = 1.0
 sys.exit(Supervisor(plan, verbose=False, console=Console(soft_wrap=True)).run())
 """
