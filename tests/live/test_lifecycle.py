@@ -115,9 +115,9 @@ def test_an_engine_that_dies_while_starting_leaves_nothing(
     server_pool: Any, tmp_path: Path
 ) -> None:
     from gimbal.vllm_plugin.serve.processes import descendants_of
+    from gimbal.vllm_plugin.serve.shared_memory import shared_memory_of
 
     server_pool.stop()
-    before = set(os.listdir("/dev/shm"))
     log = tmp_path / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -125,16 +125,20 @@ def test_an_engine_that_dies_while_starting_leaves_nothing(
         )
     wait_for("loading the model", log, process, 120)
     family = descendants_of(process.pid)
+    shared = shared_memory_of(family)
     engine = next(pid for pid in family if "EngineCore_DP0" in command_line(pid))
     os.kill(engine, signal.SIGKILL)
-    assert process.wait(90) == 1
+    deadline_s = time.monotonic() + 90
+    while process.poll() is None:
+        shared |= shared_memory_of(descendants_of(process.pid))
+        assert time.monotonic() < deadline_s, "it does not end"
+        time.sleep(0.1)
+    assert process.returncode == 1
     last = log.read_text(errors="replace").splitlines()[-1]
     assert last.startswith(f"gimbal: engine 0 (process {engine}) ended while "), last
     assert gone(family, 0)
-    left = [
-        name for name in set(os.listdir("/dev/shm")) - before if name.startswith(("psm", "sem"))
-    ]
-    assert not left
+    assert shared
+    assert not [path for path in shared if path.exists()]
 
 
 def test_the_next_start_removes_what_a_crash_left(server: Any, server_pool: Any) -> None:

@@ -8,7 +8,7 @@ go where the session is, which is in the accounts already.
 
 When Gimbal cannot decide, the request goes where the fewest prompt tokens are in flight; when that
 fails too, where vLLM would have sent it. vLLM's method is called once for every request, whatever
-fails before or after it, and not for a session's later chunks.
+fails before or after it.
 """
 
 from __future__ import annotations
@@ -124,9 +124,8 @@ class FrontEnd:
 
     def route(self, client: Any, request: Any, original: Original) -> bytes:
         """The engine of `request`; vLLM's bookkeeping is done when it returns."""
-        home: bytes | None = client.reqs_in_flight.get(request.request_id)
-        if home is not None:  # the next chunk of an open streaming session
-            return home  # as vLLM does since 0.32; 0.31 chooses anew and counts it twice
+        if request.request_id in client.reqs_in_flight:
+            return original(client, request)  # the next chunk of an open streaming session
         if self.guard.disabled:
             engine = original(client, request)
             self.guard.run("count", self._count, client.core_engines.index(engine), VLLM, "policy")

@@ -34,6 +34,8 @@ from tests.live.check.server import CheckedServer, ServerLayout
 
 MAX_GROWTH = 0.01
 """Allowed growth of the workers' resident memory over the second half, as a share of it."""
+MOVING = {"gimbal": {"placement": {"gamma": 0.0, "gate": 0.0}}}
+"""Experts move for any gain: with what moving costs counted, even traffic gives no reason to."""
 KV_CACHE_BYTES = 64 * 2**20
 """Per engine. The pool's pages become resident when first used: one so small that the first half
 of the requests passes through all of it cannot look like a leak in the second. It must still hold
@@ -296,6 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     extra = ("--kv-cache-memory-bytes", str(KV_CACHE_BYTES))
     levels = options.levels or ("none" if options.minutes is None else "all")
+    if levels != "none" and not options.plain_vllm:
+        extra += ("--additional-config", json.dumps(MOVING))
     log = folder / "server.log"
     with CheckedServer(model, layout, log, extra, options.plain_vllm, levels) as server:
         print(f"{layout.name}: ready after {server.start_s:.0f} s, log {server.log}", flush=True)

@@ -69,15 +69,6 @@ def test_chunks_of_a_streaming_session_stay_on_its_engine(server: Server) -> Non
     assert server.client.engine_inflight.total() == 1
 
 
-def test_a_chunk_goes_home_where_vllm_would_choose_anew(server: Server) -> None:
-    """As vLLM 0.31 does, which also counts it twice."""
-    home = server.send("session", 10, resumable=True)
-    chunk = request("session", 10, resumable=True)
-    chosen = server.front_end.route(server.client, chunk, lambda *_: pytest.fail("chosen anew"))
-    assert chosen == server.client.core_engines[home]
-    assert server.client.engine_inflight.total() == 1
-
-
 def test_late_interaction_is_left_to_vllm(server: Server) -> None:
     pooling = SimpleNamespace(
         late_interaction_params=SimpleNamespace(mode="score_doc", query_key="k", query_uses=1)

@@ -34,8 +34,6 @@ def test_every_spelling_is_understood_and_passed_on_untouched(words: list[str]) 
         (["m", "--enable_eplb"], True),
         (["m", "--enable-eplb", "--no-enable-eplb"], False),
         (["m", "--no-enable-eplb"], False),
-        (["m", "--enable-eplb", "--disable-eplb"], False),
-        (["m", "--disable-eplb", "--enable-eplb"], True),
     ],
 )
 def test_switches(words: list[str], eplb: bool) -> None:
