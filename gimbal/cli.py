@@ -19,6 +19,7 @@ COMMANDS = {
     "simulate": "answer 'what would it do on my cluster and trace?' offline",
     "reproduce": "repeat the paper's evaluation, simulated or live",
     "place": "plan an expert placement from recorded routing",
+    "top": "watch a running server in the terminal",
     "stats": "show or save a running server's routing statistics",
     "calibrate": "measure this machine and write a cost-model profile",
     "report": "one HTML page from the records of a run",

@@ -15,6 +15,7 @@ PAGES = sorted(
         ROOT / "README.md",
         ROOT / "CHANGELOG.md",
         *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
         *(ROOT / "reproduction").rglob("*.md"),
     ]
 )

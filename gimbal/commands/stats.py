@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.error
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,10 @@ import numpy as np
 
 from gimbal.commands.options import OutFile, Real, Whole
 from gimbal.commands.output import echo_json
+from gimbal.commands.server_routes import ask
 from gimbal.core.contracts import Topology
-from gimbal.core.errors import InputError, one_line
-from gimbal.core.json_text import parse_json
+from gimbal.core.errors import InputError
 from gimbal.core.numbers import MOST_EXPERTS, MOST_RANKS
-from gimbal.core.web import open_url
 from gimbal.workloads.routing import RoutingFile, read_routing
 
 MOST_REPLY_BYTES = 1 << 30
@@ -76,33 +73,11 @@ def fetch(url: str, timeout_s: float) -> RoutingFile:
     """The live recording of the server at `url`; raises InputError saying why there is none."""
     import tempfile
 
-    address = url.rstrip("/").removesuffix("/v1") + "/gimbal/routing"
-    try:
-        with open_url(address, timeout_s) as reply:
-            content = reply.read(MOST_REPLY_BYTES + 1)
-    except urllib.error.HTTPError as error:
-        raise InputError(f"{url}: {_reason(error)}") from None
-    except (OSError, ValueError, HTTPException) as error:  # ValueError: no URL
-        what = one_line(getattr(error, "reason", error))
-        raise InputError(f"{url}: {what}") from None
-    if len(content) > MOST_REPLY_BYTES:
-        raise InputError(f"{url}: an answer of more than {MOST_REPLY_BYTES} bytes")
+    content = ask(url, "/gimbal/routing", timeout_s, MOST_REPLY_BYTES)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "routing.npz"
         path.write_bytes(content)
         return read_routing(path)
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    """Why the server gives no recording, in its own words where it has any."""
-    try:
-        text = error.read(1 << 16).decode(errors="replace")
-        return one_line(parse_json(text, "answer")["error"])
-    except (OSError, ValueError, KeyError, TypeError, HTTPException):
-        return (
-            f"HTTP {error.code}: no Gimbal routes (VLLM_PLUGINS must name gimbal; vLLM's Rust "
-            "front end has none)"
-        )
 
 
 def summarize(recording: RoutingFile, ranks: int | None = None) -> dict[str, Any]:

@@ -53,9 +53,22 @@ class Field(IntEnum):
     STEP_TOKENS = 32  # all tokens of the step that runs now
     SIGNAL_FALLBACKS = 33  # events that the engine's signals missed because they failed
     IDLE = 34  # 1: nothing to run, though requests may wait: while paused, or for a transfer
+    # Of the placement level, said by the worker that answers. All ranks plan alike, so that these
+    # are the same on every engine as soon as it has said them; the stall is the worker's own.
+    PLACEMENT_PROPOSALS = 35  # rearrangements that were planned
+    PLACEMENT_COMMITS = 36  # those that all ranks put in force
+    PLACEMENT_RECEIVED_EXPERTS = 37  # experts of one layer that a commit brought to a new rank
+    PLACEMENT_RECEIVED_BYTES = 38  # their weights
+    PLACEMENT_STALL_US = 39  # serving time that commits have taken
+    PLACEMENT_PREDICTED_GAIN_US = 40  # per step, of the last commit; a row holds no negative number
+    PLACEMENT_PREDICTED_LOSS_US = 41  # the same where it is a loss
+    PLACEMENT_REALIZED_GAIN_US = 42  # per step, of the last commit that was priced afterwards
+    PLACEMENT_REALIZED_LOSS_US = 43  # the same where it is a loss
+    PLACEMENT_BALANCE = 44  # mean over busiest rank, in the last window; 0 before the first plan
+    PLACEMENT_LOCAL_SHARE = 45  # of pairs served on the source's own ranks; the same
 
 
-SNAPSHOT_FIELDS = 36
+SNAPSHOT_FIELDS = 46
 """Width reserved for `Field`; the accepted counters follow it in a row."""
 ACCEPTED_REQUESTS = SNAPSHOT_FIELDS
 """First of MAX_FRONT_ENDS columns: requests accepted from front end f since EPOCH."""

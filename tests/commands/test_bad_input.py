@@ -257,9 +257,12 @@ FILES = [
     (("reproduce", "paper", "--scenarios", "papr"), "unknown scenario"),
     (("reproduce", "live", "--arms", "vllm,vllm"), "named twice"),
     # addresses
-    *((("stats", url), url) for url in ("http://[", "http://a:99999", "http://", "http://x y/",
-      "http://a:port", "http://..", "https://127.0.0.1:9", "http://127.0.0.1:9",
-      "http://" + "a" * 300)),
+    *(((command, url), url) for command in ("stats", "top")
+      for url in ("http://[", "http://a:99999", "http://", "http://x y/", "http://a:port",
+      "http://..", "https://127.0.0.1:9", "http://127.0.0.1:9", "http://" + "a" * 300)),
+    *((("top", url), "expected a server's address") for url in ("localhost:8000", "file:///etc")),
+    (("top", "http://127.0.0.1:9", "--interval", "0"), "interval"),
+    (("top", "http://127.0.0.1:9", "--timeout", "nan"), "timeout"),
     *((("bench", "--trace", "trace.jsonl", "--model-dir", "model", "--url", url), url)
       for url in ("http://[", "127.0.0.1:9", "http://127.0.0.1:9", "ftp://x", "http://..")),
 ]  # fmt: skip

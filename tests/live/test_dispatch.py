@@ -63,8 +63,8 @@ def test_decisions_and_signals_are_in_the_metrics(server: Any) -> None:
     assert total(server, "gimbal_dispatch_decision_seconds_count") >= 24
     assert total(server, "gimbal_signal_age_seconds_count") >= 24
     for engine in ("0", "1"):
-        assert total(server, "gimbal_engine_sequence", engine=engine) > 10
-        assert total(server, "gimbal_engine_kv_blocks_total", engine=engine) > 0
+        assert total(server, "gimbal_engine_snapshots_total", engine=engine) > 10
+        assert total(server, "gimbal_engine_kv_blocks", engine=engine) > 0
         assert total(server, "gimbal_engine_step_time_seconds", engine=engine) > 0
         assert total(server, "gimbal_engine_prefill_seconds_per_token", engine=engine) > 0
         assert 0 <= total(server, "gimbal_engine_decode_seconds_per_request", engine=engine) < 1
@@ -132,7 +132,7 @@ def test_two_api_servers_share_one_board(server: Any) -> None:
     assert total(server, "gimbal_dispatch_decisions_total", policy="gimbal") == 40
     assert total(server, "gimbal_unacknowledged_tokens") == 0
     assert total(server, "gimbal_inflight_tokens") == 0
-    assert total(server, "gimbal_engine_sequence", engine="1") > 10
+    assert total(server, "gimbal_engine_snapshots_total", engine="1") > 10
     call(f"{server.root}/gimbal/control", {"policy": "round-robin"})
     burst(server, 20)
     assert total(server, "gimbal_dispatch_decisions_total", policy="round-robin") == 20

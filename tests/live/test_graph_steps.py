@@ -24,7 +24,7 @@ ENVIRONMENT = {
     ),
 }
 ADMIN = ("--additional-config", '{"gimbal": {"admin": true}}')
-CUT = "gimbal_engine_queue_graph_steps"
+CUT = "gimbal_engine_queue_graph_steps_total"
 
 
 def complete(server: Any, prompt_tokens: int, output_tokens: int) -> None:

@@ -49,7 +49,7 @@ class PlainClient(DPLBAsyncMPClient):
         self.vllm_config = SimpleNamespace(
             additional_config={"gimbal": {"levels": ["dispatch", "feedback"]}},
             parallel_config=parallel,
-            model_config=SimpleNamespace(is_moe=True),
+            model_config=SimpleNamespace(is_moe=True, served_model_name="demo"),
             kv_events_config=None,
             speculative_config=None,
         )

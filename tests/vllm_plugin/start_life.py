@@ -23,7 +23,9 @@ def _config() -> Any:
     parallel = SimpleNamespace(data_parallel_size=2, data_parallel_external_lb=False)
     levels = ["dispatch", "queue", "placement"]
     return SimpleNamespace(
-        additional_config={"gimbal": {"levels": levels}}, parallel_config=parallel
+        additional_config={"gimbal": {"levels": levels}},
+        parallel_config=parallel,
+        model_config=SimpleNamespace(served_model_name="demo"),
     )
 
 

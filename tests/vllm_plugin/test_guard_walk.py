@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent / "placement"))
 import faults
 
 from gimbal.core.errors import InputError
+from gimbal.core.snapshot import Field
 from tests.vllm_plugin import real_scheduler as real
 
 pytestmark = [
@@ -80,6 +81,7 @@ def news(result: Any) -> None:
 
     setattr(result, news.PRESSURE_US, 3.0)
     setattr(result, news.FALLBACKS, 1)
+    setattr(result, news.PLACEMENT, {Field.PLACEMENT_COMMITS: 1.0})
 
 
 def refuse(scheduler: Any, refused: list[Any]) -> None:

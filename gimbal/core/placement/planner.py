@@ -187,6 +187,11 @@ class Planner:
             local_share_after=plan.local_share_planned,
         )
 
+    @property
+    def expert_bytes(self) -> float:
+        """Weights of one expert of one layer."""
+        return self._constants.expert_bytes
+
     def warm_up(self) -> None:
         """Compiles what planning runs, on a toy problem, in a planner of its own.
 

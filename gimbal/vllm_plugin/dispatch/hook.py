@@ -35,16 +35,15 @@ from gimbal.core.errors import InputError
 from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.dispatch import engine_header, kv_events, user_session
-from gimbal.vllm_plugin.dispatch.metrics import dispatch_metrics
+from gimbal.vllm_plugin.dispatch.metrics import VLLM, dispatch_metrics
 from gimbal.vllm_plugin.dispatch.request import Described, describe, left_to_vllm
 from gimbal.vllm_plugin.engine import remote
 from gimbal.vllm_plugin.engine.identity import server_board_path, why_dispatch_cannot_act
+from gimbal.vllm_plugin.metrics import model_name
 from gimbal.vllm_plugin.versions import reuse_lookahead_tokens
 
 logger = logging.getLogger("vllm.gimbal")
 
-VLLM = "vllm"
-"""Name of the policy that is vLLM's own method, called and not imitated."""
 REFRESH_S = 0.5
 _ATTRIBUTE = "_gimbal_front_end"
 
@@ -96,6 +95,8 @@ class FrontEnd:
         self._client = weakref.ref(client)
         self.first = client.engine_ranks_managed[0]
         engines = len(client.core_engines)
+        ranks = range(self.first, self.first + engines)
+        self.metrics.serve(model_name(client.vllm_config), ranks, client.client_index == 0)
         self.reader = BoardReader(board, engines, self.first)
         self.dispatcher = Dispatcher(
             engines,
@@ -237,8 +238,8 @@ class FrontEnd:
             logger.info("Gimbal: dispatch policy %s, levels %s", policy, ",".join(levels))
         self.policy = policy
         self.enabled = "dispatch" in levels
-        for level in ("dispatch", "queue", "placement", "feedback"):
-            self.metrics.level_state(level, int(level in levels))
+        self.metrics.levels_in_force(levels)
+        self.metrics.policy_in_force(policy)
         if control.get("resets", 0) != self._resets:
             self._resets = control.get("resets", 0)
             for engine in range(self.dispatcher.engines):
@@ -265,7 +266,7 @@ class FrontEnd:
         }
 
     def _start_refresh(self) -> None:
-        with contextlib.suppress(RuntimeError):  # no loop: metrics are refreshed later, or never
+        with contextlib.suppress(RuntimeError):  # no loop yet: with the first request, or never
             self._loop = asyncio.get_running_loop()
             _refresh(weakref.ref(self))
 
@@ -282,7 +283,7 @@ class FrontEnd:
         self.metrics.refresh(self.first, rows, ledger.unacked[1], ledger.inflight[1], self.decision)
         self.metrics.board_state(self.board.recoveries, self.reader.torn)
         if self.guard.disabled:
-            self.metrics.level_state("dispatch", -1)
+            self.metrics.switched_itself_off("dispatch")
 
 
 def _pinned(client: Any, request: Any, index: int, original: Original) -> bytes:
@@ -341,6 +342,7 @@ def attach(client: Any) -> FrontEnd | None:
         front_end.dispatcher.engines,
         front_end.policy,
     )
+    front_end._start_refresh()
     return front_end
 
 

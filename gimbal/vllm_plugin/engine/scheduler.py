@@ -88,6 +88,8 @@ class GimbalSchedulerMixin:
         fallbacks = getattr(answer, news.FALLBACKS, None)
         if fallbacks is not None:
             signals.worker_said(Field.PLACEMENT_FALLBACKS, fallbacks)
+        for field, value in getattr(answer, news.PLACEMENT, {}).items():
+            signals.worker_said(field, value)
         pressure_us = getattr(answer, news.PRESSURE_US, None)
         if pressure_us is not None and "feedback" in self.gimbal_config.levels:
             signals.worker_said(Field.EXPERT_PRESSURE_US, pressure_us)

@@ -309,7 +309,8 @@ class Controller:
                 balance_after=decision.balance_after,
                 local_share_before=decision.local_share_before,
                 local_share_after=decision.local_share_after,
-            )
+            ),
+            self.models[index].planner.expert_bytes,
         )
         if (counts := self.models[index].counts) is not None:
             pairs, planned = counts.routing.counts.sum(axis=0), decision.placement

@@ -323,14 +323,15 @@ def _sample_tokens(original: Any) -> Any:
 
 
 def attach_news(member: Member, output: Any) -> None:
-    """Sends this engine's pressure and fallbacks to its scheduler with a step's output.
+    """Sends this engine's pressure, figures and fallbacks to its scheduler with a step's output.
 
     The output object travels to the engine process whole, so a value on it needs no channel of
     its own. Outputs without requests are shared constants and stay as they are.
     """
     fallbacks, controller = sum(member.guard.counts.values()), member.controller
     pressed = controller is not None and controller.pressure_news
-    if not pressed and fallbacks == member.fallbacks_sent:
+    figured = controller is not None and controller.rebalance_log.unsent
+    if not pressed and not figured and fallbacks == member.fallbacks_sent:
         return
     inner = output
     for name in ("_model_runner_output", "model_runner_output"):  # still on its way from the device
@@ -340,6 +341,10 @@ def attach_news(member: Member, output: Any) -> None:
     if controller is not None and pressed:
         setattr(inner, news.PRESSURE_US, controller.pressure_us)
         controller.pressure_news = False
+    if controller is not None and figured:
+        # First: an asynchronous rearrangement may add to them meanwhile, in its thread.
+        controller.rebalance_log.unsent = False
+        setattr(inner, news.PLACEMENT, dict(controller.rebalance_log.figures))
     if fallbacks != member.fallbacks_sent:
         setattr(inner, news.FALLBACKS, fallbacks)
         member.fallbacks_sent = fallbacks

@@ -15,11 +15,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from gimbal.core.contracts import FloatArray, IntArray
+from gimbal.core.snapshot import Field
 from gimbal.records.placements import placement_record
 from gimbal.records.schema import PlacementRecord, RebalanceRecord
 from gimbal.records.store import FILES
 
 logger = logging.getLogger("vllm.gimbal")
+
+_FIGURES = tuple(
+    field for field in Field if Field.PLACEMENT_PROPOSALS <= field <= Field.PLACEMENT_LOCAL_SHARE
+)
 
 
 class RebalanceLog:
@@ -33,6 +38,8 @@ class RebalanceLog:
 
     Attributes:
         lost: times that writing failed.
+        figures: what came of all records, by column of an engine's row.
+        unsent: `figures` have changed since somebody last set this to False.
     """
 
     def __init__(self, directory: Path | None) -> None:
@@ -42,13 +49,39 @@ class RebalanceLog:
         self.committed = 0
         self.proposed = 0
         self.lost = 0
+        self.figures = dict.fromkeys(_FIGURES, 0.0)
+        self.unsent = False
 
-    def add(self, record: RebalanceRecord) -> None:
-        """Writes `record` and leaves it open for `amend`."""
+    def add(self, record: RebalanceRecord, expert_bytes: float = 0.0) -> None:
+        """Writes `record` and leaves it open for `amend`.
+
+        `expert_bytes` are the weights of one expert of one layer.
+        """
         self.last = record
         self.proposed += 1
         self.committed += record.committed
+        self._count(record, expert_bytes)
         self._write(new=True)
+
+    def _count(self, record: RebalanceRecord, expert_bytes: float) -> None:
+        figures = self.figures
+        figures[Field.PLACEMENT_PROPOSALS] = self.proposed
+        figures[Field.PLACEMENT_COMMITS] = self.committed
+        balance, local_share = record.balance_before, record.local_share_before
+        if record.committed:
+            balance, local_share = record.balance_after, record.local_share_after
+            figures[Field.PLACEMENT_RECEIVED_EXPERTS] += record.received_experts
+            figures[Field.PLACEMENT_RECEIVED_BYTES] += record.received_experts * expert_bytes
+            self._set_gain(Field.PLACEMENT_PREDICTED_GAIN_US, record.predicted_gain_us_per_step)
+        figures[Field.PLACEMENT_BALANCE] = balance
+        figures[Field.PLACEMENT_LOCAL_SHARE] = local_share or 0.0
+        self.unsent = True
+
+    def _set_gain(self, field: Field, gain_us: float) -> None:
+        """Into column `field`, or as a loss into the one after it."""
+        self.figures[field] = max(gain_us, 0.0)
+        self.figures[Field(field + 1)] = max(-gain_us, 0.0)
+        self.unsent = True
 
     def amend(
         self, stall_us: float | None = None, realized_gain_us_per_step: float | None = None
@@ -58,8 +91,11 @@ class RebalanceLog:
             return
         if stall_us is not None:
             self.last = replace(self.last, stall_us=stall_us)
+            self.figures[Field.PLACEMENT_STALL_US] += stall_us
+            self.unsent = True
         if realized_gain_us_per_step is not None:
             self.last = replace(self.last, realized_gain_us_per_step=realized_gain_us_per_step)
+            self._set_gain(Field.PLACEMENT_REALIZED_GAIN_US, realized_gain_us_per_step)
         self._write(new=False)
 
     def snapshot(self, pairs: FloatArray, before: IntArray, after: IntArray, ranks: int) -> None:

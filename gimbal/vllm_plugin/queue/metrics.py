@@ -3,7 +3,8 @@
 vLLM reports the queue time of each finished request to its stat loggers; one more of them, added
 only where the queue level is on and statistics are not switched off, sorts it by uncached prompt
 tokens. The queue's own counters (overtakes, promotions, longest wait against its bound) come from
-the engines' snapshots: ``gimbal_engine_queue_*``.
+the engines' snapshots: ``gimbal_engine_queue_*``. The histogram has no engine in its labels, which
+would make thousands of series of it; vLLM's own ``vllm:request_queue_time_seconds`` has.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin.bridge import level_config
+from gimbal.vllm_plugin.metrics import MODEL, announce_build, model_name
 
 SIZE_CLASSES = ((128, "0-127"), (512, "128-511"), (2048, "512-2047"), (float("inf"), "2048+"))
 """Upper bound (exclusive) of uncached prompt tokens, and the label of the class."""
@@ -32,8 +34,8 @@ def _histogram() -> Any:
 
     return Histogram(
         "gimbal_queue_time_seconds",
-        "Time from queueing to first scheduling, by engine and uncached prompt tokens",
-        ("engine", "uncached_tokens"),
+        "Time from queueing to first scheduling, by uncached prompt tokens",
+        (MODEL, "uncached_tokens"),
         buckets=_BUCKETS,
     )
 
@@ -47,9 +49,8 @@ def _logger_class() -> type:
 
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             self.guard = LevelGuard("queue")
-            self.by_class = {
-                label: _histogram().labels(str(engine_index), label) for _, label in SIZE_CLASSES
-            }
+            model = model_name(vllm_config)
+            self.by_class = {label: _histogram().labels(model, label) for _, label in SIZE_CLASSES}
 
         def record(
             self,
@@ -95,6 +96,7 @@ def _with_queue_times(original: Any) -> Any:
 def _add_logger(manager: Any, vllm_config: Any) -> None:
     if level_config(vllm_config, "queue") is None:
         return
+    announce_build()
     from vllm.v1.metrics.loggers import PerEngineStatLoggerAdapter
 
     adapter = PerEngineStatLoggerAdapter(

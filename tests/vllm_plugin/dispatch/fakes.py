@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,11 @@ def book_keeping(client: Any, engines: int) -> None:
     client.eng_start_index = 0
 
 
+def served(model: str) -> Any:
+    """The part of vLLM's configuration that names the model."""
+    return SimpleNamespace(model_config=SimpleNamespace(served_model_name=model))
+
+
 def request_of(name: str, prompt: list[int], **fields: Any) -> EngineCoreRequest:
     """vLLM's request for one token; `fields` replace what is given here."""
     values: dict[str, Any] = {
@@ -61,6 +67,7 @@ class Client(DPLBAsyncMPClient):
     """The part of the client that dispatch touches, with two engines."""
 
     def __init__(self) -> None:
+        self.vllm_config = served("demo")
         book_keeping(self, 2)
 
 

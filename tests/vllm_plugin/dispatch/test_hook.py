@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 pytest.importorskip("vllm")
 from vllm import SamplingParams
 
+from gimbal.vllm_plugin.dispatch import hook, user_session
 from gimbal.vllm_plugin.dispatch.request import describe, session_of
 from gimbal.vllm_plugin.engine import identity
 from tests.vllm_plugin.dispatch.fakes import ORIGINAL, Client, Server, request
+from tests.vllm_plugin.exposition import samples
 
 
 @pytest.fixture
@@ -143,6 +146,39 @@ def test_the_number_of_engines_may_change(server: Server) -> None:
     assert server.send("z", 10) == 0
     server.finish("a", *(f"r{i}" for i in range(6)), "z")
     assert inflight_tokens(server) == [0.0]
+
+
+def test_engines_are_in_the_metrics_before_the_first_request(
+    server: Server, monkeypatch: Any
+) -> None:
+    """A front end that attaches inside a running loop, as vLLM's does, shows them from then on."""
+    parallel = SimpleNamespace(
+        data_parallel_size=2,
+        data_parallel_size_local=2,
+        data_parallel_external_lb=False,
+        local_engines_only=False,
+    )
+    server.client.vllm_config = SimpleNamespace(
+        additional_config={"gimbal": {"levels": ["dispatch"]}},
+        parallel_config=parallel,
+        model_config=SimpleNamespace(is_moe=True, served_model_name="before"),
+        kv_events_config=None,
+        speculative_config=None,
+    )
+    monkeypatch.setattr(hook, "server_board_path", lambda config: server.board.path)
+    monkeypatch.setattr(user_session, "HTTP_SERVERS", ())
+    server.publish(KV_BLOCKS_TOTAL=[70, 80], PREEMPTIONS=[0, 3])
+
+    async def start() -> Any:
+        return hook.attach(server.client)
+
+    front_end = asyncio.run(start())
+    assert front_end.guard.counts == {}
+    found = samples("before")
+    assert found["gimbal_engine_kv_blocks", "1", ""] == 80
+    assert found["gimbal_engine_preemptions_total", "1", ""] == 3
+    assert found["gimbal_fallback_total", "", "error"] == 0
+    assert found["gimbal_dispatch_decisions_total", "0", "session"] == 0
 
 
 def test_an_operator_switches_policy_and_level(server: Server) -> None:

@@ -26,7 +26,7 @@ from gimbal.board.file import Board, board_path
 from gimbal.board.slots import SlotWriter
 from gimbal.vllm_plugin.dispatch import hook, unsent
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of
-from tests.vllm_plugin.dispatch.fakes import book_keeping, request_of
+from tests.vllm_plugin.dispatch.fakes import book_keeping, request_of, served
 
 HALF_AN_EMOJI = "\ud83d"
 CHOOSE = DPLBAsyncMPClient.get_core_engine_for_request
@@ -55,6 +55,7 @@ class Client(DPLBAsyncMPClient):
     """vLLM's client with a socket of ours, and a front end that dispatches for it."""
 
     def __init__(self, board: Board) -> None:
+        self.vllm_config = served("demo")
         book_keeping(self, 2)
         self.current_wave = 0
         self.engines_running = True

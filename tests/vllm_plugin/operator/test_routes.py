@@ -19,6 +19,7 @@ from gimbal.core.snapshot import ROW_WIDTH, Field
 pytest.importorskip("vllm")
 from gimbal.board.file import Board
 from gimbal.board.slots import SlotWriter
+from gimbal.report.live_status import read_status
 from gimbal.vllm_plugin.engine import identity
 from gimbal.vllm_plugin.operator.routes import check_control
 from gimbal.vllm_plugin.placement import route
@@ -123,6 +124,10 @@ def test_status_names_every_field_of_every_engine(site: Any) -> None:
     assert found["config"]["levels"] == ["queue"]
     assert found["dispatch"] is None
     assert found["policies"] == {"dispatch": None, "ordering": "gimbal", "placer": None}
+    shown = read_status(found)
+    assert shown.policies == {"ordering": "gimbal"}
+    assert shown.engines[1]["waiting_requests"] == 2.0
+    assert shown.trouble[0] == "engine 0 has published nothing yet"
 
 
 FOREIGN = """

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from gimbal.core.guard import LevelGuard
+from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin.engine import news
 from gimbal.vllm_plugin.placement.hook import (
     MODEL_RUNNERS,
@@ -18,6 +19,7 @@ from gimbal.vllm_plugin.placement.hook import (
     patch_model_runners,
 )
 from gimbal.vllm_plugin.placement.member import Member
+from gimbal.vllm_plugin.placement.rebalance_log import RebalanceLog
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,9 @@ def test_tokens_of_a_step_by_kind(scheduled, proposed, expected):
 
 def member(pressure_us):
     found = Member(LevelGuard("placement"), lambda vote: [vote], None)
-    found.controller = SimpleNamespace(pressure_us=pressure_us, pressure_news=True)
+    found.controller = SimpleNamespace(
+        pressure_us=pressure_us, pressure_news=True, rebalance_log=RebalanceLog(None)
+    )
     return found
 
 
@@ -99,6 +103,22 @@ def test_vllms_own_v2_runner_can_be_followed(monkeypatch):
     assert sender.controller.pressure_news  # for the next output
     assert isinstance(runner.eplb_state, property)
     assert "self.model_runner_output = " in inspect.getsource(async_output.__init__)
+
+
+def test_figures_of_placement_travel_when_they_have_changed():
+    sender = member(2.0)
+    log = sender.controller.rebalance_log
+    first, second = SimpleNamespace(req_ids=["a"]), SimpleNamespace(req_ids=["a"])
+    attach_news(sender, first)
+    assert not hasattr(first, news.PLACEMENT)
+    log.unsent = True
+    log.figures[Field.PLACEMENT_COMMITS] = 3
+    attach_news(sender, SimpleNamespace(req_ids=[]))
+    assert log.unsent
+    attach_news(sender, first)
+    attach_news(sender, second)
+    assert getattr(first, news.PLACEMENT)[Field.PLACEMENT_COMMITS] == 3
+    assert not hasattr(second, news.PLACEMENT)
 
 
 def test_fallbacks_travel_when_there_are_more():

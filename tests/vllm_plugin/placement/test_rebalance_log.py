@@ -2,6 +2,7 @@
 
 import json
 
+from gimbal.core.snapshot import Field, plausible
 from gimbal.records.schema import RebalanceRecord
 from gimbal.vllm_plugin.placement.rebalance_log import RebalanceLog
 
@@ -91,3 +92,30 @@ def test_without_a_directory_the_last_record_is_kept():
     assert log.last is None
     log.add(record(1.0))
     assert log.last.time_s == 1.0
+
+
+def test_what_came_of_all_records_is_summed_up():
+    log = RebalanceLog(None)
+    log.add(record(1.0, committed=False), expert_bytes=100.0)
+    assert log.unsent
+    assert log.figures[Field.PLACEMENT_PROPOSALS] == 1
+    assert log.figures[Field.PLACEMENT_COMMITS] == 0
+    assert log.figures[Field.PLACEMENT_RECEIVED_BYTES] == 0.0
+    assert log.figures[Field.PLACEMENT_PREDICTED_GAIN_US] == 0.0
+    assert log.figures[Field.PLACEMENT_BALANCE] == 0.5
+    for stall_us in (3.0, 4.0):
+        log.add(record(2.0), expert_bytes=100.0)
+        log.amend(stall_us=stall_us)
+    log.amend(realized_gain_us_per_step=-2.0)
+    assert log.figures[Field.PLACEMENT_COMMITS] == 2
+    assert log.figures[Field.PLACEMENT_RECEIVED_EXPERTS] == 2
+    assert log.figures[Field.PLACEMENT_RECEIVED_BYTES] == 200.0
+    assert log.figures[Field.PLACEMENT_STALL_US] == 7.0
+    assert log.figures[Field.PLACEMENT_PREDICTED_GAIN_US] == 5.0
+    assert log.figures[Field.PLACEMENT_REALIZED_GAIN_US] == 0.0
+    assert log.figures[Field.PLACEMENT_REALIZED_LOSS_US] == 2.0
+    assert log.figures[Field.PLACEMENT_BALANCE] == 0.9
+    log.amend(realized_gain_us_per_step=3.0)
+    assert log.figures[Field.PLACEMENT_REALIZED_GAIN_US] == 3.0
+    assert log.figures[Field.PLACEMENT_REALIZED_LOSS_US] == 0.0
+    assert all(plausible(value) for value in log.figures.values())

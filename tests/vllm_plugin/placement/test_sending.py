@@ -135,6 +135,8 @@ def test_what_an_engine_sends_decides_where_the_next_request_goes(home, tmp_path
         real_scheduler.finish_step(scheduler, sent, partial(attach_news, group.members[engine]))
         assert not worker.pressure_news
         board[engine] = scheduler.gimbal_signals.row
+        assert board[engine, Field.PLACEMENT_PROPOSALS] == 1
+        assert 0.0 < board[engine, Field.PLACEMENT_BALANCE] <= 1.0
         scheduler.shutdown()
     assert board[1 - home, Field.EXPERT_PRESSURE_US] > board[home, Field.EXPERT_PRESSURE_US]
     for field in Field:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from gimbal.vllm_plugin.queue.metrics import _histogram, _logger_class, size_class
@@ -14,7 +16,8 @@ def test_size_class(tokens, label):
 @pytest.mark.slow
 def test_finished_requests_are_counted_by_uncached_size():
     stats = pytest.importorskip("vllm.v1.metrics.stats")
-    logger = _logger_class()(None, engine_index=7)
+    config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="seven"))
+    logger = _logger_class()(config, engine_index=7)
     iteration = stats.IterationStats()
     iteration.finished_requests = [
         stats.FinishedRequestStats("stop", num_prompt_tokens=1000, num_cached_tokens=900),
@@ -28,7 +31,7 @@ def test_finished_requests_are_counted_by_uncached_size():
         (s.labels["uncached_tokens"], s.name.rpartition("_")[2]): s.value
         for metric in _histogram().collect()
         for s in metric.samples
-        if s.labels["engine"] == "7" and "le" not in s.labels
+        if s.labels["model_name"] == "seven" and "le" not in s.labels
     }
     assert samples["0-127", "count"] == 1
     assert samples["512-2047", "sum"] == 3.0
