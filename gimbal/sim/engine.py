@@ -121,15 +121,15 @@ class Engine:
         """Prompt tokens the prefix cache holds; at least one token is always computed."""
         if not (self.prefix_caching and request.prefix_blocks):
             return 0
-        tokens = 0
+        tokens = hits = 0
         for block in request.prefix_blocks:
             held = self._cache.get(block, 0)
-            if not held:
-                break
-            self._cache.move_to_end(block)
             tokens += held
+            hits += held > 0
             if held < prefix_block_tokens:
                 break
+        for block in reversed(request.prefix_blocks[:hits]):
+            self._cache.move_to_end(block)
         return min(tokens, request.prompt_tokens - 1) // self.block_tokens * self.block_tokens
 
     @property
@@ -348,7 +348,8 @@ class Engine:
             if request.answered_blocks:
                 tokens += request.output_tokens - 1  # the last token is never computed
             size = self._prefix_block_tokens
-            for place, block in enumerate(blocks):
+            for place in reversed(range(len(blocks))):  # as vLLM frees: the last goes first
+                block = blocks[place]
                 held = min(size, tokens - place * size)
                 self._cache[block] = max(held, self._cache.get(block, 0))
                 self._cache.move_to_end(block)
