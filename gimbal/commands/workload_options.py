@@ -61,7 +61,7 @@ _OPTIONS = [
     click.option(
         "--requests",
         type=Whole(1, MOST_REQUESTS),
-        help="requests per run (default: whole trace, a scenario's 2,000; bench: see --duration)",
+        help="requests per run (default: whole trace, a scenario's own; bench: see --duration)",
     ),
     click.option(
         "--distribution",

@@ -3,7 +3,8 @@
 A trace is a stretch cut out of endless traffic, so that it holds sessions that began before it. It
 is made on a circle: sessions begin anywhere on it, what runs beyond its end comes back at its
 beginning as a session of its own, whose first turns lie before the trace. So the rate is even from
-the first request to the last, however long sessions are, and no time is spent on a run-up.
+the first request to the last, however long sessions are, and no time is spent on a run-up. The
+trace is the stretch of the circle that comes nearest to the wished rate.
 
 Prefix blocks: a session's text is one stream of tokens, each prompt a leading part of it, answers
 included. A block's id is its place in its stream, system prompts being streams that all share.
@@ -70,25 +71,40 @@ def generate(scenario: Scenario, count: int, rate_rps: float, seed: int) -> Trac
     at = np.array([begins[roots[t.session]] + t.offset_s for t in turns])
     laps = (at // span_s).astype(np.int64)
     at -= laps * span_s
-    order = np.argsort(at, kind="stable")[:count]
+    chosen = _stretch(at, span_s, count, rate_rps)
     shares = scenario.shared.shares if scenario.shared is not None else (1.0,)
     prefix_of = rng.choice(len(shares), size=sessions, p=np.array(shares) / sum(shares))
     writer = _Blocks(scenario, len(shares))
-    first = at[order[0]]
     requests = []
-    for index in map(int, order):
-        turn, lap = turns[index], int(laps[index])
+    for index, begun_again in chosen:
+        turn, lap = turns[index], int(laps[index]) - begun_again
         requests.append(
             TraceRequest(
-                float(at[index] - first),
+                float(at[index] + begun_again * span_s - at[chosen[0][0]]),
                 turn.prompt_tokens,
                 turn.output_tokens,
-                None if scenario.turns is None else f"s{turn.session}.{lap}",
+                None if scenario.turns is None else f"s{turn.session}.{lap + 1}",
                 None,
                 writer.blocks(turn, lap, int(prefix_of[roots[turn.session]])),
             )
         )
     return Trace(scenario.name, tuple(requests), scenario.block_tokens, scenario=scenario)
+
+
+def _stretch(at: Real, span_s: float, count: int, rate_rps: float) -> list[tuple[int, int]]:
+    """`count` requests in order of time, the stretch of the circle whose rate is nearest.
+
+    Args:
+        at: [requests] places on the circle, in [0, span_s).
+
+    Returns the index of each, and 1 for those beyond the circle's end.
+    """
+    order = np.argsort(at, kind="stable")
+    twice = np.concatenate((at[order], at[order] + span_s))
+    widths = twice[count - 1 : count - 1 + len(at)] - twice[: len(at)]
+    begin = int(np.argmin(np.abs(widths - (count - 1) / rate_rps)))
+    places = range(begin, begin + count)
+    return [(int(order[place % len(at)]), place // len(at)) for place in places]
 
 
 def begin_times_s(
