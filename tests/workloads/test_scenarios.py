@@ -255,3 +255,10 @@ def test_an_unknown_name_says_the_known_ones() -> None:
         load_trace("chatt")
     for name in (*NAMES, "azure-conv", "did you mean 'chat'"):
         assert name in str(error.value)
+
+
+def test_a_run_may_be_longer_than_the_sample() -> None:
+    trace = load_trace("burst")
+    assert trace.most_requests > len(trace) == 2000
+    assert len(build_workload(trace, WorkloadOptions(requests=2500), 0)) == 2500
+    assert replace(trace, scenario=None).most_requests == 2000
