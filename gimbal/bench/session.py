@@ -180,7 +180,7 @@ class BenchSession:
         """The requests of one repeat: the same in every arm, others in every repeat."""
         options = self.sized_workload()
         if count is not None:
-            options = replace(options, requests=min(count, len(self.options.trace)))
+            options = replace(options, requests=min(count, self.options.trace.most_requests))
         context = endpoint.model().max_model_len
         if context is not None:
             options = replace(options, max_total=min(context, options.max_total or context))
@@ -199,7 +199,7 @@ class BenchSession:
         if options.requests is not None:
             return options.requests
         count = max(2, round(rate_rps * self.options.duration_s / options.scale_time))
-        return min(count, len(trace)) if trace.has_arrivals else count
+        return min(count, trace.most_requests)
 
     def _job(
         self, endpoint: Endpoint, trace: Trace, prefix: str, salt: tuple[int, ...]

@@ -20,6 +20,7 @@ from gimbal.commands.workload_options import (
     SECONDS,
     SERVERS,
     check_run_options,
+    list_scenarios,
     read_trace_options,
     read_workload_options,
     workload_options,
@@ -87,6 +88,7 @@ def command(**values: Any) -> None:
     `--`), with the demo model (--demo), or not at all (--url).
     """
     if values["list_names"]:
+        list_scenarios()
         list_arms(values)
         return
     console = notes()

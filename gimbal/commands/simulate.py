@@ -14,6 +14,7 @@ from gimbal.commands.output import echo_json, notes, tables
 from gimbal.commands.workload_options import (
     LOAD,
     check_run_options,
+    list_scenarios,
     read_trace_options,
     read_workload_options,
     workload_options,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=OutFolder(), help="keep the records in this directory")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 def command(**values: Any) -> None:
-    """Simulate a trace on a cluster under several arms: the report of `gimbal bench`, offline.
+    """Simulate requests on a cluster under several arms: the report of `gimbal bench`, offline.
 
     The policies are the ones that run in the server, and an arm is the one that `gimbal bench`
     runs; of its vLLM flags the simulator understands a few. With the same seed the output is the
@@ -48,6 +49,7 @@ def command(**values: Any) -> None:
         from gimbal.sim.cluster import cluster_names
 
         click.echo("clusters: " + ", ".join(cluster_names()))
+        list_scenarios()
         list_arms(values)
         return
     from gimbal.records.store import require_no_run

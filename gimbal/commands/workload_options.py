@@ -15,6 +15,7 @@ from gimbal.workloads import BUILTIN_TRACES, Trace, TraceOptions, WorkloadOption
 from gimbal.workloads.arrivals import LEAST_CV, LEAST_RPS, MOST_CV, PROCESSES
 from gimbal.workloads.distributions import DISTRIBUTIONS
 from gimbal.workloads.formats import UNITS
+from gimbal.workloads.scenario import DEFAULT_SCENARIO, load_scenario, scenario_names
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -37,9 +38,10 @@ _OPTIONS = [
     click.option(
         "--trace",
         "trace_name",
-        default="burstgpt",
+        default=DEFAULT_SCENARIO,
         show_default=True,
-        help=f"trace file, or one of {', '.join(BUILTIN_TRACES)}",
+        help=f"scenario ({', '.join(scenario_names())}), trace file, or one of "
+        f"{', '.join(BUILTIN_TRACES)}",
     ),
     click.option(
         "--trace-block-size",
@@ -59,7 +61,7 @@ _OPTIONS = [
     click.option(
         "--requests",
         type=Whole(1, MOST_REQUESTS),
-        help="requests per run (default: whole trace; bench: see --duration)",
+        help="requests per run (default: whole trace, a scenario's own; bench: see --duration)",
     ),
     click.option(
         "--distribution",
@@ -107,6 +109,14 @@ def workload_options(function: Function) -> Function:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def list_scenarios() -> None:
+    """Prints every packaged scenario with its description."""
+    click.echo("scenarios, for --trace:")
+    names = scenario_names()
+    for name in names:
+        click.echo(f"  {name:{max(map(len, names))}}  {load_scenario(name).description}")
 
 
 def read_trace_options(values: dict[str, Any]) -> Trace:

@@ -9,7 +9,8 @@ from typing import Any
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.yaml_reader import parse_yaml, read_yaml
 
-_SUFFIXES = {".yaml", ".yml"}
+SUFFIXES = {".yaml", ".yml"}
+"""Of a file; anything else is a name."""
 
 
 def packaged_names(package: str, folder: str) -> list[str]:
@@ -21,7 +22,7 @@ def packaged_names(package: str, folder: str) -> list[str]:
 def read_named_yaml(kind: str, package: str, folder: str, name_or_path: str | Path) -> Any:
     """What the file holds; raises InputError calling it a `kind` for none, or a malformed one."""
     path, name = Path(name_or_path), str(name_or_path)
-    if path.suffix in _SUFFIXES:
+    if path.suffix in SUFFIXES:
         return read_yaml(path, f"{kind} {path}")
     names = packaged_names(package, folder)
     if name not in names:

@@ -87,8 +87,8 @@ class Engine:
         self.domain_tokens = np.zeros(domains)  # of the step being run
         self._phase = [0] * block_tokens
         self._finish: list[tuple[int, int, SimRequest, int]] = []
-        self._cache: OrderedDict[int, None] = OrderedDict()
-        self._cache_tokens_per_block = block_tokens
+        self._cache: OrderedDict[int, int] = OrderedDict()  # prefix block -> tokens held of it
+        self._prefix_block_tokens = block_tokens
         self._admissions = 0
 
     # -- arrival -----------------------------------------------------------------------------
@@ -121,14 +121,16 @@ class Engine:
         """Prompt tokens the prefix cache holds; at least one token is always computed."""
         if not (self.prefix_caching and request.prefix_blocks):
             return 0
-        hits = 0
+        tokens = hits = 0
         for block in request.prefix_blocks:
-            if block not in self._cache:
+            held = self._cache.get(block, 0)
+            tokens += held
+            hits += held > 0
+            if held < prefix_block_tokens:
                 break
+        for block in reversed(request.prefix_blocks[:hits]):
             self._cache.move_to_end(block)
-            hits += 1
-        tokens = min(hits * prefix_block_tokens, request.prompt_tokens - 1)
-        return tokens // self.block_tokens * self.block_tokens
+        return min(tokens, request.prompt_tokens - 1) // self.block_tokens * self.block_tokens
 
     @property
     def backlog_tokens(self) -> int:
@@ -341,21 +343,28 @@ class Engine:
     def _retire(self, request: SimRequest, end_us: float) -> None:
         request.last_token_us = end_us
         if self.prefix_caching and request.prefix_blocks:
-            for block in request.prefix_blocks:
-                self._cache[block] = None
+            blocks = request.answered_blocks or request.prefix_blocks
+            tokens = request.prompt_tokens
+            if request.answered_blocks:
+                tokens += request.output_tokens - 1  # the last token is never computed
+            size = self._prefix_block_tokens
+            for place in reversed(range(len(blocks))):  # as vLLM frees: the last goes first
+                block = blocks[place]
+                held = min(size, tokens - place * size)
+                self._cache[block] = max(held, self._cache.get(block, 0))
                 self._cache.move_to_end(block)
-            self._trim_cache(len(request.prefix_blocks))
+            self._trim_cache(len(blocks))
 
     def _trim_cache(self, block_ids: int) -> None:
         """Keeps at most the free pool's worth of cached prefix blocks, least recent first out."""
-        per_id = max(1, self._cache_tokens_per_block // self.block_tokens)
+        per_id = max(1, self._prefix_block_tokens // self.block_tokens)
         room = max(0, self.blocks_total - self.used_blocks) // per_id
         while len(self._cache) > max(room, block_ids):
             self._cache.popitem(last=False)
 
     def set_prefix_block_tokens(self, tokens: int) -> None:
         """Tokens one entry of ``prefix_blocks`` stands for."""
-        self._cache_tokens_per_block = max(tokens, self.block_tokens)
+        self._prefix_block_tokens = tokens
 
     @property
     def busy(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from gimbal.core.cost.profile import Profile
 from gimbal.core.errors import InputError
 from gimbal.core.queue.heap import Entry
+from gimbal.sim.answers import answered_blocks
 from gimbal.workloads.trace import Trace
 
 NEVER = -1
@@ -15,7 +16,11 @@ NEVER = -1
 
 @dataclass(slots=True, eq=False)
 class SimRequest:
-    """One request inside the simulator."""
+    """One request inside the simulator.
+
+    `answered_blocks` are the leading blocks of prompt and answer together, where a later prompt
+    names them (`gimbal.sim.answers`).
+    """
 
     index: int
     request_id: str
@@ -25,6 +30,7 @@ class SimRequest:
     domain: int = 0
     session: str | None = None
     prefix_blocks: tuple[int, ...] = ()
+    answered_blocks: tuple[int, ...] = ()
     engine: int = NEVER
     computed: int = 0  # prompt tokens whose KV exists
     target: int = 0  # tokens to prefill: the prompt, plus what was generated before a preemption
@@ -70,8 +76,9 @@ def requests_of(trace: Trace, profile: Profile, domains: dict[str, int]) -> list
             domains.get(r.domain or "", i % len(domains)),
             r.session,
             r.prefix_blocks,
+            answered,
         )
-        for i, r in enumerate(trace.requests)
+        for i, (r, answered) in enumerate(zip(trace.requests, answered_blocks(trace), strict=True))
     ]
 
 

@@ -10,9 +10,12 @@ import numpy as np
 
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.files import reading
+from gimbal.core.named_yaml import SUFFIXES
 from gimbal.core.numbers import MOST_REQUESTS, whole
 from gimbal.workloads import distributions, transform
+from gimbal.workloads.generate import generate
 from gimbal.workloads.reader import TraceOptions, read_trace
+from gimbal.workloads.scenario import load_scenario, scenario_names
 from gimbal.workloads.trace import Trace
 
 DEFAULT_RATE_RPS = 1.0
@@ -58,8 +61,13 @@ def find_trace(name_or_file: str) -> Path:
                 return path
             if path.exists():
                 raise InputError(f"--trace {name_or_file}: it is no file")
-        hint = nearest(name_or_file, BUILTIN_TRACES)
-        raise InputError(f"--trace {name_or_file}: no such file or built-in trace{hint}")
+        scenarios = scenario_names()
+        close = nearest(name_or_file, [*scenarios, *BUILTIN_TRACES])
+        hint = close if close.startswith(" (did") else ""
+        raise InputError(
+            f"--trace {name_or_file}: no such file, scenario or trace{hint}; scenarios: "
+            f"{', '.join(scenarios)}; traces: {', '.join(BUILTIN_TRACES)}"
+        )
     for directory in data_directories():
         for file in builtin.files:
             if (directory / file).is_file():
@@ -71,7 +79,18 @@ def find_trace(name_or_file: str) -> Path:
 
 
 def load_trace(name_or_file: str, options: TraceOptions | None = None) -> Trace:
-    """Reads a built-in trace or a file (see `reader.read_trace`); raises InputError."""
+    """A scenario's trace, a built-in one, or a file's (see `reader.read_trace`).
+
+    A scenario is a packaged name or a YAML file. Raises InputError.
+    """
+    if name_or_file in scenario_names() or Path(name_or_file).suffix in SUFFIXES:
+        if options is not None and options != TraceOptions():
+            raise InputError(
+                f"--trace {name_or_file}: a scenario; --trace-block-size, --trace-time-unit and "
+                "--trace-tokenizer are for files"
+            )
+        scenario = load_scenario(name_or_file)
+        return generate(scenario, scenario.requests, scenario.rate_rps, 0)
     path = find_trace(name_or_file)
     trace = read_trace(path, options)
     if not len(trace):
@@ -86,7 +105,8 @@ class WorkloadOptions:
     """What a run takes from a trace; defaults leave it as it is.
 
     Attributes:
-        requests: how many requests, from a place the seed decides; None takes all.
+        requests: how many requests, from a place the seed decides; None takes all. Those of a
+            scenario are generated from the seed.
         distribution: one of `distributions.DISTRIBUTIONS`, or None for the trace's own lengths.
         arrivals: "trace" keeps the trace's times; "poisson" or "gamma" generates them.
         cv: coefficient of variation of gamma gaps.
@@ -118,6 +138,9 @@ def build_workload(
     rng = np.random.default_rng([seed, 0x617272])
     count = len(trace) if options.requests is None else options.requests
     count = whole(count, "--requests ", 1, MOST_REQUESTS)
+    if trace.scenario is not None:
+        rate = options.rate_rps or trace.scenario.rate_rps
+        trace = generate(trace.scenario, count, rate, seed)
     if options.distribution is not None:
         if options.distribution not in distributions.DISTRIBUTIONS:
             distributions.weights(options.distribution, trace.prompt_tokens)

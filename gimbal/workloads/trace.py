@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+from gimbal.core.numbers import MOST_REQUESTS
+
+if TYPE_CHECKING:
+    from gimbal.workloads.scenario import Scenario
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class Trace:
         prefix_block_tokens: tokens of one entry of `TraceRequest.prefix_blocks`; 0 without them.
         has_arrivals: False for a set of lengths whose arrivals must come from a generator.
         notes: what its reader assumed, a sentence each.
+        scenario: what it was generated from; a run then has its own generated, of any length.
     """
 
     name: str
@@ -48,6 +55,7 @@ class Trace:
     prefix_block_tokens: int = 0
     has_arrivals: bool = True
     notes: tuple[str, ...] = ()
+    scenario: Scenario | None = None
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -66,6 +74,11 @@ class Trace:
     def output_tokens(self) -> npt.NDArray[np.int64]:
         """[requests] output lengths."""
         return np.array([r.output_tokens for r in self.requests], dtype=np.int64)
+
+    @property
+    def most_requests(self) -> int:
+        """Requests that a run can take from it."""
+        return len(self) if self.has_arrivals and self.scenario is None else MOST_REQUESTS
 
     @property
     def span_s(self) -> float:

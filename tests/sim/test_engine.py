@@ -128,6 +128,19 @@ def test_prefix_blocks_of_finished_prompts_are_not_computed_again():
     assert engine.schedule(1.0).prefill_tokens == 12
 
 
+def test_the_end_of_a_prompt_leaves_the_cache_before_its_beginning():
+    engine = make_engine(blocks=40, budget=128)  # room for ten prefix blocks of 16 tokens
+    engine.set_prefix_block_tokens(16)
+    computed = []
+    for index, first in enumerate((0, 6, 0)):
+        blocks = tuple(range(first, first + 6))
+        engine.add(SimRequest(index, str(index), 0.0, 96, 1, prefix_blocks=blocks), 0.0, 16)
+        before = engine.served_prefill_tokens
+        engine.finish_step(engine.schedule(0.0), 0.0)
+        computed.append(engine.served_prefill_tokens - before)
+    assert computed == [96, 96, 96 - 4 * 16]
+
+
 def test_held_back_prefills_wait_while_decodes_go_on():
     engine = make_engine()
     engine.add(SimRequest(0, "a", 0.0, 4, 5), 0.0, 0)

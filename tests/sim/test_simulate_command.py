@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from gimbal.commands.simulate import command
 from gimbal.core.errors import InputError
+from gimbal.workloads.scenario import load_scenario, scenario_names
 
 
 @pytest.fixture
@@ -58,9 +59,25 @@ def test_what_was_assumed_of_a_trace_is_said_beside_the_result(tmp_path):
     assert json.loads(result.stdout)["rate_rps"] == pytest.approx(50.0)
 
 
+def test_a_newcomer_needs_no_file(monkeypatch, tmp_path):
+    monkeypatch.setattr("gimbal.workloads.load.data_directories", lambda: [tmp_path])
+    result = simulate("--requests", "40", "--rate", "50", "--arms", "vllm-no-eplb", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["arms"]["vllm-no-eplb"]["completed"] == 40
+
+
+def test_scenarios_are_listed():
+    listed = simulate("--list").stdout
+    for name in scenario_names():
+        assert f" {name} " in listed
+        assert load_scenario(name).description in listed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--trace", "chta"), "scenarios: agent, burst, chat, documents, reasoning"),
+        (("--trace", "chat", "--trace-block-size", "16"), "a scenario; --trace-block-size"),
         (("--arms", "gimbl"), "unknown arm"),
         (("--cluster", "h100x5"), "unknown cluster"),
         (("--load", "0"), "expected a number > 0"),
