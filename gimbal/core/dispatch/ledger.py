@@ -239,6 +239,8 @@ def _observe(
             accounts[_SENT, e] = accounts[_ACCEPTED, e]
             accounts[_SENT + 1, e] = accounts[_ACCEPTED + 1, e]
             accounts[_UNACKED, e] = accounts[_UNACKED + 1, e] = 0.0
+        elif accounts[_UNACKED, e] == 0.0:  # then these are nobody's tokens
+            accounts[_SENT + 1, e], accounts[_UNACKED + 1, e] = accounts[_ACCEPTED + 1, e], 0.0
         if accounts[_INFLIGHT, e] > 0.0 or accounts[_UNACKED, e] == 0.0:
             accounts[_BUSY_AT, e] = now_us
         elif now_us - accounts[_BUSY_AT, e] > QUIET_US:

@@ -254,6 +254,19 @@ def test_an_end_that_was_missed_is_made_up_for():
     assert tuple(ledger.unacked[:, 0]) == (3, 30)
 
 
+def test_tokens_of_nobody_are_written_off():
+    """One request was entered and never came, another one came and was never entered."""
+    ledger, board = Ledger(1), np.zeros((1, ROW_WIDTH))
+    ledger.sent("lost", 0, 1500)
+    board[0, [Field.SEQUENCE, ACCEPTED_REQUESTS, ACCEPTED_TOKENS]] = 1, 1, 10
+    ledger.observe(board)
+    assert ledger.unacked.ravel().tolist() == [0.0, 0.0]
+    ledger.sent("next", 0, 7)
+    board[0, [Field.SEQUENCE, ACCEPTED_REQUESTS, ACCEPTED_TOKENS]] = 2, 2, 17
+    ledger.observe(board)
+    assert ledger.unacked.ravel().tolist() == [0.0, 0.0]
+
+
 def test_taken_back_after_the_account_started_again():
     ledger = Ledger(1)
     ledger.sent("a", 0, 10)

@@ -50,7 +50,7 @@ def in_container(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str
     }
     command = ["unshare", "-rm", "bash", "-c", CONTAINER, "sh", sys.executable, *words]
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, cwd="/"
+        command, env=environment, capture_output=True, text=True, timeout=600, cwd="/"
     )
 
 
