@@ -28,7 +28,7 @@ HEADER_WORDS = 16
 CONTROL_BYTES = 4096
 CONTROL_WORDS = 2 + CONTROL_BYTES // 8
 """Length in bytes, checksum, text."""
-RECORD_WORDS = 80
+RECORD_WORDS = -(-(1 + ROW_WIDTH + 1) // 8) * 8
 """Number, row and checksum, padded to a multiple of a cache line."""
 
 NEWEST_AT = HEADER_WORDS

@@ -68,8 +68,8 @@ class Field(IntEnum):
     PLACEMENT_LOCAL_SHARE = 45  # of pairs served on the source's own ranks; the same
 
 
-SNAPSHOT_FIELDS = 46
-"""Width reserved for `Field`; the accepted counters follow it in a row."""
+SNAPSHOT_FIELDS = len(Field)
+"""Columns of a row before the accepted counters."""
 ACCEPTED_REQUESTS = SNAPSHOT_FIELDS
 """First of MAX_FRONT_ENDS columns: requests accepted from front end f since EPOCH."""
 ACCEPTED_TOKENS = ACCEPTED_REQUESTS + MAX_FRONT_ENDS
@@ -90,7 +90,7 @@ class ImplausibleRow(ValueError):
 def column_name(column: int) -> str:
     """What column `column` of a row is called in messages."""
     if column < SNAPSHOT_FIELDS:
-        return Field(column).name.lower() if column < len(Field) else f"column_{column}"
+        return Field(column).name.lower()
     kind = "requests" if column < ACCEPTED_TOKENS else "tokens"
     return f"accepted_{kind}[{(column - ACCEPTED_REQUESTS) % MAX_FRONT_ENDS}]"
 

@@ -41,7 +41,6 @@ def sensible(value: float) -> bool:
         (Field.STEP_TIME_US, "step_time_us"),
         (ACCEPTED_REQUESTS + 3, "accepted_requests[3]"),
         (ACCEPTED_TOKENS, "accepted_tokens[0]"),
-        (len(Field), f"column_{len(Field)}"),
         (ROW_WIDTH - 1, "accepted_tokens[15]"),
     ],
 )
