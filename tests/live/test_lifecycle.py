@@ -56,7 +56,7 @@ def test_a_start_that_fails_leaves_nothing(server_pool: Any, tmp_path: Path) -> 
 
     server_pool.stop()
     log = tmp_path / "log"
-    flags = ["--port", str(server_pool.free_port()), "--kv-cache-memory-bytes", "4096"]
+    flags = ["--port", str(free_port()), "--kv-cache-memory-bytes", "4096"]
     with log.open("wb") as out:
         process = subprocess.Popen([*SERVE, *flags], stdout=out, stderr=subprocess.STDOUT)
     family: set[int] = set()
