@@ -112,6 +112,7 @@ def test_route(benchmark: Any, board: Board, engines: int, monkeypatch: Any) -> 
 
     client = DPLBAsyncMPClient.__new__(DPLBAsyncMPClient)
     client.client_count, client.client_index = 1, 0
+    client.vllm_config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
     client.reqs_in_flight, client.engine_inflight = {}, Counter()
     client.streaming_reqs = set()
     client.engine_ranks_managed = list(range(engines))
