@@ -118,8 +118,10 @@ class DispatchMetrics:
         announce_build()
         self._model, self._engines = model, engines
         self._children = {}
-        for family in (self._seconds, self._age, self._recoveries, self._torn):
+        for family in (self._recoveries, self._torn):
             family.labels(model)
+        # Looked up once: every decision observes both.
+        self._timed = self._seconds.labels(model), self._age.labels(model)
         for reason in FALLBACKS:
             self._fallbacks.labels(model, "dispatch", reason)
         self._rows.serve(model, engines, counts)
@@ -147,8 +149,9 @@ class DispatchMetrics:
 
     def timed(self, seconds: float, signal_age_us: float) -> None:
         """One decision of Gimbal's: how long it took and how old its signals were."""
-        self._seconds.labels(self._model).observe(seconds)
-        self._age.labels(self._model).observe(signal_age_us / 1e6)
+        durations, ages = self._timed
+        durations.observe(seconds)
+        ages.observe(signal_age_us / 1e6)
 
     def fell_back(self, level: str, reason: str) -> None:
         """Signature of ``LevelGuard.on_fallback``."""
