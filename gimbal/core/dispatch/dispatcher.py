@@ -219,22 +219,24 @@ class Dispatcher:
         terms: FloatArray | None = None
         names: tuple[str, ...] = ()
         reason = "policy"
-        # One frame for all of it: a request waits for this.
-        try:
-            if oldest_us > self._max_age_us and oldest_us > self._limit_us(loads):
-                costs, reason = self._without_signals(loads), "stale"
-            elif self._timed is None:
-                costs = self.policy.costs(request, loads)
-            else:
-                priced = self._timed.priced(request, loads)
-                terms, costs, names = priced[:-1], priced[-1], self._timed.term_names
+        if oldest_us > self._max_age_us and oldest_us > self._limit_us(loads):
+            costs, reason = self._without_signals(loads), "stale"
             values: list[float] = costs.tolist()
-            wrong = costs.shape != (len(loads.board),) or not -math.inf < sum(values) < math.inf
-        except Exception as error:
-            text = f"dispatch policy {self.policy_name!r}: {with_type(error)}"
-            raise PolicyError(text) from error
-        if wrong:
-            self._refuse(costs, len(loads.board))
+        else:
+            # In this frame, not in a function of its own: a request waits for it.
+            try:
+                if self._timed is None:
+                    costs = self.policy.costs(request, loads)
+                else:
+                    priced = self._timed.priced(request, loads)
+                    terms, costs, names = priced[:-1], priced[-1], self._timed.term_names
+                values = costs.tolist()
+                wrong = costs.shape != (len(loads.board),) or not -math.inf < sum(values) < math.inf
+            except Exception as error:
+                text = f"dispatch policy {self.policy_name!r}: {with_type(error)}"
+                raise PolicyError(text) from error
+            if wrong:
+                self._refuse(costs, len(loads.board))
         engine = argmin_rotating(values, self._rotation)
         if request.session is not None and terms is not None:
             engine, reason = self._keep_session(request, loads, costs, engine)
