@@ -43,9 +43,9 @@ lint: $(STAMP) ## ruff, mypy (strict on core), import contracts, the wheel's lin
 	$(BIN)/python scripts/size_budget.py
 
 pages: $(STAMP) ## write the generated pages of docs/: configuration, traces, models
-	$(BIN)/python scripts/configuration_page.py
-	$(BIN)/python scripts/traces_page.py
-	$(BIN)/python scripts/models_page.py
+	$(BIN)/python -m scripts.configuration_page
+	$(BIN)/python -m scripts.traces_page
+	$(BIN)/python -m scripts.models_page
 
 bench-core: $(STAMP) ## benchmarks that need no server
 	$(TEST_ENV) $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m "not live" $(ARGS)

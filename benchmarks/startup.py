@@ -13,22 +13,16 @@ import json
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from gimbal.bench.servers import free_port
 from gimbal.core.web import open_url
 
 _PHASE = re.compile(r"^gimbal: (.*) \((\d+) s\)$")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def complete(port: int) -> None:

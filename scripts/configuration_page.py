@@ -1,6 +1,6 @@
 """Writes docs/configuration.md: every option with its default, from the configuration's schema.
 
-    .venv/bin/python scripts/configuration_page.py [--check]
+    .venv/bin/python -m scripts.configuration_page [--check]
 
 The page is made from the text that `gimbal config` prints. With --check nothing is written, and
 the exit code is 1 when the page is stale.
@@ -8,7 +8,6 @@ the exit code is 1 when the page is stale.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from gimbal.core.config import GimbalConfig
 from gimbal.core.config_sources import to_yaml
+from scripts.pages import keep
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -110,20 +110,6 @@ def page(text: str) -> str:
 
 def _sentence(text: str) -> str:
     return text if text.endswith(".") else text + "."
-
-
-def keep(out: Path, text: str, about: str) -> int:
-    """Writes the page, or with --check tells whether it is stale; returns the exit code."""
-    parser = argparse.ArgumentParser(description=about.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 when stale")
-    check = parser.parse_args().check
-    if not check:
-        out.write_text(text, encoding="utf-8")
-        return 0
-    if out.exists() and out.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{out}: stale; run make pages", file=sys.stderr)
-    return 1
 
 
 def main() -> int:

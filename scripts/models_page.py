@@ -1,6 +1,6 @@
 """Writes docs/models.md: published models and what Gimbal reads from their configurations.
 
-    .venv/bin/python scripts/models_page.py [--check]
+    .venv/bin/python -m scripts.models_page [--check]
 
 The page is made from the table that tests/core/model/test_published.py checks. With --check
 nothing is written, and the exit code is 1 when the page is stale.
@@ -8,7 +8,6 @@ nothing is written, and the exit code is 1 when the page is stale.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import math
 import operator
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from gimbal.core.model import Architecture, ModelConfig, read_architecture
+from scripts.pages import keep
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "models.md"
@@ -174,20 +174,5 @@ def _cells(model: PublishedModel, found: Architecture) -> list[str]:
     ]
 
 
-def main() -> int:
-    """Writes the page, or tells whether it is stale; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 when stale")
-    check = parser.parse_args().check
-    text = page()
-    if not check:
-        OUT.write_text(text, encoding="utf-8")
-        return 0
-    if OUT.exists() and OUT.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"{OUT}: stale; run scripts/models_page.py", file=sys.stderr)
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(keep(OUT, page(), __doc__))

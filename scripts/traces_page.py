@@ -1,6 +1,6 @@
 """Writes docs/traces.md: the trace formats that are read, from their table.
 
-.venv/bin/python scripts/traces_page.py [--check]
+.venv/bin/python -m scripts.traces_page [--check]
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from configuration_page import keep
-
 from gimbal.workloads.formats import BINARY, DATE, FORMATS, UNREAD, Format
+from scripts.pages import keep
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "traces.md"
 

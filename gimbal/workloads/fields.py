@@ -74,13 +74,14 @@ class Row:
         """Seconds since the epoch of a date and time, UTC where it names no offset."""
         value = self.get(field)
         parts = _DATE.fullmatch(value) if isinstance(value, str) else None
+        expected = "a date and time"
+        if parts is None:
+            raise self.fail(field, value, expected)
         try:
-            if parts is not None:
-                when = datetime.fromisoformat(parts[1] + (parts[3] or "+00:00"))
-                return (when - _EPOCH).total_seconds() + float(parts[2] or 0)
-        except (ValueError, OverflowError):
-            pass
-        raise self.fail(field, value, "a date and time")
+            when = datetime.fromisoformat(parts[1] + (parts[3] or "+00:00"))
+            return (when - _EPOCH).total_seconds() + float(parts[2] or 0)
+        except (ValueError, OverflowError):  # a thirteenth month, an hour 25
+            raise self.fail(field, value, expected) from None
 
     def text(self, field: str) -> str | None:
         """The value as text, or None when it is absent or empty."""

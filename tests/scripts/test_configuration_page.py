@@ -14,7 +14,7 @@ from scripts import configuration_page
 
 def test_the_page_is_not_stale() -> None:
     page = configuration_page.page(to_yaml(GimbalConfig()))
-    assert configuration_page.OUT.read_text() == page, "run scripts/configuration_page.py"
+    assert configuration_page.OUT.read_text() == page, "run make pages"
 
 
 def test_sections_of_sections_get_tables_of_their_own() -> None:

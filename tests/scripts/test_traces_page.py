@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
 from gimbal.workloads.formats import FORMATS, UNREAD
+from scripts import traces_page
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
-
-def test_the_page_is_not_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import traces_page
-
+def test_the_page_is_not_stale() -> None:
     page = traces_page.page()
     assert page.count("\n| ") >= len(FORMATS) + len(UNREAD)
     assert traces_page.OUT.read_text() == page, "run make pages"

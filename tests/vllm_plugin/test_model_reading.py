@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import Counter
 from copy import deepcopy
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,8 +21,8 @@ from vllm.transformers_utils.model_arch_config_convertor import (
 from gimbal.core.model import ModelConfig, count_experts, count_top_k, read_architecture
 from gimbal.core.model.attention import MLA_LAYERS
 from gimbal.core.model.experts import TOP_K
+from scripts import models_page
 
-ROOT = Path(__file__).resolve().parents[2]
 NOT_COUNTED_BY_VLLM = ("databricks/dbrx-instruct",)
 """vLLM looks for experts at the top level only; its class of the model finds them."""
 PER_LAYER = ("google/gemma-4-26B-A4B",)
@@ -44,18 +40,7 @@ KINDS = {
 }
 
 
-def _page_maker() -> ModuleType:
-    path = ROOT / "scripts" / "models_page.py"
-    spec = importlib.util.spec_from_file_location("models_page", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["models_page"] = module  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
-
-
-READ = [model for model in _page_maker().read_table()[0] if model.name not in PER_LAYER]
+READ = [model for model in models_page.read_table()[0] if model.name not in PER_LAYER]
 published = pytest.mark.parametrize("model", READ, ids=lambda model: model.name)
 
 

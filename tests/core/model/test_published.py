@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,23 +21,9 @@ from gimbal.core.model import (
 )
 from gimbal.core.model.families import FAMILIES
 from gimbal.core.yaml_reader import parse_yaml
+from scripts import models_page
 
-ROOT = Path(__file__).resolve().parents[3]
-
-
-def _page_maker() -> ModuleType:
-    path = ROOT / "scripts" / "models_page.py"
-    spec = importlib.util.spec_from_file_location("models_page", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["models_page"] = module  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKER = _page_maker()
-READ, REFUSED = MAKER.read_table()
+READ, REFUSED = models_page.read_table()
 published = pytest.mark.parametrize("model", READ, ids=lambda model: model.name)
 
 
@@ -155,4 +138,4 @@ def test_a_measurement_does_without_the_cache() -> None:
 
 
 def test_the_page_is_not_stale() -> None:
-    assert MAKER.OUT.read_text() == MAKER.page(), "run scripts/models_page.py"
+    assert models_page.OUT.read_text() == models_page.page(), "run make pages"
