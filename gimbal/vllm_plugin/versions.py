@@ -6,6 +6,7 @@ releases are then read right. `seams` lists every symbol, and how each version's
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import multiprocessing
 import os
@@ -89,3 +90,19 @@ def reuse_lookahead_tokens(vllm_config: Any) -> int:
     if speculative is None or not speculative.use_eagle_block_drop():
         return 0
     return int(getattr(vllm_config, "num_hash_lookahead_tokens", 0)) or 1
+
+
+# Since 0.32.
+
+
+async def all_engines_say(core: Any, method: str, *arguments: Any) -> list[Any]:
+    """One answer per engine of vLLM's client `core`.
+
+    0.31, which is not supported, asks all of them too, and hands on the first one's answer only.
+    """
+    of_all = getattr(core, "call_utility_all_async", None)
+    if of_all is not None:
+        answers: list[Any] = await of_all(method, *arguments)
+        return answers
+    of_one = core._call_utility_async
+    return await asyncio.gather(*(of_one(method, *arguments, engine=e) for e in core.core_engines))

@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse
 
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.placement.stats import map_in_force, to_file
+from gimbal.vllm_plugin.versions import all_engines_say
 from gimbal.workloads.routing import write_routing
 
 ANSWER_TIMEOUT_S = 30.0
@@ -79,7 +80,7 @@ async def _ask(
     """What `made` makes, in a thread, of the answers of all workers to `method`."""
     # Without a limit in the engine: vLLM would leave an answer that comes after it in the channel,
     # and take it for the output of the next step.
-    asked = asyncio.ensure_future(_of_all_engines(core, "collective_rpc", method, None, (), {}))
+    asked = asyncio.ensure_future(all_engines_say(core, "collective_rpc", method, None, (), {}))
     try:
         engines = await asyncio.wait_for(asyncio.shield(asked), ANSWER_TIMEOUT_S)
     except TimeoutError:
@@ -90,17 +91,6 @@ async def _ask(
         return await asyncio.to_thread(made, answers)
     except InputError as error:
         return _error(409, str(error))
-
-
-async def _of_all_engines(core: Any, method: str, *arguments: Any) -> list[Any]:
-    """One answer per engine of vLLM's client `core`."""
-    of_all = getattr(core, "call_utility_all_async", None)
-    if of_all is not None:
-        answers: list[Any] = await of_all(method, *arguments)
-        return answers
-    # vLLM 0.31 asks all of them too, and hands on the first engine's answer only.
-    of_one = core._call_utility_async
-    return await asyncio.gather(*(of_one(method, *arguments, engine=e) for e in core.core_engines))
 
 
 def _map(answers: Sequence[dict[str, Any]]) -> Answer:
