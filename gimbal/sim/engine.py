@@ -2,14 +2,13 @@
 
 Running requests first (every decode one token, then prefills in order of admission), then the
 waiting queue while token budget, seats and KV blocks last; chunked prefill; paged KV with
-preemption of the latest admitted request and recompute; prefix cache by block hashes. Where level
-`queue` is on, `core.queue.step` decides about each step's prefill, as on a server.
+preemption of the latest admitted request and recompute; prefix cache (`sim.prefix_cache`). Where
+level `queue` is on, `core.queue.step` decides about each step's prefill, as on a server.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ from gimbal.core.queue.admission import BlockedHeadGate, next_entry
 from gimbal.core.queue.heap import Entry, WaitingHeap
 from gimbal.core.queue.step import StepDecision, decide, leaves_to_vllm
 from gimbal.core.queue.traits import usable
+from gimbal.sim.prefix_cache import PrefixCache
 from gimbal.sim.requests import NEVER, SimRequest, StepBatch
 from gimbal.sim.step_view import EngineView, Group
 
@@ -37,7 +37,7 @@ class Engine:
         blocks: KV blocks in the pool.
         block_tokens: tokens of a block.
         ordering: order of the waiting queue.
-        prefix_caching: whether finished prompts stay matchable.
+        prefix_caching: whether computed prompts can be found again.
         chunk_limit: long_prefill_token_threshold; 0 is none.
         domains: number of routing domains tokens are counted by.
         queue: section `queue`, less what the ordering cannot do (`core.queue.traits.usable`).
@@ -87,23 +87,21 @@ class Engine:
         self.domain_tokens = np.zeros(domains)  # of the step being run
         self._phase = [0] * block_tokens
         self._finish: list[tuple[int, int, SimRequest, int]] = []
-        self._cache: OrderedDict[int, int] = OrderedDict()  # prefix block -> tokens held of it
-        self._prefix_block_tokens = block_tokens
+        self._cache: PrefixCache | None = None
         self._admissions = 0
 
     # -- arrival -----------------------------------------------------------------------------
 
-    def add(self, request: SimRequest, now_s: float, prefix_block_tokens: int) -> None:
+    def add(self, request: SimRequest, now_s: float) -> None:
         """A request reaches the engine's waiting queue."""
         request.target = request.prompt_tokens
-        cached = self._cached_tokens(request, prefix_block_tokens)
-        request.computed = cached
+        self._look_up(request)
         self.accepted_requests += 1
         self.accepted_tokens += request.prompt_tokens
         queued = QueuedRequest(
             request.request_id,
             now_s,
-            request.prompt_tokens - cached,
+            request.prompt_tokens - request.computed,
             served_before_tokens=self.served_prefill_tokens,
         )
         request.entry = self.waiting.add(queued, request, self._queue_state(now_s))
@@ -117,20 +115,12 @@ class Engine:
             served_tokens=self.served_prefill_tokens,
         )
 
-    def _cached_tokens(self, request: SimRequest, prefix_block_tokens: int) -> int:
-        """Prompt tokens the prefix cache holds; at least one token is always computed."""
-        if not (self.prefix_caching and request.prefix_blocks):
-            return 0
-        tokens = hits = 0
-        for block in request.prefix_blocks:
-            held = self._cache.get(block, 0)
-            tokens += held
-            hits += held > 0
-            if held < prefix_block_tokens:
-                break
-        for block in reversed(request.prefix_blocks[:hits]):
-            self._cache.move_to_end(block)
-        return min(tokens, request.prompt_tokens - 1) // self.block_tokens * self.block_tokens
+    def _look_up(self, request: SimRequest) -> None:
+        """What the prefix cache holds of a waiting request needs no computing."""
+        found = 0
+        if self._cache is not None and request.prefix_blocks:
+            found = self._cache.found_tokens(request)
+        request.computed = found
 
     @property
     def backlog_tokens(self) -> int:
@@ -181,6 +171,7 @@ class Engine:
         while self._left > 0 and len(self.running) < self.seats and self.waiting:
             entry = self._next(now_s)
             request = entry.item
+            self._look_up(request)
             if not self._fits(request, self._left):
                 break
             self.waiting.take(entry)
@@ -210,7 +201,8 @@ class Engine:
 
     def blocks_needed(self, item: SimRequest, free: int) -> int:
         """KV blocks that the request's first chunk takes."""
-        return self.blocks_for(item.computed + self._chunk(item, self._left))
+        self._look_up(item)
+        return self._first_blocks(item, self._left)
 
     def _chunk(self, request: SimRequest, budget: int) -> int:
         chunk = min(request.target - request.computed, budget)
@@ -221,8 +213,13 @@ class Engine:
         return -(-tokens // self.block_tokens)
 
     def _fits(self, request: SimRequest, budget: int) -> bool:
-        tokens = request.computed + self._chunk(request, budget)
-        return self.used_blocks + self.blocks_for(tokens) <= self.blocks_total
+        return self.used_blocks + self._first_blocks(request, budget) <= self.blocks_total
+
+    def _first_blocks(self, request: SimRequest, budget: int) -> int:
+        blocks = self.blocks_for(request.computed + self._chunk(request, budget))
+        if request.computed and self._cache is not None:
+            blocks -= self._cache.shared_blocks(request)
+        return blocks
 
     def _admit(self, request: SimRequest) -> None:
         self._admissions += 1
@@ -230,7 +227,8 @@ class Engine:
         self.running[request.index] = request
         self.prefilling.append(request)
         self.remaining_prefill_tokens += request.target - request.computed
-        self.used_blocks += self.blocks_for(request.computed)
+        if self._cache is not None and request.prefix_blocks:
+            self.used_blocks += self._cache.take(request)
 
     def _prefill(self, request: SimRequest, budget: int, batch: StepBatch) -> int:
         """Gives `request` its chunk; returns the tokens taken (0 when blocks ran out)."""
@@ -248,6 +246,9 @@ class Engine:
         batch.prefill_tokens += chunk
         batch.prefill_pairs += chunk * (before + chunk / 2)
         batch.prefill_kv_tokens += before
+        if self._cache is not None:
+            self._cache.shrink(self.blocks_total - self.used_blocks)
+            self._cache.computed(request)
         if request.computed == request.target:
             batch.completed.append(request)
             self.prefilling.remove(request)
@@ -259,6 +260,8 @@ class Engine:
             opened = self._phase[-self.step % self.block_tokens]
             if self.used_blocks + opened <= self.blocks_total:
                 self.used_blocks += opened
+                if self._cache is not None:
+                    self._cache.shrink(self.blocks_total - self.used_blocks)
                 return
             self._preempt(None)
 
@@ -271,7 +274,7 @@ class Engine:
         """
         victim = self.running.pop(next(reversed(self.running)))
         if victim.decode_from_step == NEVER:
-            self.used_blocks -= self.blocks_for(victim.computed)
+            self._free(victim, victim.computed)
             if victim in self.prefilling:
                 self.prefilling.remove(victim)
                 self.remaining_prefill_tokens -= victim.target - victim.computed
@@ -310,7 +313,7 @@ class Engine:
                 request.first_token_us = end_us
             request.generated += 1
             if request.generated >= request.output_tokens:
-                self.used_blocks -= self.blocks_for(request.computed)
+                self._free(request, request.computed)
                 del self.running[request.index]
                 self._retire(request, end_us)
                 finished.append(request)
@@ -337,34 +340,24 @@ class Engine:
         self.kv_tokens -= request.computed + 1 + done
         self.domain_decodes[request.domain] -= 1
         self._phase[(request.computed - request.decode_from_step) % self.block_tokens] -= 1
-        self.used_blocks -= self.blocks_for(request.computed + done)
+        self._free(request, request.computed + done)
         request.decode_from_step = NEVER
+
+    def _free(self, request: SimRequest, tokens: int) -> None:
+        """Gives back the KV blocks of a request with `tokens` of context."""
+        self.used_blocks -= self.blocks_for(tokens) - request.shared_blocks
+        if request.held and self._cache is not None:
+            self.used_blocks -= self._cache.release(request)
 
     def _retire(self, request: SimRequest, end_us: float) -> None:
         request.last_token_us = end_us
-        if self.prefix_caching and request.prefix_blocks:
-            blocks = request.answered_blocks or request.prefix_blocks
-            tokens = request.prompt_tokens
-            if request.answered_blocks:
-                tokens += request.output_tokens - 1  # the last token is never computed
-            size = self._prefix_block_tokens
-            for place in reversed(range(len(blocks))):  # as vLLM frees: the last goes first
-                block = blocks[place]
-                held = min(size, tokens - place * size)
-                self._cache[block] = max(held, self._cache.get(block, 0))
-                self._cache.move_to_end(block)
-            self._trim_cache(len(blocks))
-
-    def _trim_cache(self, block_ids: int) -> None:
-        """Keeps at most the free pool's worth of cached prefix blocks, least recent first out."""
-        per_id = max(1, self._prefix_block_tokens // self.block_tokens)
-        room = max(0, self.blocks_total - self.used_blocks) // per_id
-        while len(self._cache) > max(room, block_ids):
-            self._cache.popitem(last=False)
+        if self._cache is not None and request.answered_blocks:
+            self._cache.answered(request)
 
     def set_prefix_block_tokens(self, tokens: int) -> None:
-        """Tokens one entry of ``prefix_blocks`` stands for."""
-        self._prefix_block_tokens = tokens
+        """Tokens one entry of ``prefix_blocks`` stands for; 0 where no prompt has any."""
+        if tokens and self.prefix_caching:
+            self._cache = PrefixCache(self.block_tokens, tokens)
 
     @property
     def busy(self) -> bool:

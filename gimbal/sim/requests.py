@@ -41,6 +41,9 @@ class SimRequest:
     first_token_us: float = 0.0
     last_token_us: float = 0.0
     preemptions: int = 0
+    held: list[int] = field(default_factory=list)  # names in the prefix cache that it uses
+    shared_blocks: int = 0  # KV blocks under them
+    named_places: int = 0  # leading places of its prompt that the prefix cache has been told
     entry: Entry[SimRequest] | None = field(default=None, repr=False)
 
 

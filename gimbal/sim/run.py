@@ -295,7 +295,7 @@ class Simulation:
         for request in self._late:
             engine = self.engines[request.engine]
             request.queued_us = now_us
-            engine.add(request, now_us / 1e6, self._prefix_block_tokens)
+            engine.add(request, now_us / 1e6)
         self._late.clear()
 
     def _result(self, now_us: float) -> SimResult:

@@ -61,7 +61,7 @@ def computed_tokens(trace: Trace) -> list[int]:
     engine.set_prefix_block_tokens(trace.prefix_block_tokens)
     computed = []
     for request in requests_of(trace, SimpleNamespace(api_us=0.0), {"any": 0}):  # type: ignore[arg-type]
-        engine.add(request, 0.0, trace.prefix_block_tokens)
+        engine.add(request, 0.0)
         before = engine.served_prefill_tokens
         while engine.busy:
             engine.finish_step(engine.schedule(0.0), 0.0)

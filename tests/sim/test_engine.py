@@ -54,7 +54,7 @@ def test_counters_match_a_recount_and_every_request_ends(specs, blocks, budget, 
     finished = []
     for step in range(5000):
         while pending and specs[pending[0].index][2] <= step:
-            engine.add(pending.pop(0), float(step), 0)
+            engine.add(pending.pop(0), float(step))
         batch = engine.schedule(float(step))
         assert batch.tokens <= max(engine.budget, batch.decodes + LEAST_TOKENS)
         assert engine.used_blocks <= engine.blocks_total
@@ -75,7 +75,7 @@ def test_counters_match_a_recount_and_every_request_ends(specs, blocks, budget, 
 def test_a_long_prompt_is_chunked_by_the_budget():
     engine = make_engine(blocks=100, budget=16)
     request = SimRequest(0, "r0", 0.0, 40, 2)
-    engine.add(request, 0.0, 0)
+    engine.add(request, 0.0)
     taken = []
     for step in range(3):
         batch = engine.schedule(float(step))
@@ -100,9 +100,9 @@ def test_a_running_prefill_leaves_budget_to_a_shorter_newcomer(in_batch, chunk_l
         "long": SimRequest(0, "long", 0.0, 60, 2),
         "short": SimRequest(1, "short", 0.0, 5, 2),
     }
-    engine.add(prompts["long"], 0.0, 0)
+    engine.add(prompts["long"], 0.0)
     engine.finish_step(engine.schedule(0.0), 0.0)
-    engine.add(prompts["short"], 0.5, 0)
+    engine.add(prompts["short"], 0.5)
     before = {name: request.computed for name, request in prompts.items()}
     engine.schedule(1.0)
     assert {n: r.computed - before[n] for n, r in prompts.items()} == expected
@@ -111,7 +111,7 @@ def test_a_running_prefill_leaves_budget_to_a_shorter_newcomer(in_batch, chunk_l
 def test_running_out_of_blocks_preempts_the_latest_and_recomputes():
     engine = make_engine(blocks=6, budget=32)
     for index in range(2):
-        engine.add(SimRequest(index, f"r{index}", 0.0, 11, 8), 0.0, 0)
+        engine.add(SimRequest(index, f"r{index}", 0.0, 11, 8), 0.0)
     done = []
     for step in range(60):
         done += engine.finish_step(engine.schedule(float(step)), float(step))
@@ -122,9 +122,9 @@ def test_running_out_of_blocks_preempts_the_latest_and_recomputes():
 def test_prefix_blocks_of_finished_prompts_are_not_computed_again():
     engine = make_engine(blocks=100, budget=64)
     engine.set_prefix_block_tokens(8)
-    engine.add(SimRequest(0, "a", 0.0, 20, 1, prefix_blocks=(1, 2)), 0.0, 8)
+    engine.add(SimRequest(0, "a", 0.0, 20, 1, prefix_blocks=(1, 2)), 0.0)
     engine.finish_step(engine.schedule(0.0), 0.0)
-    engine.add(SimRequest(1, "b", 1.0, 20, 1, prefix_blocks=(1, 3)), 1.0, 8)
+    engine.add(SimRequest(1, "b", 1.0, 20, 1, prefix_blocks=(1, 3)), 1.0)
     assert engine.schedule(1.0).prefill_tokens == 12
 
 
@@ -134,7 +134,7 @@ def test_the_end_of_a_prompt_leaves_the_cache_before_its_beginning():
     computed = []
     for index, first in enumerate((0, 6, 0)):
         blocks = tuple(range(first, first + 6))
-        engine.add(SimRequest(index, str(index), 0.0, 96, 1, prefix_blocks=blocks), 0.0, 16)
+        engine.add(SimRequest(index, str(index), 0.0, 96, 1, prefix_blocks=blocks), 0.0)
         before = engine.served_prefill_tokens
         engine.finish_step(engine.schedule(0.0), 0.0)
         computed.append(engine.served_prefill_tokens - before)
@@ -143,9 +143,9 @@ def test_the_end_of_a_prompt_leaves_the_cache_before_its_beginning():
 
 def test_held_back_prefills_wait_while_decodes_go_on():
     engine = make_engine()
-    engine.add(SimRequest(0, "a", 0.0, 4, 5), 0.0, 0)
+    engine.add(SimRequest(0, "a", 0.0, 4, 5), 0.0)
     engine.finish_step(engine.schedule(0.0), 0.0)
-    engine.add(SimRequest(1, "b", 0.0, 4, 5), 0.0, 0)
+    engine.add(SimRequest(1, "b", 0.0, 4, 5), 0.0)
     batch = engine.schedule(1.0, due=False)
     assert (batch.decodes, batch.prefill_tokens) == (1, 0)
     assert not engine.capacity_bound  # nobody could have been admitted
@@ -153,8 +153,8 @@ def test_held_back_prefills_wait_while_decodes_go_on():
 
 def test_prefills_are_not_held_back_where_nothing_decodes():
     engine = make_engine()
-    engine.add(SimRequest(0, "a", 0.0, 40, 5), 0.0, 0)
-    engine.add(SimRequest(1, "b", 0.0, 40, 5), 0.0, 0)
+    engine.add(SimRequest(0, "a", 0.0, 40, 5), 0.0)
+    engine.add(SimRequest(1, "b", 0.0, 40, 5), 0.0)
     assert engine.schedule(0.0, due=False).prefill_tokens == engine.budget
     assert engine.capacity_bound
 
@@ -162,7 +162,7 @@ def test_prefills_are_not_held_back_where_nothing_decodes():
 @pytest.mark.parametrize("domain", [0, 1])
 def test_tokens_are_counted_by_domain(domain):
     engine = make_engine(domains=2)
-    engine.add(SimRequest(0, "a", 0.0, 6, 3, domain=domain), 0.0, 0)
+    engine.add(SimRequest(0, "a", 0.0, 6, 3, domain=domain), 0.0)
     engine.finish_step(engine.schedule(0.0), 0.0)
     assert engine.domain_tokens[domain] == 6
     engine.schedule(1.0)
@@ -173,9 +173,9 @@ def test_a_step_is_cut_to_what_a_graph_covers():
     graphs = SimpleNamespace(graph_tokens=8, exploring=False, small_steps_pay=lambda backlog: True)
     group = Group(graphs=graphs)
     engine = make_engine(ordering="gimbal", queue=QueueConfig(), group=group)
-    engine.add(SimRequest(0, "r0", 0.0, 2, 4), 0.0, 0)
+    engine.add(SimRequest(0, "r0", 0.0, 2, 4), 0.0)
     engine.finish_step(engine.schedule(0.0), 0.0)
-    engine.add(SimRequest(1, "r1", 0.0, 12, 4), 1.0, 0)
+    engine.add(SimRequest(1, "r1", 0.0, 12, 4), 1.0)
     assert engine.schedule(1.0).tokens == 8
     assert engine.decision.asked_graphs
     assert engine.view.memory.graph_steps == 1
@@ -188,7 +188,7 @@ def test_small_requests_pass_a_head_without_blocks_for_a_while():
         prompts = [SimRequest(0, "run", 0.0, 20, 18), SimRequest(1, "big", 0.0, 30, 2)]
         prompts += [SimRequest(2 + i, f"s{i}", 0.0, 4, 2) for i in range(6)]
         for number, request in enumerate(prompts):
-            engine.add(request, number / 100, 0)
+            engine.add(request, number / 100)
         done = []
         for step in range(200):
             done += engine.finish_step(engine.schedule(float(step)), float(step))
@@ -203,11 +203,11 @@ def test_small_requests_pass_a_head_without_blocks_for_a_while():
 def test_the_first_prefill_moves_on_where_decodes_fill_the_step():
     engine = make_engine(blocks=200, budget=4, seats=8, ordering="gimbal", queue=QueueConfig())
     for index in range(4):
-        engine.add(SimRequest(index, f"d{index}", 0.0, 1, 90), 0.0, 0)
+        engine.add(SimRequest(index, f"d{index}", 0.0, 1, 90), 0.0)
     engine.finish_step(engine.schedule(0.0), 0.0)
     assert engine.decodes == 4
     engine.budget = 5
-    engine.add(SimRequest(4, "long", 0.0, 40, 2), 1.0, 0)
+    engine.add(SimRequest(4, "long", 0.0, 40, 2), 1.0)
     engine.finish_step(engine.schedule(1.0), 1.0)
     engine.budget = 4
     assert engine.schedule(2.0).prefill_tokens == 4 < LEAST_TOKENS  # no chunk exceeds the budget

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ def request(
     priority: int = 0,
     arrival: float = 0.0,
     hashed: bool = True,
+    prompt: Sequence[int] | None = None,
 ):
     """A vLLM request with `tokens` prompt tokens of its own; `hashed` for prefix caching."""
     from vllm import SamplingParams
@@ -113,7 +114,7 @@ def request(
     first = hash(name) % 400
     return Request(
         request_id=name,
-        prompt_token_ids=[(first + i) % 500 for i in range(tokens)],
+        prompt_token_ids=list(prompt or ((first + i) % 500 for i in range(tokens))),
         sampling_params=SamplingParams(max_tokens=output, ignore_eos=True),
         pooling_params=None,
         arrival_time=arrival,

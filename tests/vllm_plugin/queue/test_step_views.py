@@ -94,7 +94,7 @@ def test_both_adapters_show_the_same_step(schedulers, monkeypatch, seed, options
             _, prompt, output = due.pop(0)
             name = f"r{40 - len(due)}"
             scheduler.add_request(real.request(name, prompt, output, arrival=now[0]))
-            engine.add(SimRequest(40 - len(due), name, 0.0, prompt, output), now[0], 0)
+            engine.add(SimRequest(40 - len(due), name, 0.0, prompt, output), now[0])
         if not (scheduler.has_requests() or engine.busy):
             break
         output = scheduler.schedule()
