@@ -24,8 +24,9 @@ from rich.table import Table
 from gimbal.core.cost.profile import Profile
 from gimbal.core.dispatch import POLICIES
 from gimbal.report.arms import Arm
-from gimbal.sim.capacity import capacity_rps
+from gimbal.sim.capacity import find_capacity
 from gimbal.sim.cluster import Cluster, load_cluster
+from gimbal.sim.probes import Bed, replayed
 from gimbal.sim.routing import named_population
 from gimbal.sim.run import Simulation
 from gimbal.workloads import load_trace
@@ -82,8 +83,9 @@ def at_load(load: float, cluster: Cluster, profile: Profile, trace: Trace) -> Tr
     """The same requests at `load` of the rate that round robin can do."""
     population = named_population(cluster.routing, profile)
     arm = _arm("round-robin")
-    rate = capacity_rps(trace, cluster, profile, population, arm, 0, requests=len(trace))
-    return set_rate(trace, load * rate)
+    bed = Bed(cluster, profile, population, arm)
+    found = find_capacity(bed, replayed(trace), requests=len(trace))
+    return set_rate(trace, load * found.rate_rps)
 
 
 def unrelated(lengths: Lengths, count: int, seed: int) -> Trace:

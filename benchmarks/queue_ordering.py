@@ -20,9 +20,10 @@ import click
 import numpy as np
 
 from gimbal.report.arms import Arm
-from gimbal.sim.capacity import capacity_rps
+from gimbal.sim.capacity import find_capacity
 from gimbal.sim.cells import POPULATION_SEED, Cell, CellResult, run_cells
 from gimbal.sim.cluster import load_cluster
+from gimbal.sim.probes import Bed, replayed
 from gimbal.sim.routing import named_population
 from gimbal.workloads import Trace, WorkloadOptions, build_workload, load_trace
 
@@ -95,7 +96,8 @@ def capacity_of(cluster_name: str, trace: Trace) -> float:
     population = named_population(cluster.routing, profile, POPULATION_SEED)
     sample = workload(trace, None, 600, 8999)
     fcfs = arm(BASE, ordering=BASE)
-    return capacity_rps(sample, cluster, profile, population, fcfs, 8999, requests=1200)
+    bed = Bed(cluster, profile, population, fcfs, 8999)
+    return find_capacity(bed, replayed(sample), requests=1200).rate_rps
 
 
 def row_of(results: list[CellResult]) -> Row:

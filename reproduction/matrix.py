@@ -23,21 +23,20 @@ from typing import Any
 
 import numpy as np
 
-import gimbal
-from gimbal.core.config_sources import to_mapping
 from gimbal.core.files import writing
 from gimbal.core.json_text import read_json, to_json
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
-from gimbal.report.arms import Arm, get_arm
-from gimbal.sim.capacity import capacity_rps
+from gimbal.report.arms import get_arm
+from gimbal.sim.capacity import arm_definition, code_digest, find_capacity
 from gimbal.sim.cells import POPULATION_SEED, CellResult, cell_result, completed
+from gimbal.sim.probes import Bed
 from gimbal.sim.routing import make_population
 from gimbal.sim.run import SimResult, Simulation
 from gimbal.workloads import Trace, build_workload, load_trace
 from gimbal.workloads.distributions import DISTRIBUTIONS
 from reproduction.scenarios import SCENARIOS, built
 
-FORMAT = 2
+FORMAT = 3
 """Of a cell's file; raise it when what is measured changes."""
 ARMS = (
     "vllm-legacy",
@@ -69,10 +68,10 @@ class Matrix:
     seeds: int = 8
     requests: int = 3000
     trace: str = "burstgpt"
-    capacity_requests: int = 3000
+    capacity_requests: int = 1000
 
 
-QUICK = Matrix(loads=(0.3, 0.9, 1.2), seeds=4, requests=1200, capacity_requests=1500)
+QUICK = Matrix(loads=(0.3, 0.9, 1.2), seeds=4, requests=1200, capacity_requests=300)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +98,7 @@ class Task:
         options = SCENARIOS[self.scenario].options(self.distribution, self.requests, None)
         values = dataclasses.asdict(self)
         del values["directory"], values["scenario"]
-        arm = _arm_definition(get_arm(self.arm)) if self.arm else {}
+        arm = arm_definition(get_arm(self.arm)) if self.arm else {}
         return {
             **values,
             "format": FORMAT,
@@ -121,13 +120,6 @@ class Task:
         return Path(self.directory) / "cells" / name
 
 
-def _arm_definition(arm: Arm) -> dict[str, Any]:
-    """What of an arm its cells depend on, defaults of the configuration included."""
-    values = arm.to_json() | {"config": to_mapping(arm.gimbal_config())}
-    del values["description"]
-    return values
-
-
 @lru_cache(maxsize=2)
 def _trace(name: str) -> Trace:
     return load_trace(name)
@@ -137,18 +129,6 @@ def _trace(name: str) -> Trace:
 def _trace_digest(name: str) -> str:
     rows = [(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in _trace(name).requests]
     return hashlib.sha256(np.array(rows).tobytes()).hexdigest()
-
-
-@lru_cache(maxsize=1)
-def code_digest() -> str:
-    """Of the modules a simulated run executes: tells cells of older code apart."""
-    root = Path(gimbal.__file__).parent
-    parts = "sim workloads core/dispatch core/queue core/feedback core/placement core/cost"
-    digest = hashlib.sha256()
-    for path in sorted(p for part in parts.split() for p in (root / part).rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def run_task(task: Task) -> dict[str, Any]:
@@ -180,10 +160,12 @@ def _workload(task: Task, rate_rps: float | None, domains: tuple[str, ...]) -> T
 def _capacity(task: Task) -> dict[str, Any]:
     cluster, profile = built(task.scenario)
     population = make_population(profile, seed=POPULATION_SEED)
-    trace = _workload(task, None, population.names)
-    arm = get_arm(CAPACITY_ARM)
-    rate = capacity_rps(trace, cluster, profile, population, arm, task.seed, task.requests)
-    return {"capacity_rps": rate}
+    bed = Bed(cluster, profile, population, get_arm(CAPACITY_ARM), task.seed)
+
+    def traffic(rate_rps: float | None, count: int) -> Trace:
+        return _workload(dataclasses.replace(task, requests=count), rate_rps, population.names)
+
+    return {"capacity_rps": find_capacity(bed, traffic, requests=task.requests).rate_rps}
 
 
 def _cell(task: Task) -> dict[str, Any]:

@@ -6,11 +6,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gimbal.commands.arm_options import arm_options, list_arms, read_arm_options
-from gimbal.commands.options import OutFolder, Whole
-from gimbal.commands.output import echo_json, notes, tables
+from gimbal.commands.options import OutFolder, Real, Whole
+from gimbal.commands.output import echo_json, notes, progress_bar, tables
 from gimbal.commands.workload_options import (
     LOAD,
     check_run_options,
@@ -34,6 +33,12 @@ if TYPE_CHECKING:
 )
 @arm_options
 @click.option("--load", type=LOAD, help="rate as a fraction of the simulated capacity")
+@click.option(
+    "--settle",
+    type=Real(),
+    help="seconds of arrivals before what is measured (default: as long as 99 % of the requests "
+    "stay); 0 measures every request, the beginning and the end of the run too",
+)
 @click.option("--slo", default="", help="what goodput counts: ttft_ms=2000,tpot_ms=200,...")
 @click.option("--jobs", type=Whole(1, 1024), help="processes (default: all CPUs)")
 @click.option("--out", type=OutFolder(), help="keep the records in this directory")
@@ -60,13 +65,9 @@ def command(**values: Any) -> None:
     if values["out"] is not None:
         require_no_run(values["out"])  # what cannot be kept is not simulated
     console = notes()
-    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        report, results = run_comparison(
-            options, values["jobs"], lambda n, total: bar.update(task, completed=n, total=total)
-        )
-    for note in options.trace.notes:
+    with progress_bar(console) as bar:
+        report, results = run_comparison(options, values["jobs"], bar.update, bar.say)
+    for note in report["notes"]:
         console.print(note, highlight=False, soft_wrap=True)
     if values["out"] is not None:
         keep_run(values["out"], options, report, results, sys.argv[1:])
@@ -90,5 +91,6 @@ def _options(values: dict[str, Any]) -> ComparisonOptions:
         repeats=values["repeat"],
         seed=values["seed"],
         load=values["load"],
+        settle_s=values["settle"],
         slo=parse_slo(values["slo"]),
     )

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gimbal.records.schema import RequestRecord
-from gimbal.report.metrics import LATENCIES, STATISTICS, Slo, duration_s, samples
+from gimbal.report.metrics import LATENCIES, STATISTICS, Samples, Slo, duration_s, samples
+from gimbal.report.window import Window
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -100,22 +101,25 @@ class _Sorted:
 class _ArmSamples:
     """One arm's runs, flattened over repeats; position = offset of the repeat + request index."""
 
-    def __init__(self, runs: Runs, offsets: IntArray, slo: Slo) -> None:
+    def __init__(
+        self, runs: Runs, offsets: IntArray, slo: Slo, window: Window | None = None
+    ) -> None:
         total = int(offsets[-1])
         self.done = np.zeros(total)
         self.good = np.zeros(total)
         self.tokens = np.zeros(total)
-        self.durations = np.array([duration_s(run) for run in runs])
+        self.durations = np.array([window.seconds if window else duration_s(run) for run in runs])
         values: dict[str, list[FloatArray]] = {name: [] for name in LATENCIES}
         positions: dict[str, list[IntArray]] = {name: [] for name in LATENCIES}
         for repeat, run in enumerate(runs):
-            sample = samples(run)
             index = {r.request_id: r.index for r in run}
-            place = np.array([index[i] for i in sample.request_ids], dtype=np.int64)
-            place += offsets[repeat]
+            ended = samples(window.ended(run) if window else run)
+            place = _places(ended, index) + offsets[repeat]
             self.done[place] = 1
-            self.good[place] = sample.good(slo)
-            self.tokens[place] = sample.output_tokens
+            self.good[place] = ended.good(slo)
+            self.tokens[place] = ended.output_tokens
+            sample = samples(window.arrived(run) if window else run)
+            place = _places(sample, index) + offsets[repeat]
             for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
                 column: FloatArray = getattr(sample, name)
                 keep = np.isfinite(column)
@@ -139,6 +143,10 @@ class _ArmSamples:
         return result
 
 
+def _places(sample: Samples, index: Mapping[str, int]) -> IntArray:
+    return np.array([index[i] for i in sample.request_ids], dtype=np.int64)
+
+
 def _sorted(values: list[FloatArray], positions: list[IntArray]) -> _Sorted:
     flat = np.concatenate(values) if values else np.empty(0)
     where = np.concatenate(positions) if positions else np.empty(0, dtype=np.int64)
@@ -152,6 +160,7 @@ def compare(
     slo: Slo,
     rng: np.random.Generator,
     draws: int = 1000,
+    window: Window | None = None,
 ) -> dict[str, dict[str, Interval]]:
     """Ratios of every other arm to `base`: arm -> metric -> interval.
 
@@ -161,6 +170,7 @@ def compare(
         slo: what goodput counts.
         rng: source of the draws.
         draws: bootstrap samples.
+        window: the measured part of every run; None measures whole runs.
 
     A ratio is NaN where an arm has no value; so are the ends of an interval that needs more than
     one repeat: the rate of completions depends on how long a run took, not on which request.
@@ -171,7 +181,7 @@ def compare(
         for k in range(repeats)
     ]
     offsets = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
-    prepared = {n: _ArmSamples(runs[:repeats], offsets, slo) for n, runs in arms.items()}
+    prepared = {n: _ArmSamples(runs[:repeats], offsets, slo, window) for n, runs in arms.items()}
     once = np.ones(offsets[-1], dtype=np.int64)
     point = {n: a.evaluate(once, np.ones(repeats, np.int64)) for n, a in prepared.items()}
     drawn: dict[str, dict[str, list[float]]] = {

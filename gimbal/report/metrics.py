@@ -5,6 +5,9 @@ token. TPOT: (E2E - TTFT) / (output tokens - 1), for requests of two tokens or m
 between consecutive token events, pooled over requests. Throughput: completed requests, or their
 output tokens, by the time from the first post to the last token. Goodput: completed requests that
 meet every stated SLO, by the same time; a one-token request has TPOT 0 there.
+
+With a window (`gimbal.report.window`) latencies are those of the requests that arrive in it, and
+throughput and goodput count what ends in it, by its length.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy.typing as npt
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.numbers import real
 from gimbal.records.schema import RequestRecord
+from gimbal.report.window import Window
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -116,20 +120,25 @@ def pooled_itl_ms(sample: Samples) -> FloatArray:
     return np.concatenate(sample.itl_ms) if sample.itl_ms else np.empty(0)
 
 
-def summarize(runs: Sequence[Sequence[RequestRecord]], slo: Slo) -> dict[str, object]:
+def summarize(
+    runs: Sequence[Sequence[RequestRecord]], slo: Slo, window: Window | None = None
+) -> dict[str, object]:
     """One arm's figures over its runs (one per repeat): pooled latencies, total rates.
 
     The keys are those of ``--json``.
     """
-    records = [record for run in runs for record in run]
-    sample = samples(records)
+    records = ended = [record for run in runs for record in run]
     total_s = sum(duration_s(run) for run in runs)
+    if window is not None:
+        records, ended = window.arrived(records), window.ended(records)
+        total_s = len(runs) * window.seconds
+    sample, finished = samples(records), samples(ended)
 
     def rate(count: float) -> float:
         return float(count) / total_s if total_s > 0 else 0.0
 
     by_status = {s: sum(r.status == s for r in records) for s in ("rejected", "failed", "aborted")}
-    prompt_tokens = sum(r.prompt_tokens for r in records if r.status == "ok")
+    prompt_tokens = sum(r.prompt_tokens for r in ended if r.status == "ok")
     return {
         "requests": len(records),
         "completed": len(sample.request_ids),
@@ -138,10 +147,10 @@ def summarize(runs: Sequence[Sequence[RequestRecord]], slo: Slo) -> dict[str, ob
         "tpot_ms": statistics(sample.tpot_ms),
         "itl_ms": statistics(pooled_itl_ms(sample)),
         "e2e_ms": statistics(sample.e2e_ms),
-        "throughput_rps": rate(len(sample.request_ids)),
+        "throughput_rps": rate(len(finished.request_ids)),
         "prompt_tokens_per_s": rate(prompt_tokens),
-        "output_tokens_per_s": rate(sample.output_tokens.sum()),
-        "goodput_rps": rate(int(sample.good(slo).sum())),
+        "output_tokens_per_s": rate(finished.output_tokens.sum()),
+        "goodput_rps": rate(int(finished.good(slo).sum())),
         "duration_s": total_s,
     }
 

@@ -17,7 +17,16 @@ from gimbal.report.page import figures, page, table
 from gimbal.report.result import check_result
 from gimbal.report.run_charts import run_charts
 from gimbal.report.svg import save_charts
-from gimbal.report.table import COUNTS, LATENCIES, RATES, STATISTICS
+from gimbal.report.table import (
+    COUNTS,
+    LATENCIES,
+    RATES,
+    STATISTICS,
+    backlog_text,
+    measured_text,
+    unsteady,
+)
+from gimbal.report.window import window_of
 
 
 def write_report(directory: Path, target: Path | None = None) -> Path:
@@ -40,7 +49,7 @@ def read_run(directory: Path) -> tuple[RunInfo, dict[str, list[Chart]]]:
     if info.result is None:
         raise InputError(f"{directory}: the run has no result: it was stopped before its report")
     check_result(info.result, f"{directory / RUN_FILE}: result")
-    return info, run_charts(reader, list(info.result["arms"]))
+    return info, run_charts(reader, list(info.result["arms"]), window_of(info.result))
 
 
 def render(info: RunInfo, charts: dict[str, list[Chart]]) -> str:
@@ -94,7 +103,10 @@ def _summary(info: RunInfo, result: dict[str, Any]) -> str:
             f"client {client['core_share']:.1%} of a core, "
             f"{client['cpu_us_per_token']:.0f} µs per token"
         )
-    return f'<p class="soft">{escape(" · ".join(parts))}</p>'
+    if "window" in result:
+        parts.append(measured_text(result))
+    notes = "".join(f'<p class="bad">{escape(text)}</p>' for text in unsteady(result))
+    return f'<p class="soft">{escape(" · ".join(parts))}</p>{notes}'
 
 
 def _number(value: float | None) -> str:
@@ -111,6 +123,8 @@ def _arms(arms: dict[str, Any], names: Sequence[str]) -> str:
             rows.append([f"{title} {statistic} (ms)", *cells])
     rows += [[title, *(_number(arms[n][m]) for n in names)] for m, title in RATES.items()]
     rows += [[key, *(str(arms[n][key]) for n in names)] for key in COUNTS]
+    if any(arms[n].get("backlog") for n in names):
+        rows.append(["backlog", *(backlog_text(arms[n]) for n in names)])
     even = [arms[n]["balance"]["max_over_mean"] for n in names]
     rows.append(["busiest / mean engine, tokens", *(_number(v) for v in even)])
     return table(["", *map(escape, names)], rows)

@@ -56,6 +56,19 @@ class _Balance:
 
 
 @dataclass(frozen=True)
+class _Backlog:
+    bounded: bool
+    growth: Number
+    residence_p99_s: Number | None
+
+
+@dataclass(frozen=True)
+class _Window:
+    begin_s: Number
+    end_s: Number
+
+
+@dataclass(frozen=True)
 class _Arm:
     ttft_ms: _Statistics
     tpot_ms: _Statistics
@@ -70,6 +83,8 @@ class _Arm:
     failed: Whole
     aborted: Whole
     balance: _Balance
+    repeats: Whole = 1
+    backlog: _Backlog | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ class _Result:
     load: Number | None = None
     capacity_rps: Number | None = None
     client: _Client | None = None
+    window: _Window | None = None
 
 
 def check_result(result: Mapping[str, Any], where: str) -> None:

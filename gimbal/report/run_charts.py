@@ -13,6 +13,7 @@ from gimbal.records.store import RunReader
 from gimbal.report.charts import Chart, FloatArray, Heat, Lines, cdf
 from gimbal.report.metrics import pooled_itl_ms, samples
 from gimbal.report.table import LATENCIES
+from gimbal.report.window import Window
 
 BINS = 60
 """Points in time at which the balance of a run is shown."""
@@ -20,11 +21,17 @@ MOST_MAPS = 3
 """Arms whose placements are drawn."""
 
 
-def run_charts(reader: RunReader, names: Sequence[str]) -> dict[str, list[Chart]]:
-    """Charts by section; a section without records is empty."""
+def run_charts(
+    reader: RunReader, names: Sequence[str], window: Window | None = None
+) -> dict[str, list[Chart]]:
+    """Charts by section; a section without records is empty.
+
+    Distributions are those of `window`, if there is one.
+    """
     requests = reader.requests()
+    measured = requests if window is None else window.arrived(requests)
     return {
-        "Distributions": distributions(requests, names),
+        "Distributions": distributions(measured, names),
         "Balance of the engines over time": balance(requests, names),
         "Predicted and realized gain of rearrangements": gains(reader.rebalances(), names),
         "Experts and where they lie": placements(reader.placements(), names),

@@ -10,6 +10,7 @@ import numpy as np
 from gimbal.records.schema import RequestRecord
 from gimbal.report.compare import compare, nested
 from gimbal.report.metrics import Slo, balance, summarize
+from gimbal.report.window import Window, backlog_of
 
 
 class Run(Protocol):
@@ -34,31 +35,41 @@ class Run(Protocol):
 
 
 def report_of(
-    runs: Sequence[Run], names: Sequence[str], base: str, slo: Slo, seed: int
+    runs: Sequence[Run],
+    names: Sequence[str],
+    base: str,
+    slo: Slo,
+    seed: int,
+    window: Window | None = None,
 ) -> dict[str, Any]:
     """The report over `runs` of the arms `names`; ratios are to the arm `base`.
 
     Args:
         seed: of the bootstrap's draws.
+        window: the measured part of every run; None measures whole runs.
     """
     by_arm = {name: [run for run in runs if run.arm == name] for name in names}
     ratios: dict[str, Any] = {}
     if len(names) > 1:
         records = {name: [list(run.records) for run in own] for name, own in by_arm.items()}
-        intervals = compare(records, base, slo, np.random.default_rng([seed, 0xB007]))
+        rng = np.random.default_rng([seed, 0xB007])
+        intervals = compare(records, base, slo, rng, window=window)
         ratios = {f"{name}/{base}": nested(metrics) for name, metrics in intervals.items()}
     return {
-        "arms": {name: _summary(own, slo) for name, own in by_arm.items()},
+        "arms": {name: _summary(own, slo, window) for name, own in by_arm.items()},
         "ratios": ratios,
+        "window": None if window is None else window.to_json(),
         "seed": seed,
         "slo": slo.limits(),
         "environment": {"simulated": True},
     }
 
 
-def _summary(runs: Sequence[Run], slo: Slo) -> dict[str, Any]:
+def _summary(runs: Sequence[Run], slo: Slo, window: Window | None) -> dict[str, Any]:
     itl = [run.itl_ms for run in runs]
-    return summarize([list(run.records) for run in runs], slo) | {
+    records = [list(run.records) for run in runs]
+    return summarize(records, slo, window) | {
+        "backlog": None if window is None else backlog_of(records, window).to_json(),
         # Pooled over repeats of about equal size: the mean of the repeats' statistics.
         "itl_ms": {k: _mean([i[k] for i in itl]) for k in itl[0]},
         "repeats": len(runs),

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gimbal.report.window import Window, window_of
+
 LATENCIES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2e_ms": "E2E"}
 STATISTICS = {"mean": "mean", "p50": "P50", "p90": "P90", "p99": "P99"}
 RATES = {
@@ -21,6 +23,8 @@ LABEL, ARM_CELL, RATIO_CELL = 28, 10, 20
 """Characters of a row's label, of one figure, and of one ratio with its interval."""
 MAX_SEND_LAG_MS = 50.0
 MAX_CPU_WAIT_SHARE = 0.02
+LONG_STAY = 1.5
+"""P99 of the time that requests stay, in times of what runs before they are measured."""
 
 
 def _number(value: float | None) -> str:
@@ -48,9 +52,19 @@ def _arms_table(arms: dict[str, Any]) -> Table:
         spread = [arm[key]["max_over_mean"] for arm in arms.values()]
         cells = ["-" if s is None else f"{s:.2f}" for s in spread]
         table.add_row(f"{title}, max/mean engine", *cells)
+    if any(arm.get("backlog") for arm in arms.values()):
+        table.add_row("backlog", *(backlog_text(arm) for arm in arms.values()))
     hits = [arm["prefix_hit_rate"] for arm in arms.values()]
     table.add_row("prefix cache hits", *("-" if h is None else f"{h:.1%}" for h in hits))
     return table
+
+
+def backlog_text(arm: dict[str, Any]) -> str:
+    """Whether what an arm leaves unfinished stays bounded while it is measured."""
+    backlog = arm.get("backlog")
+    if not backlog:
+        return "-"
+    return "bounded" if backlog["bounded"] else f"grows {backlog['growth']:.0%}"
 
 
 def _ratio_cell(values: dict[str, float | None], lower_is_better: bool) -> Text:
@@ -82,11 +96,29 @@ def _ratios_table(ratios: dict[str, Any]) -> Table:
     return table
 
 
+def measured_text(report: dict[str, Any]) -> str:
+    """What part of each run was measured."""
+    window = window_of(report)
+    if window is None:
+        return "measured: whole runs, their beginning and end too"
+    requests = sum(arm["requests"] for arm in report["arms"].values())
+    repeats = sum(arm["repeats"] for arm in report["arms"].values())
+    return (
+        f"measured: {requests / repeats:,.0f} requests in {window.seconds:,.3g} s of every run, "
+        f"after {window.begin_s:,.3g} s of arrivals that go on to the last one's end"
+    )
+
+
 def _footer(report: dict[str, Any]) -> list[str]:
     lines = []
     if report.get("rate_rps"):
-        load = f" (load {report['load']:g})" if report.get("load") else ""
+        load = f" (load {report['load']:g}" if report.get("load") else ""
+        if load:
+            capacity = report.get("capacity_rps")
+            load += f" of {capacity:.2f})" if capacity else ")"
         lines.append(f"arrivals: {report['rate_rps']:.2f} requests/s{load}")
+    if "window" in report:
+        lines.append(measured_text(report))
     slo = ", ".join(f"{k} <= {v:g}" for k, v in report["slo"].items())
     lines.append(f"goodput: at {slo}" if slo else "goodput: no SLO stated, so it is throughput")
     client = report.get("client")  # a simulated run has none
@@ -120,7 +152,32 @@ def warnings(report: dict[str, Any]) -> list[str]:
         lost = arm["rejected"] + arm["failed"] + arm["aborted"]
         if lost:
             found.append(f"{name}: {lost} of {arm['requests']} requests are not in its latencies")
-    return found
+    return [*unsteady(report), *found]
+
+
+def unsteady(report: dict[str, Any]) -> list[str]:
+    """Which arms' figures are not those of a steady state, and why."""
+    window = window_of(report)
+    if window is None:
+        return []
+    backlogs = {name: arm.get("backlog") for name, arm in report["arms"].items()}
+    return [f"{n}: {text}" for n, b in backlogs.items() if b for text in _why_unsteady(b, window)]
+
+
+def _why_unsteady(backlog: dict[str, Any], window: Window) -> list[str]:
+    if not backlog["bounded"]:
+        return [
+            f"not in steady state: {backlog['growth']:.0%} of what arrives piles up, and the "
+            "longer it is measured the longer its latencies are"
+        ]
+    stays_s = backlog["residence_p99_s"]
+    if stays_s is None or stays_s > LONG_STAY * window.begin_s:
+        stay = "never end" if stays_s is None else f"stay {stays_s:,.3g} s"
+        return [
+            f"perhaps not in steady state: requests {stay} (P99), arrivals before what is measured "
+            f"took {window.begin_s:,.3g} s (--settle)"
+        ]
+    return []
 
 
 def _parts(columns: dict[str, Any], width: int, cell: int) -> Iterator[dict[str, Any]]:

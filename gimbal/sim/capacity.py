@@ -1,48 +1,192 @@
 """How many requests per second a simulated cluster can do: what ``--load`` is a share of.
 
-The same measure as on live servers: the workload arrives at twice a crude rate, and capacity is
-what completes per second in the last 70 % of that time, when the queue is never empty.
+Capacity is the largest rate at which the backlog stays bounded in steady state (`probes`). It is
+searched: a rate that is sustained is doubled, one that is not is halved, and the bracket that this
+leaves is bisected. What was found is kept in the user's cache folder under a digest of everything
+that it depends on, the simulator's code included.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from gimbal.core.cost.profile import Profile
+import gimbal
+from gimbal.core.caches import user_cache
+from gimbal.core.config_sources import to_mapping
+from gimbal.core.errors import InputError
+from gimbal.core.json_text import read_object, to_json
+from gimbal.core.numbers import real
 from gimbal.report.arms import Arm
-from gimbal.sim.cluster import Cluster
-from gimbal.sim.routing import Population
-from gimbal.sim.run import Simulation
+from gimbal.sim.probes import LEAST_STAYS, Bed, Probe, Traffic, settled_probe
 from gimbal.workloads import Trace
 
-OVERLOAD = 2.0
-STEADY_FROM = 0.3
-REQUESTS = 4000
+FORMAT = 1
+"""Of a kept capacity; raise it when what is measured changes."""
+REQUESTS = 3000
+"""Arrivals of the shortest probe."""
+MOST_TIMES = 4.0
+"""Arrivals of the longest over those of the shortest, where requests stay for so short a time."""
+STAYS = 8.0
+"""Length of a probe between the two, in P99s of the time that requests stay."""
+BURST_REQUESTS = 400
+BURST_DONE = 0.8
+PRECISION = 1.05
+"""Rates this close are not told apart."""
+MOST_PROBES = 16
 
 
-def capacity_rps(
-    trace: Trace,
-    cluster: Cluster,
-    profile: Profile,
-    population: Population,
-    arm: Arm,
-    seed: int,
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What was found.
+
+    Attributes:
+        rate_rps: the largest rate that was sustained.
+        residence_s: P99 of the seconds that requests stay at that rate.
+    """
+
+    rate_rps: float
+    residence_s: float
+
+
+def find_capacity(
+    bed: Bed,
+    traffic: Traffic,
+    say: Callable[[str], None] = lambda text: None,
     requests: int = REQUESTS,
-) -> float:
-    """Requests per second that `arm` completes of `trace` when it is overloaded."""
-    rows = trace.requests
-    rows = tuple(rows[i % len(rows)] for i in range(requests))
+) -> Capacity:
+    """Searches the capacity of `bed` for `traffic`.
 
-    def ends_s(rate: float) -> np.ndarray:
-        timed = tuple(replace(r, arrival_s=i / rate) for i, r in enumerate(rows))
-        overload = replace(trace, requests=timed)
-        run = Simulation(overload, cluster, profile, population, arm, seed).run()
-        return np.array([r.last_token_s for r in run.records])
+    Args:
+        requests: arrivals of the shortest probe; more of them find it more exactly.
+        say: gets a few words about each probe before it runs.
 
-    crude = requests / ends_s(np.inf).max()
-    rate = OVERLOAD * crude
-    ends, span_s = ends_s(rate), requests / rate
-    begin = STEADY_FROM * span_s
-    return float(((ends > begin) & (ends <= span_s)).sum() / (span_s - begin))
+    Raises InputError where no rate is sustained.
+    """
+    limit, enough = math.inf, MOST_TIMES * requests
+    best: Probe | None = None
+    rate = crude_rate(bed, traffic)
+    for _ in range(MOST_PROBES):
+        say(f"capacity: {rate:.3g} requests/s?")
+        stay_s = 0.0 if best is None else best.residence_s
+        count = min(max(STAYS * stay_s * rate, requests), enough)
+        span_s = max(count / rate, LEAST_STAYS * stay_s)
+        near = best is not None
+        found = settled_probe(bed, traffic, rate, span_s, near=near, stays=STAYS, enough=enough)
+        if found.sustained:
+            best = found
+        else:
+            limit = rate
+        if best is None:
+            rate = limit / 2
+        elif math.isinf(limit):
+            rate = 2 * best.rate_rps
+        elif limit / best.rate_rps <= PRECISION:
+            break
+        else:
+            rate = math.sqrt(limit * best.rate_rps)
+    if best is None:
+        raise InputError(
+            f"arm {bed.arm.name}: no rate above {limit:.3g} requests/s has a bounded backlog"
+        )
+    return Capacity(best.rate_rps, best.residence_s)
+
+
+def crude_rate(bed: Bed, traffic: Traffic) -> float:
+    """Four fifths of a burst, by the time they take: the rest may be long answers."""
+    trace = traffic(None, BURST_REQUESTS)
+    rows = tuple(dataclasses.replace(r, arrival_s=0.0) for r in trace.requests)
+    run = bed.simulate(dataclasses.replace(trace, requests=rows)).run()
+    ends = sorted(r.last_token_s or 0.0 for r in run.records)
+    count = max(1, int(BURST_DONE * len(ends)))
+    return count / ends[count - 1]
+
+
+def known_capacity(
+    bed: Bed,
+    traffic: Traffic,
+    source: Trace,
+    workload: Any,
+    say: Callable[[str], None] = lambda text: None,
+) -> Capacity:
+    """`find_capacity`, or what it found earlier for the same question.
+
+    Args:
+        source, workload: what `traffic` makes requests of: the trace and its options.
+    """
+    folder = user_cache()
+    path = None
+    if folder is not None:
+        path = folder / "gimbal" / "capacity" / f"{_digest(bed, source, workload)}.json"
+        kept = _kept(path)
+        if kept is not None:
+            return kept
+    found = find_capacity(bed, traffic, say)
+    if path is not None:
+        with contextlib.suppress(OSError):  # a folder that cannot be written costs a search
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.tmp")
+            partial.write_text(to_json(dataclasses.asdict(found)), encoding="utf-8")
+            os.replace(partial, path)
+    return found
+
+
+def _kept(path: Path) -> Capacity | None:
+    """What an earlier search has left; None where there is nothing that can be read."""
+    with contextlib.suppress(InputError, KeyError):
+        values = read_object(path)
+        return Capacity(
+            real(values["rate_rps"], "rate_rps=", above=0.0),
+            real(values["residence_s"], "residence_s=", above=0.0),
+        )
+    return None
+
+
+def _digest(bed: Bed, source: Trace, workload: Any) -> str:
+    """Of everything that a capacity depends on."""
+    rows = hashlib.sha256()
+    for r in source.requests:
+        row = (r.arrival_s, r.prompt_tokens, r.output_tokens, r.session, r.domain, r.prefix_blocks)
+        rows.update(repr(row).encode())
+    values = {
+        "format": FORMAT,
+        "code": code_digest(),
+        "cluster": dataclasses.asdict(bed.cluster),
+        "profile": dataclasses.asdict(bed.profile),
+        "routing": hashlib.sha256(bed.population.share.tobytes()).hexdigest(),
+        "arm": arm_definition(bed.arm),
+        "seed": bed.seed,
+        "workload": dataclasses.asdict(workload),
+        "block": source.prefix_block_tokens,
+        "scenario": repr(source.scenario),
+        "rows": rows.hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def arm_definition(arm: Arm) -> dict[str, Any]:
+    """What of an arm its runs depend on, defaults of the configuration included."""
+    values = arm.to_json() | {"config": to_mapping(arm.gimbal_config())}
+    del values["description"]
+    return values
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Of the modules a simulated run executes: tells results of older code apart."""
+    root = Path(gimbal.__file__).parent
+    parts = "sim workloads core/dispatch core/queue core/feedback core/placement core/cost"
+    digest = hashlib.sha256()
+    for path in sorted(p for part in parts.split() for p in (root / part).rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

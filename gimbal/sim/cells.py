@@ -16,6 +16,7 @@ import numpy as np
 from gimbal.core.contracts import FloatArray
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.report.arms import Arm
+from gimbal.report.window import Window
 from gimbal.sim.cluster import load_cluster
 from gimbal.sim.routing import named_population
 from gimbal.sim.run import SimResult, Simulation
@@ -30,13 +31,14 @@ POPULATION_SEED = 7
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run to simulate."""
+    """One run to simulate; with a window only that part of it is measured."""
 
     cluster: str
     trace: Trace
     arm: Arm
     repeat: int
     seed: int
+    window: Window | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class CellResult:
     Attributes:
         itl_ms: mean, P50, P90, P99 over all token gaps, from step times and decode counts.
         requests_by_engine, tokens_by_engine: by DP rank.
+        steps, preemptions: of the measured part.
     """
 
     arm: str
@@ -66,11 +69,14 @@ def run_cell(cell: Cell) -> CellResult:
     """Simulates one cell; the same cell gives the same result, byte for byte."""
     cluster, profile = load_cluster(cell.cluster)
     population = named_population(cluster.routing, profile, POPULATION_SEED)
-    result = Simulation(cell.trace, cluster, profile, population, cell.arm, cell.seed).run()
-    return cell_result(result, cell.arm.name, cell.repeat, cluster.dp)
+    simulation = Simulation(cell.trace, cluster, profile, population, cell.arm, cell.seed)
+    result = simulation.run(cell.window)
+    return cell_result(result, cell.arm.name, cell.repeat, cluster.dp, cell.window)
 
 
-def cell_result(result: SimResult, arm: str, repeat: int, engines: int) -> CellResult:
+def cell_result(
+    result: SimResult, arm: str, repeat: int, engines: int, window: Window | None = None
+) -> CellResult:
     """What a report needs of `result`, its records marked with `repeat`."""
     records = tuple(
         RequestRecord(
@@ -83,8 +89,11 @@ def cell_result(result: SimResult, arm: str, repeat: int, engines: int) -> CellR
         )
         for record in result.records
     )
+    measured = window or Window(0.0, np.inf)
+    ends = np.searchsorted(result.step_end_s, (measured.begin_s, measured.end_s))
+    steps = slice(*ends.tolist())
     requests, tokens = np.zeros(engines), np.zeros(engines)
-    for record in records:
+    for record in measured.arrived(records):
         assert record.engine is not None
         requests[record.engine] += 1
         tokens[record.engine] += record.prompt_tokens + record.output_tokens
@@ -94,12 +103,12 @@ def cell_result(result: SimResult, arm: str, repeat: int, engines: int) -> CellR
         records,
         tuple(replace(r, arm=arm, repeat=repeat) for r in result.rebalances),
         tuple(replace(p, arm=arm, repeat=repeat) for p in result.placements),
-        gaps_ms(result.step_us, result.step_decodes),
+        gaps_ms(result.step_us[steps], result.step_decodes[steps]),
         dict(enumerate(requests.tolist())),
         dict(enumerate(tokens.tolist())),
-        result.steps,
+        len(result.step_us[steps]),
         result.duration_s,
-        result.preemptions,
+        int(result.step_preemptions[steps].sum()),
         result.balance,
     )
 

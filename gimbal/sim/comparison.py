@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gimbal.core.cost.profile import Profile
 from gimbal.records.schema import RunInfo
 from gimbal.records.store import RunWriter
 from gimbal.report.arms import Arm
 from gimbal.report.metrics import Slo
 from gimbal.report.simulated import report_of
-from gimbal.sim.capacity import capacity_rps
+from gimbal.report.window import Window
+from gimbal.sim.capacity import known_capacity
 from gimbal.sim.cells import POPULATION_SEED, Cell, CellResult, run_cells
-from gimbal.sim.cluster import Cluster, load_cluster
+from gimbal.sim.cluster import load_cluster
 from gimbal.sim.policies import policies_of, with_flags
-from gimbal.sim.routing import Population, named_population
+from gimbal.sim.probes import Bed, stay_s
+from gimbal.sim.routing import named_population
 from gimbal.workloads import Trace, WorkloadOptions, build_workload
+
+LEAST_STAYS = 2.0
+"""Length of what is measured, in P99s of the time that requests stay, if no count is asked for."""
+AFTER_STAYS = 2.0
+"""Arrivals after it, in the same; the run ends when all measured requests have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +41,8 @@ class ComparisonOptions:
         repeats: runs of every arm, each with other requests.
         seed: of the first repeat; the next has the next one.
         load: fraction of the simulated capacity, or None for the workload's own rate.
+        settle_s: arrivals before what is measured; None finds out how long requests stay, 0
+            measures all requests, the run's beginning and end too.
         slo: what goodput counts.
     """
 
@@ -44,6 +53,7 @@ class ComparisonOptions:
     repeats: int = 1
     seed: int = 0
     load: float | None = None
+    settle_s: float | None = None
     slo: Slo = dataclasses.field(default_factory=Slo)
 
     @property
@@ -56,12 +66,14 @@ def run_comparison(
     options: ComparisonOptions,
     jobs: int | None = None,
     on_done: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, Any], list[CellResult]]:
     """The report, and every run. The same options give the same report, byte for byte.
 
     Args:
         jobs: processes; None takes the CPUs this process may use.
         on_done: called with (finished, all) runs.
+        say: gets a few words about what is done before the runs.
 
     Raises InputError before anything runs for what cannot be simulated.
     """
@@ -69,39 +81,76 @@ def run_comparison(
     for arm in options.arms:
         policies_of(arm, with_flags(cluster, arm))
     population = named_population(cluster.routing, profile, POPULATION_SEED)
-    workload, capacity = options.workload, None
-    if options.load is not None:
-        capacity = _capacity(options, cluster, profile, population)
-        workload = dataclasses.replace(workload, rate_rps=options.load * capacity)
+    plan = _plan(options, Bed(cluster, profile, population, options.base, options.seed), say)
     cells = [
-        Cell(
-            options.cluster,
-            build_workload(options.trace, workload, options.seed + repeat, population.names),
-            arm,
-            repeat,
-            options.seed + repeat,
-        )
+        Cell(options.cluster, trace, arm, repeat, options.seed + repeat, plan.window)
         for repeat in range(options.repeats)
+        for trace in [
+            build_workload(options.trace, plan.workload, options.seed + repeat, population.names)
+        ]
         for arm in options.arms
     ]
     on_done(0, len(cells))
     results = run_cells(cells, jobs, lambda done: on_done(done, len(cells)))
     names = [arm.name for arm in options.arms]
-    report = report_of(results, names, options.base.name, options.slo, options.seed)
+    base, slo = options.base.name, options.slo
+    report = report_of(results, names, base, slo, options.seed, plan.window)
     report |= {
         "cluster": cluster.name,
         "load": options.load,
-        "capacity_rps": capacity,
+        "capacity_rps": plan.capacity_rps,
         "rate_rps": cells[0].trace.rate_rps,
+        "notes": list(cells[0].trace.notes),
     }
     return report, results
 
 
-def _capacity(
-    options: ComparisonOptions, cluster: Cluster, profile: Profile, population: Population
-) -> float:
-    sample = build_workload(options.trace, options.workload, options.seed, population.names)
-    return capacity_rps(sample, cluster, profile, population, options.base, options.seed)
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What every cell runs.
+
+    Attributes:
+        workload: with the rate in force and as many requests as the run needs.
+        window: the measured part; None measures all.
+        capacity_rps: that the load is a share of, if there is one.
+    """
+
+    workload: WorkloadOptions
+    window: Window | None
+    capacity_rps: float | None
+
+
+def _plan(options: ComparisonOptions, bed: Bed, say: Callable[[str], None]) -> _Plan:
+    """Settles the rate, and what is measured: requests as many as asked for, or else as many as the
+    trace has and at least twice as long as they stay."""
+    workload, capacity = options.workload, None
+    names = bed.population.names
+
+    def traffic(rate_rps: float | None, count: int) -> Trace:
+        own = workload.rate_rps if rate_rps is None else rate_rps
+        sized = dataclasses.replace(workload, rate_rps=own, requests=count)
+        return build_workload(options.trace, sized, options.seed, names)
+
+    if options.load is not None:
+        capacity = known_capacity(bed, traffic, options.trace, workload, say)
+        workload = dataclasses.replace(workload, rate_rps=options.load * capacity.rate_rps)
+    found = None if capacity is None else capacity.rate_rps
+    count = workload.requests or len(options.trace)
+    rate = workload.rate_rps or traffic(None, count).rate_rps
+    if options.settle_s == 0 or rate == 0:  # nothing can go on before requests without a rate
+        return _Plan(workload, None, found)
+    settle_s = options.settle_s
+    if settle_s is None and capacity is not None:
+        settle_s = capacity.residence_s
+    if settle_s is None:
+        say("how long requests stay")
+        settle_s = stay_s(bed, traffic, rate, own=workload.rate_rps is None)
+    span_s = count / rate
+    if workload.requests is None:
+        span_s = max(span_s, LEAST_STAYS * settle_s)
+    window = Window(settle_s, settle_s + span_s)
+    requests = math.ceil(rate * (window.end_s + AFTER_STAYS * settle_s)) + 1
+    return _Plan(dataclasses.replace(workload, requests=requests), window, found)
 
 
 def keep_run(

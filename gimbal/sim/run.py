@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -28,12 +28,13 @@ from gimbal.core.queue.traits import usable
 from gimbal.core.snapshot import Field
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.report.arms import Arm
+from gimbal.report.window import Window
 from gimbal.sim import kernels
 from gimbal.sim.cluster import Cluster
 from gimbal.sim.engine import Engine
 from gimbal.sim.experts import Experts
 from gimbal.sim.policies import policies_of, with_flags
-from gimbal.sim.requests import SimRequest, StepBatch, check_lengths, requests_of
+from gimbal.sim.requests import NEVER, SimRequest, StepBatch, check_lengths, requests_of
 from gimbal.sim.routing import Population
 from gimbal.sim.signals import Signals
 from gimbal.sim.step_view import Group
@@ -45,10 +46,13 @@ class SimResult:
     """Everything one simulated run leaves behind.
 
     Attributes:
-        records: one per request, as a client would have seen it.
+        records: one per request, as a client would have seen it; aborted what had not ended when
+            the run did.
         steps: lock-step iterations run.
         duration_s: simulated time from the first arrival to the last token.
         step_us: [steps] their durations.
+        step_end_s: [steps] when each ended.
+        step_preemptions: [steps] preemptions in each, over all engines.
         step_decodes: [steps] decoding requests over all engines: each got one token per step.
         queued_s: [requests] when the engine took each into its waiting queue, as `records`.
         rebalances: expert rearrangements, proposed and committed.
@@ -61,6 +65,8 @@ class SimResult:
     steps: int
     duration_s: float
     step_us: FloatArray
+    step_end_s: FloatArray
+    step_preemptions: FloatArray
     step_decodes: FloatArray
     queued_s: FloatArray
     rebalances: list[RebalanceRecord] = field(default_factory=list)
@@ -74,7 +80,6 @@ class Simulation:
 
     Args:
         cluster: the arm's flags change it for this run.
-        max_steps: stop after so many lock-step iterations.
         concurrency: closed loop: that many requests at a time, arrival times are ignored.
     """
 
@@ -86,13 +91,11 @@ class Simulation:
         population: Population,
         arm: Arm,
         seed: int = 0,
-        max_steps: int | None = None,
         concurrency: int | None = None,
     ) -> None:
         cluster = with_flags(cluster, arm)
         self.cluster, self.profile, self.arm = cluster, profile, arm
         self.policies = policies = policies_of(arm, cluster)
-        self.max_steps = max_steps
         self._prefix_block_tokens = trace.prefix_block_tokens
         domains = {name: i for i, name in enumerate(population.names)}
         kv_tokens = cluster.kv_tokens or profile.kv_tokens
@@ -106,7 +109,7 @@ class Simulation:
             for request in self._pending:
                 request.arrival_us = profile.api_us if request.index < concurrency else np.inf
         self._late: list[SimRequest] = []
-        self._done: list[SimRequest] = []
+        self._awaited, self._missing = range(0), 0  # requests that matter, and of them open ones
         self.group = Group()
         self.engines = [
             _engine(index, cluster, policies.queue, kv_tokens, len(domains), self.group)
@@ -134,6 +137,8 @@ class Simulation:
         for engine, tokens, decodes in zip(self.engines, self._tokens, self._decodes, strict=True):
             engine.domain_tokens, engine.domain_decodes = tokens, decodes
         self._step_us: list[float] = []
+        self._step_end_us: list[float] = []
+        self._preempted: list[int] = []  # up to each step's end
         self._step_decodes: list[int] = []
 
     def _graph_costs(self, queue: QueueConfig) -> GraphStepCosts | None:
@@ -179,13 +184,18 @@ class Simulation:
         if self._affinity is not None:
             self._affinity.us_per_token = self.experts.affinity_us_per_token()
 
-    def run(self, on_progress: Callable[[int], None] | None = None) -> SimResult:
-        """Simulates until every request is done, or `max_steps`."""
-        now = 0.0
-        total = len(self._pending)
-        while len(self._done) < total:
-            if self.max_steps is not None and len(self._step_us) >= self.max_steps:
-                break
+    def run(self, window: Window | None = None, until_s: float = np.inf) -> SimResult:
+        """Simulates until every request is done, or all that matter.
+
+        Args:
+            window: only what happens in it, and the requests that arrive in it, matter.
+            until_s: stop at that time whatever is open.
+        """
+        now, until_us = 0.0, until_s * 1e6
+        measured_us = 0.0 if window is None else window.end_s * 1e6
+        self._awaited = self._arriving(window)
+        self._missing, total = len(self._awaited), len(self._pending)
+        while now < until_us and (self._missing or (now < measured_us and self._next < total)):
             if not self._late and not any(e.busy for e in self.engines):
                 now = max(now, self._pending[self._next].arrival_us)
                 self._dispatch_until(now)
@@ -193,9 +203,14 @@ class Simulation:
             elif not self.cluster.async_scheduling:
                 self._deliver(now)
             now = self._step(now)
-            if on_progress is not None and len(self._step_us) % 2000 == 0:
-                on_progress(len(self._done))
         return self._result(now)
+
+    def _arriving(self, window: Window | None) -> range:
+        """Indices of the requests that arrive in `window`; without one all."""
+        if window is None:
+            return range(len(self._pending))
+        ends = np.searchsorted(self._trace.arrivals_s, (window.begin_s, window.end_s))
+        return range(*ends.tolist())
 
     def _step(self, start_us: float) -> float:
         """Runs one lock-step step of all engines; returns the time of its end."""
@@ -213,10 +228,12 @@ class Simulation:
         for engine, batch in zip(self.engines, batches, strict=True):
             for request in engine.finish_step(batch, end_us):
                 self.dispatcher.finished(request.request_id)
-                self._done.append(request)
+                self._missing -= request.index in self._awaited
                 self._release(end_us)
         self.signals.step_done(batches, duration_us)
         self._step_us.append(duration_us)
+        self._step_end_us.append(end_us)
+        self._preempted.append(sum([engine.preemptions for engine in self.engines]))
         self._step_decodes.append(sum(batch.decodes for batch in batches))
         return end_us
 
@@ -300,17 +317,16 @@ class Simulation:
 
     def _result(self, now_us: float) -> SimResult:
         self.experts.close_comparison()
-        records = [self._record(request) for request in self._done]
-        order = np.argsort([request.index for request in self._done])
-        records = [records[i] for i in order]
-        queued_s = np.array([self._done[i].queued_us / 1e6 for i in order])
+        seen = [request for request in self._pending[: self._next] if request.engine >= 0]
         return SimResult(
-            records,
+            [self._record(request) for request in seen],
             len(self._step_us),
             now_us / 1e6,
             np.array(self._step_us),
+            np.array(self._step_end_us) / 1e6,
+            np.diff(np.array(self._preempted, dtype=float), prepend=0.0),
             np.array(self._step_decodes, dtype=float),
-            queued_s,
+            np.array([request.queued_us / 1e6 for request in seen]),
             self.experts.rebalances,
             self.experts.placements,
             sum(engine.preemptions for engine in self.engines),
@@ -320,6 +336,10 @@ class Simulation:
     def _record(self, request: SimRequest) -> RequestRecord:
         api_s = self.profile.api_token_us / 1e6
         source = self._trace.requests[request.index]
+        begun, done = request.first_token_us > 0, request.last_token_us > 0
+        received = request.generated
+        if request.decode_from_step != NEVER and not done:
+            received += self.engines[request.engine].step - request.decode_from_step
         sent_s = (request.arrival_us - self.profile.api_us) / 1e6
         return RequestRecord(
             request_id=request.request_id,
@@ -328,13 +348,14 @@ class Simulation:
             arrival_s=sent_s,
             sent_s=sent_s,
             prompt_tokens=request.prompt_tokens,
-            output_tokens=request.output_tokens,
+            output_tokens=request.output_tokens if done else received,
             expected_output_tokens=request.output_tokens,
-            first_token_s=request.first_token_us / 1e6 + api_s,
-            last_token_s=request.last_token_us / 1e6 + api_s,
+            first_token_s=request.first_token_us / 1e6 + api_s if begun else None,
+            last_token_s=request.last_token_us / 1e6 + api_s if done else None,
             engine=request.engine,
             session=request.session,
             domain=source.domain,
+            status="ok" if done else "aborted",
             index=request.index,
         )
 

@@ -106,7 +106,7 @@ class WorkloadOptions:
 
     Attributes:
         requests: how many requests, from a place the seed decides; None takes all. Those of a
-            scenario are generated from the seed.
+            scenario are generated from the seed; a trace with fewer is repeated.
         distribution: one of `distributions.DISTRIBUTIONS`, or None for the trace's own lengths.
         arrivals: "trace" keeps the trace's times; "poisson" or "gamma" generates them.
         cv: coefficient of variation of gamma gaps.
@@ -144,8 +144,6 @@ def build_workload(
     if options.distribution is not None:
         if options.distribution not in distributions.DISTRIBUTIONS:
             distributions.weights(options.distribution, trace.prompt_tokens)
-        if trace.has_arrivals and count > len(trace):
-            raise InputError(f"trace {trace.name}: {count} requests wanted, it has {len(trace)}")
         built = transform.reshape_lengths(trace, options.distribution, count, rng)
     else:
         built = transform.window(trace, count, rng)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from gimbal.core.errors import InputError
 from gimbal.core.numbers import MOST_SECONDS, MOST_TOKENS, real, whole
 from gimbal.workloads.arrivals import LEAST_RPS, arrival_times_s
 from gimbal.workloads.distributions import draw
@@ -16,15 +15,15 @@ from gimbal.workloads.trace import Trace, TraceRequest
 def window(trace: Trace, count: int, rng: np.random.Generator) -> Trace:
     """`count` requests: consecutive ones from a random place, or a random draw of lengths.
 
-    Consecutive, because bursts and shared prefixes live in neighbourhoods. Raises InputError when
-    a timed trace is shorter than `count`.
+    Consecutive, because bursts and shared prefixes live in neighbourhoods. A timed trace that is
+    shorter than `count` is repeated.
     """
     if not trace.has_arrivals:
         replacing = count > len(trace)
         chosen = rng.choice(len(trace), size=count, replace=replacing)
         return replace(trace, requests=tuple(trace.requests[i] for i in chosen))
     if count > len(trace):
-        raise InputError(f"trace {trace.name}: {count} requests wanted, it has {len(trace)}")
+        return repeated(trace, count, int(rng.integers(0, len(trace))))
     start = int(rng.integers(0, len(trace) - count + 1))
     chosen_requests = trace.requests[start : start + count]
     first = chosen_requests[0].arrival_s
@@ -34,12 +33,43 @@ def window(trace: Trace, count: int, rng: np.random.Generator) -> Trace:
     )
 
 
+def repeated(trace: Trace, count: int, start: int = 0) -> Trace:
+    """`count` requests from `start` on; after the last one the first follows, at the mean gap.
+
+    A later pass shares neither sessions nor prefixes with an earlier one: nobody asks the same
+    twice, and a cache that holds the first pass must not serve the second.
+    """
+    rows = trace.requests[start:] + trace.requests[:start]
+    lap_s = trace.span_s * len(rows) / max(1, len(rows) - 1)
+    names = 1 + max((max(r.prefix_blocks, default=0) for r in rows), default=0)
+
+    def row(place: int) -> TraceRequest:
+        turn, at = divmod(place, len(rows))
+        request = rows[at]
+        lap = turn + (at >= len(rows) - start)  # of the trace's time
+        named = request.session is not None and turn
+        return replace(
+            request,
+            arrival_s=request.arrival_s + lap * lap_s - rows[0].arrival_s,
+            session=f"{request.session}~{turn}" if named else request.session,
+            prefix_blocks=tuple([block + turn * names for block in request.prefix_blocks]),
+        )
+
+    note = (
+        f"{count} requests wanted, the trace has {len(rows)}: it is repeated, each pass with "
+        "sessions and prefixes of its own"
+    )
+    return replace(trace, requests=tuple(row(i) for i in range(count)), notes=(*trace.notes, note))
+
+
 def reshape_lengths(trace: Trace, distribution: str, count: int, rng: np.random.Generator) -> Trace:
     """`count` requests whose prompt lengths follow one of `distributions.DISTRIBUTIONS`.
 
     Rows keep their prompt, output, session and prefix; arrivals stay those of the first `count`
-    rows (cycling is refused by `window` before), so only lengths change.
+    rows, of a shorter trace repeated, so only lengths change.
     """
+    if trace.has_arrivals and count > len(trace):
+        trace = repeated(trace, count)
     chosen = draw(distribution, trace.prompt_tokens, count, rng)
     rows = []
     for position, index in enumerate(chosen):

@@ -85,7 +85,6 @@ def test_a_single_server_as_it_is_with_a_load(tmp_path: Path, trace: str, model:
         (["--demo", "--repeat", "0"], "--repeat 0"),
         (["--demo", "--slo", "ttft=3"], "did you mean"),
         (["--demo", "--trace", "nothing.csv"], "no such file"),
-        (["--demo", "--requests", "21"], "21 requests wanted, it has 20"),
         (["--demo", "--max-prompt", "0"], "--max-prompt 0"),
         (["--url", "http://127.0.0.1:9"], "no OpenAI server answers"),
     ],

@@ -1,12 +1,14 @@
 """``gimbal simulate`` end to end, small."""
 
 import json
+from functools import partial
 
 import pytest
 from click.testing import CliRunner
 
 from gimbal.commands.simulate import command
 from gimbal.core.errors import InputError
+from gimbal.sim import capacity
 from gimbal.workloads.scenario import load_scenario, scenario_names
 
 
@@ -27,6 +29,7 @@ def simulate(*arguments):
 
 def test_same_seed_same_bytes_and_records_on_disk(trace, tmp_path):
     arguments = ("--trace", trace, "--arms", "vllm-no-eplb,gimbal-dp", "--repeat", "2", "--json")
+    arguments += ("--settle", "0")
     first = simulate(*arguments, "--out", str(tmp_path / "run"))
     second = simulate(*arguments, "--jobs", "1")
     assert first.exit_code == 0, first.output
@@ -37,10 +40,48 @@ def test_same_seed_same_bytes_and_records_on_disk(trace, tmp_path):
     assert len((tmp_path / "run" / "requests.jsonl").read_text().splitlines()) == 480
 
 
-def test_load_sets_the_rate_from_the_simulated_capacity(trace):
-    result = simulate("--trace", trace, "--arms", "vllm-no-eplb", "--load", "0.5", "--json")
-    report = json.loads(result.stdout)
+def test_load_sets_the_rate_from_the_simulated_capacity(trace, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    find = partial(capacity.find_capacity, requests=200)
+    monkeypatch.setattr(capacity, "find_capacity", find)
+    arguments = ("--trace", trace, "--arms", "vllm-no-eplb", "--load", "0.5", "--json")
+    first = simulate(*arguments)
+    report = json.loads(first.stdout)
     assert report["rate_rps"] == pytest.approx(0.5 * report["capacity_rps"], rel=0.01)
+    # What was found is kept, and asked for again only where the question is the same.
+    monkeypatch.setattr(capacity, "find_capacity", None)
+    assert simulate(*arguments).stdout == first.stdout
+    assert isinstance(simulate(*arguments, "--seed", "1").exception, TypeError)
+
+
+def test_what_is_measured_lies_within_arrivals_that_go_on(trace, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ("--trace", trace, "--requests", "200", "--arms", "vllm-no-eplb,gimbal-dp")
+    arguments += ("--jobs", "1")
+    result = simulate(*arguments, "--json", "--out", str(folder))
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    begin, end = report["window"]["begin_s"], report["window"]["end_s"]
+    records = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    for name, arm in report["arms"].items():
+        own = [r for r in records if r["arm"] == name]
+        measured = [r for r in own if begin <= r["arrival_s"] < end]
+        assert arm["requests"] == arm["completed"] == len(measured) == pytest.approx(200, abs=2)
+        done = [r["last_token_s"] for r in own if r["last_token_s"] is not None]
+        inside = sum(begin <= t < end for t in done)
+        assert arm["throughput_rps"] == pytest.approx(inside / (end - begin))
+        assert max(r["last_token_s"] for r in measured) < max(r["arrival_s"] for r in own) + 0.1
+        assert arm["backlog"]["bounded"]
+    shown = simulate(*arguments).stdout
+    assert "bounded" in shown
+    assert "arrivals that go on" in shown
+
+
+def test_an_overload_says_that_it_is_none_of_a_steady_state(trace):
+    overload = ("--trace", trace, "--requests", "4000", "--rate", "3000", "--settle", "1")
+    shown = simulate(*overload, "--arms", "vllm-no-eplb").stdout
+    assert "grows" in shown
+    assert "warning: vllm-no-eplb: not in steady state" in shown
 
 
 def test_the_table_is_printed(trace):
@@ -53,9 +94,11 @@ def test_what_was_assumed_of_a_trace_is_said_beside_the_result(tmp_path):
     path = tmp_path / "trace"
     path.write_text(json.dumps(rows))
     options = ("--trace-block-size", "64", "--trace-time-unit", "s")
-    result = simulate("--trace", str(path), *options, "--arms", "vllm-no-eplb", "--json")
+    options += ("--arms", "vllm-no-eplb", "--json")
+    result = simulate("--trace", str(path), *options, "--settle", "0")
     note = "read as Mooncake: times in s, prefix blocks of 64 tokens"
     assert result.stderr == f"{path}: {note}\n"
+    assert "the trace has 4: it is repeated" in simulate("--trace", str(path), *options).stderr
     assert json.loads(result.stdout)["rate_rps"] == pytest.approx(50.0)
 
 
@@ -63,7 +106,8 @@ def test_a_newcomer_needs_no_file(monkeypatch, tmp_path):
     monkeypatch.setattr("gimbal.workloads.load.data_directories", lambda: [tmp_path])
     result = simulate("--requests", "40", "--rate", "50", "--arms", "vllm-no-eplb", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["arms"]["vllm-no-eplb"]["completed"] == 40
+    arm = json.loads(result.stdout)["arms"]["vllm-no-eplb"]
+    assert arm["completed"] == arm["requests"] > 0
 
 
 def test_scenarios_are_listed():

@@ -39,6 +39,28 @@ def test_window_is_consecutive_and_starts_at_zero() -> None:
     assert built.requests[0].arrival_s == 0.0
 
 
+def test_a_trace_that_is_too_short_is_repeated_and_shares_nothing_with_itself() -> None:
+    rows = [
+        TraceRequest(3.0 * i, 100 + i, 5, f"s{i % 4}", prefix_blocks=(0, i % 4, 9 + i))
+        for i in range(20)
+    ]
+    trace = make_trace("short", rows, prefix_block_tokens=32)
+    built = build_workload(trace, WorkloadOptions(requests=70), 1)
+    first = built.requests[0].prompt_tokens - 100
+    assert first > 0, "from the place that the seed decides"
+    assert [r.prompt_tokens - 100 for r in built.requests] == [(first + i) % 20 for i in range(70)]
+    assert np.diff(built.arrivals_s) == pytest.approx(np.full(69, 3.0))
+    passes = [built.requests[i : i + 20] for i in range(0, 70, 20)]
+    for name in ("session", "prefix_blocks"):
+        found = [{v for r in own for v in np.atleast_1d(getattr(r, name))} for own in passes]
+        assert not any(a & b for i, a in enumerate(found) for b in found[:i])
+    assert len({r.session for r in passes[1]}) == 4, "within a pass all is shared as before"
+    assert len({r.prefix_blocks[0] for r in passes[1]}) == 1
+    assert built.notes[-1].startswith("70 requests wanted, the trace has 20: it is repeated")
+    shaped = build_workload(trace, WorkloadOptions(requests=70, distribution="average"), 1)
+    assert np.diff(shaped.arrivals_s) == pytest.approx(np.full(69, 3.0))
+
+
 def test_rate_then_scale_time() -> None:
     built = build_workload(timed(), WorkloadOptions(rate_rps=4.0), 0)
     assert built.rate_rps == pytest.approx(4.0)
@@ -72,7 +94,6 @@ def test_scaled_lengths_keep_shared_fractions() -> None:
     "options",
     [
         WorkloadOptions(requests=0),
-        WorkloadOptions(requests=201),
         WorkloadOptions(rate_rps=-1.0),
         WorkloadOptions(scale_time=0.0),
         WorkloadOptions(scale_length=float("nan")),
@@ -80,7 +101,6 @@ def test_scaled_lengths_keep_shared_fractions() -> None:
         WorkloadOptions(arrivals="uniform"),
         WorkloadOptions(arrivals="gamma", cv=0.0),
         WorkloadOptions(distribution="centrall"),
-        WorkloadOptions(distribution="central", requests=500),
     ],
 )
 def test_senseless_options_are_refused(options: WorkloadOptions) -> None:
