@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 
@@ -47,6 +48,8 @@ def _weights() -> WordArray:
 _WEIGHTS = _weights()
 _NUMBER_WEIGHT = int(_WEIGHTS[_NUMBER])
 _ROW_WEIGHTS = _WEIGHTS[_ROW:_CHECK].copy()
+_WEIGHTS[_NUMBER] += np.uint64(1)  # a whole record sums to its number: one comparison tells both
+_RING = np.uint64(RECORDS)
 
 
 class SlotWriter:
@@ -121,14 +124,20 @@ class BoardReader:
             raise ValueError(f"{self.first + engines} engines: a board holds {MAX_ENGINES}")
         self.engines = engines
         self._rows: FloatArray = np.zeros((engines, ROW_WIDTH))
-        self._ring = np.arange(engines, dtype=np.uint64) * np.uint64(RECORDS)
+        self._words = self._rows.view(np.uint64)
+        self._ring = np.arange(engines, dtype=np.uint64) * _RING
         self._records = np.zeros((engines * RECORDS, RECORD_WORDS), dtype=np.uint64)
         self._bytes = self._records.reshape(-1).view(np.uint8).data
         self._bind()
 
     def _bind(self) -> None:
         self._generation = self.board.generation
+        self._forget()
+
+    def _forget(self) -> None:
+        """Has every row read again; it stays as it is until then."""
         self._seen = b""
+        self._numbers: WordArray = np.zeros(self.engines, dtype=np.uint64)
 
     def read(self, now_s: float | None = None) -> FloatArray:
         """[engines, ROW_WIDTH] a fresh copy of every engine's newest row; zeros before its first.
@@ -147,7 +156,7 @@ class BoardReader:
             if seen != self._seen:
                 self._take(seen)
         except OSError:
-            self._seen = b""
+            self._forget()
         return self._rows.copy()
 
     def _newest(self, storage: Storage) -> bytes:
@@ -158,60 +167,58 @@ class BoardReader:
         return words[8 * (NEWEST_AT + self.first) :]
 
     def _take(self, seen: bytes) -> None:
-        storage, newest = self.board.storage, np.frombuffer(seen, np.uint64)
-        rows, good = self._copy(storage, newest)
-        if np.count_nonzero(good) < self.engines:
-            newest = newest.copy()
-            self._again(storage, rows, newest, good)
-            seen = b""
-        if np.count_nonzero(newest) == self.engines:
-            self.board.previous = None
+        """Brings the rows up to the records `seen`; one that is never whole stays as it was."""
+        for _ in range(1 + RETRIES):
+            newest = np.frombuffer(seen, np.uint64)
+            late = (newest != self._numbers).nonzero()[0].tolist()
+            torn = self._take_slots(newest, late[0], late[-1] + 1) if late else 0
+            if torn == 0:
+                break
+            self.torn += torn
+            seen = self._newest(self.board.storage)
         else:
-            missing = newest == 0
-            rows[missing] = self._before()[missing]
+            seen = b""  # again at the next read
+        if self.board.previous is not None:
+            self._take_previous(self.board.previous, newest == 0)
             seen = seen if self.board.previous is None else b""
-        self._rows, self._seen = rows, seen
+        self._seen = seen
+
+    def _take_slots(self, newest: WordArray, start: int, stop: int) -> int:
+        """Brings the rows `start` to `stop` up to the records `newest`, which all others are of.
+
+        Returns how many records were not whole.
+        """
+        wanted = newest[start:stop]
+        rows, sums = self._copy(self.board.storage, wanted, start)
+        numbers = wanted.tolist()
+        if sums.tolist() == numbers and all(numbers):
+            self._words[start:stop] = rows
+            self._numbers = newest
+            return 0
+        good = (sums == wanted) & (wanted > 0)
+        self._words[start:stop][good] = rows[good]
+        self._numbers = self._numbers.copy()
+        self._numbers[start:stop][good] = wanted[good]
+        return int(np.count_nonzero(~good & (wanted > 0)))
 
     def _copy(
-        self, storage: Storage, newest: WordArray
-    ) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-        """The rows in the records `newest`, and which of them are whole."""
-        first = RECORDS_AT + self.first * RECORDS * RECORD_WORDS
-        storage.read_into(self._bytes, first)
-        records = self._records.take(self._ring + newest % RECORDS, axis=0)
-        good = (records @ _WEIGHTS == 0) & (records[:, _NUMBER] == newest)
-        return records[:, _ROW:_CHECK].view(np.float64), good
+        self, storage: Storage, newest: WordArray, start: int = 0
+    ) -> tuple[WordArray, WordArray]:
+        """The rows in the records `newest`, of slots from `start` on, and the records' sums."""
+        slots = len(newest)
+        first = RECORDS_AT + (self.first + start) * RECORDS * RECORD_WORDS
+        storage.read_into(self._bytes[: slots * RECORDS * RECORD_WORDS * 8], first)
+        records = self._records.take(self._ring[:slots] + newest % _RING, axis=0)
+        return records[:, _ROW:_CHECK], records @ _WEIGHTS
 
-    def _again(
-        self, storage: Storage, rows: FloatArray, newest: WordArray, good: BoolArray
-    ) -> None:
-        """Repeats the rows that failed their check; one that keeps failing stays as it was."""
-        for _ in range(RETRIES):
-            bad = ~good
-            self.torn += int(bad.sum())
-            newest[bad] = np.frombuffer(self._newest(storage), np.uint64)[bad]
-            again, good_again = self._copy(storage, newest)
-            rows[bad] = again[bad]
-            good = ~bad | good_again
-            if np.count_nonzero(good) == self.engines:
-                return
-        rows[~good] = self._rows[~good]
-
-    def _before(self) -> FloatArray:
-        """[engines, ROW_WIDTH] rows for engines of which the file knows nothing: those read last.
-
-        After the file was replaced, engines that have not noticed still write the old one.
-        """
-        rows, old = self._rows.copy(), self.board.previous
-        if old is None:
-            return rows
-        try:
+    def _take_previous(self, old: Storage, missing: BoolArray) -> None:
+        """After the file was replaced, engines that have not noticed still write the `old` one."""
+        if not missing.any():
+            self.board.previous = None
+            return
+        with contextlib.suppress(OSError):  # cut short: nothing of it is left
             # Without the header, which may be gone: the records say themselves whether they hold.
-            words = old.read(NEWEST_AT + self.first, self.engines)
-            newest = np.frombuffer(words, np.uint64)
-            found, good = self._copy(old, newest)
-        except OSError:  # cut short: nothing of it is left
-            return rows
-        whole = good & (newest > 0)
-        rows[whole] = found[whole]
-        return rows
+            newest = np.frombuffer(old.read(NEWEST_AT + self.first, self.engines), np.uint64)
+            rows, sums = self._copy(old, newest)
+            good = missing & (sums == newest) & (newest > 0)
+            self._words[good] = rows[good]
