@@ -21,9 +21,11 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchRequest:
-    """What a dispatch policy may know of a request. Output length is unknown, as in production."""
+class DispatchRequest(NamedTuple):
+    """What a dispatch policy may know of a request. Output length is unknown, as in production.
+
+    Immutable; a tuple, because one is made per decision.
+    """
 
     request_id: str
     prompt_tokens: int
@@ -36,7 +38,7 @@ class DispatchRequest:
 class EngineLoads(NamedTuple):
     """What the dispatcher knows at the moment it decides; one row per engine, in rank order.
 
-    Immutable; a tuple, because one is made per decision. Arrays are C-contiguous float64.
+    Immutable; a tuple, as `DispatchRequest`. Arrays are C-contiguous float64.
 
     Attributes:
         board: [engines, ROW_WIDTH] snapshots, columns named by `Field`.

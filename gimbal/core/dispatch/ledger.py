@@ -95,8 +95,10 @@ class Ledger:
         oldest_us: float
         oldest_us, lost = OBSERVE.call(board, self._accounts, self._front_end, now_us)
         if self._cached:
-            for engine in list(self._cached):
-                self._forget_cached(engine, int(self.unacked[0, engine]))
+            unacked = self.unacked_requests.tolist()
+            ahead = [e for e, queue in self._cached.items() if len(queue) > unacked[e]]
+            for engine in ahead:
+                self._forget_cached(engine, int(unacked[engine]))
         if lost:
             self._forget_lost()
         return oldest_us

@@ -26,13 +26,11 @@ FALLBACKS = (
     "error",
     "finished",
     "inflight_error",
-    "metrics",
     "not_entered",
     "refresh",
     "session",
     "settle",
     "stale",
-    "waiting_count",
 )
 """Every reason that this package gives its guards."""
 BY_POLICY = ("policy", "session", "stale", "inflight")
