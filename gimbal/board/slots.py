@@ -18,7 +18,6 @@ from gimbal.board.layout import (
     RECORDS_AT,
     RETRIES,
     WORD,
-    is_header,
 )
 from gimbal.board.storage import Storage
 from gimbal.core.contracts import FloatArray
@@ -50,6 +49,7 @@ _NUMBER_WEIGHT = int(_WEIGHTS[_NUMBER])
 _ROW_WEIGHTS = _WEIGHTS[_ROW:_CHECK].copy()
 _WEIGHTS[_NUMBER] += np.uint64(1)  # a whole record sums to its number: one comparison tells both
 _RING = np.uint64(RECORDS)
+_SLOT_WORDS = RECORDS * RECORD_WORDS
 
 
 class SlotWriter:
@@ -125,6 +125,7 @@ class BoardReader:
         self.engines = engines
         self._rows: FloatArray = np.zeros((engines, ROW_WIDTH))
         self._words = self._rows.view(np.uint64)
+        self._head_words = NEWEST_AT + self.first + engines
         self._ring = np.arange(engines, dtype=np.uint64) * _RING
         self._records = np.zeros((engines * RECORDS, RECORD_WORDS), dtype=np.uint64)
         self._bytes = self._records.reshape(-1).view(np.uint8).data
@@ -152,36 +153,32 @@ class BoardReader:
         if self._generation != self.board.generation:
             self._bind()
         try:
-            seen = self._newest(self.board.storage)
-            if seen != self._seen:
-                self._take(seen)
+            head = self.board.storage.head(self._head_words)
+            if head != self._seen:
+                self._take(head)
         except OSError:
             self._forget()
         return self._rows.copy()
 
-    def _newest(self, storage: Storage) -> bytes:
-        """The number of every engine's newest record."""
-        words = storage.read(0, NEWEST_AT + self.first + self.engines)
-        if not is_header(words):
-            raise OSError("the board's header is gone")
-        return words[8 * (NEWEST_AT + self.first) :]
+    def _take(self, head: bytes) -> None:
+        """Brings the rows up to the newest records, whose numbers end `head`.
 
-    def _take(self, seen: bytes) -> None:
-        """Brings the rows up to the records `seen`; one that is never whole stays as it was."""
+        One whose record is never whole stays as it was.
+        """
         for _ in range(1 + RETRIES):
-            newest = np.frombuffer(seen, np.uint64)
+            newest = np.frombuffer(head, np.uint64, self.engines, 8 * (NEWEST_AT + self.first))
             late = (newest != self._numbers).nonzero()[0].tolist()
             torn = self._take_slots(newest, late[0], late[-1] + 1) if late else 0
             if torn == 0:
                 break
             self.torn += torn
-            seen = self._newest(self.board.storage)
+            head = self.board.storage.head(self._head_words)
         else:
-            seen = b""  # again at the next read
+            head = b""  # again at the next read
         if self.board.previous is not None:
             self._take_previous(self.board.previous, newest == 0)
-            seen = seen if self.board.previous is None else b""
-        self._seen = seen
+            head = head if self.board.previous is None else b""
+        self._seen = head
 
     def _take_slots(self, newest: WordArray, start: int, stop: int) -> int:
         """Brings the rows `start` to `stop` up to the records `newest`, which all others are of.
@@ -206,8 +203,8 @@ class BoardReader:
     ) -> tuple[WordArray, WordArray]:
         """The rows in the records `newest`, of slots from `start` on, and the records' sums."""
         slots = len(newest)
-        first = RECORDS_AT + (self.first + start) * RECORDS * RECORD_WORDS
-        storage.read_into(self._bytes[: slots * RECORDS * RECORD_WORDS * 8], first)
+        first = RECORDS_AT + (self.first + start) * _SLOT_WORDS
+        storage.read_into(self._bytes[: 8 * _SLOT_WORDS * slots], first)
         records = self._records.take(self._ring[:slots] + newest % _RING, axis=0)
         return records[:, _ROW:_CHECK], records @ _WEIGHTS
 

@@ -89,12 +89,17 @@ class Storage:
         if os.pwrite(self.fd, data, 8 * first) != len(data):
             raise OSError(errno.ENOSPC, "no room for what the board lost", str(self.path))
 
+    def head(self, words: int) -> bytes:
+        """The first `words` words. Raises OSError when this is no board any more."""
+        data = os.pread(self.fd, 8 * words, 0)
+        if len(data) != 8 * words or not is_header(data):
+            raise OSError(errno.EIO, "the board's header is gone", str(self.path))
+        return data
+
     def control_version(self) -> int:
         """Number of the newest control message. Raises OSError when this is no board any more."""
-        header = os.pread(self.fd, len(EMPTY_HEADER), 0)
-        if not is_header(header):
-            raise OSError(errno.EIO, "the board's header is gone", str(self.path))
-        version: int = WORD.unpack_from(header, 8 * CONTROL_VERSION_AT)[0]
+        head = self.head(len(EMPTY_HEADER) // 8)
+        version: int = WORD.unpack_from(head, 8 * CONTROL_VERSION_AT)[0]
         return version
 
     @property
