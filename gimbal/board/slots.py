@@ -18,6 +18,7 @@ from gimbal.board.layout import (
     RECORDS_AT,
     RETRIES,
     WORD,
+    control_version,
 )
 from gimbal.board.storage import Storage
 from gimbal.core.contracts import FloatArray
@@ -116,6 +117,7 @@ class BoardReader:
         self.first = first
         self.torn = 0
         self._next_check_s = 0.0
+        self._control_version = 0
         self.resize(engines)
 
     def resize(self, engines: int) -> None:
@@ -137,14 +139,22 @@ class BoardReader:
 
     def _forget(self) -> None:
         """Has every row read again; it stays as it is until then."""
-        self._seen = b""
+        self._head = self._seen = b""
         self._numbers: WordArray = np.zeros(self.engines, dtype=np.uint64)
 
     def read(self, now_s: float | None = None) -> FloatArray:
         """[engines, ROW_WIDTH] a fresh copy of every engine's newest row; zeros before its first.
 
-        Looks after the file at most four times a second. Never raises: while the file is damaged,
-        an engine has the row that was read last.
+        Never raises: while the file is damaged, an engine has the row that was read last.
+        """
+        self.look(now_s)
+        return self.rows()
+
+    def look(self, now_s: float | None = None) -> int:
+        """Sees how far the engines are, for `rows`; the number of the newest control message.
+
+        Looks after the file at most four times a second. Never raises: a damaged file is as it was
+        read last.
         """
         now_s = time.monotonic() if now_s is None else now_s
         if now_s >= self._next_check_s:
@@ -154,10 +164,20 @@ class BoardReader:
             self._bind()
         try:
             head = self.board.storage.head(self._head_words)
-            if head != self._seen:
-                self._take(head)
         except OSError:
             self._forget()
+        else:
+            if head != self._head:
+                self._head, self._control_version = head, control_version(head)
+        return self._control_version
+
+    def rows(self) -> FloatArray:
+        """What `read` answers, as of the last `look`."""
+        if self._head != self._seen:
+            try:
+                self._take(self._head)
+            except OSError:
+                self._forget()
         return self._rows.copy()
 
     def _take(self, head: bytes) -> None:

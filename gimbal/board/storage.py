@@ -29,11 +29,10 @@ from typing import Any
 from gimbal.board import locks
 from gimbal.board.layout import (
     BOARD_BYTES,
-    CONTROL_VERSION_AT,
     EMPTY_HEADER,
     MAX_ENGINES,
-    WORD,
     Nature,
+    control_version,
     is_header,
     nature,
 )
@@ -98,9 +97,7 @@ class Storage:
 
     def control_version(self) -> int:
         """Number of the newest control message. Raises OSError when this is no board any more."""
-        head = self.head(len(EMPTY_HEADER) // 8)
-        version: int = WORD.unpack_from(head, 8 * CONTROL_VERSION_AT)[0]
-        return version
+        return control_version(self.head(len(EMPTY_HEADER) // 8))
 
     @property
     def nature(self) -> Nature:

@@ -111,7 +111,7 @@ class FrontEnd:
         compile_in_background()
         self.receiver: remote.RowReceiver | None = None
         self.kv_events: kv_events.KvEvents | None = None
-        self._control = board.control_version(), board.generation
+        self._control = self.reader.look(), board.generation
         self._resets = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._apply(board.read_control())
@@ -186,7 +186,7 @@ class FrontEnd:
     def _decide(self, described: Described) -> Decision:
         """By the policy; the request is in the accounts."""
         entry, tokens = described
-        rows = self.reader.read(entry.arrival_us / 1e6)
+        rows = self.reader.rows()
         self.decision = self.dispatcher.dispatch(entry, tokens, rows, entry.arrival_us)
         return self.decision
 
@@ -213,7 +213,7 @@ class FrontEnd:
         return index
 
     def _follow(self, client: Any) -> None:
-        """Takes up a changed number of engines, and a new control message."""
+        """Takes up a changed number of engines, a new control message, and looks at the board."""
         engines = len(client.core_engines)
         if engines != self.dispatcher.engines:
             self.reader.resize(engines)
@@ -222,7 +222,7 @@ class FrontEnd:
 
     def follow_control(self) -> None:
         """Takes up a new control message."""
-        version = self.board.control_version(), self.board.generation
+        version = self.reader.look(), self.board.generation
         if version == self._control:
             return
         try:
@@ -254,8 +254,9 @@ class FrontEnd:
 
     def _count(self, index: int, policy: str, reason: str) -> None:
         engine = self.first + index
-        self.decisions[engine, policy, reason] += 1
-        self.metrics.decided(engine, policy, reason)
+        key = engine, policy, reason
+        self.decisions[key] += 1
+        self.metrics.decided(key)
         engine_header.note(engine)
 
     def status(self) -> dict[str, Any]:
