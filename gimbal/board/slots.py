@@ -225,8 +225,8 @@ class BoardReader:
         slots = len(newest)
         first = RECORDS_AT + (self.first + start) * _SLOT_WORDS
         storage.read_into(self._bytes[: 8 * _SLOT_WORDS * slots], first)
-        records = self._records.take(self._ring[:slots] + newest % _RING, axis=0)
-        return records[:, _ROW:_CHECK], records @ _WEIGHTS
+        records = self._records.take(self._ring[:slots] + newest % _RING, 0)
+        return records[:, _ROW:_CHECK], records.dot(_WEIGHTS)
 
     def _take_previous(self, old: Storage, missing: BoolArray) -> None:
         """After the file was replaced, engines that have not noticed still write the `old` one."""
