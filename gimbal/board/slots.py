@@ -69,7 +69,8 @@ class SlotWriter:
         self.number = 0
         self._next_check_s = 0.0
         self._record = np.zeros(RECORD_WORDS, dtype=np.uint64)
-        self._row = self._record[_ROW:_CHECK]
+        self._words = self._record[_ROW:_CHECK]
+        self._row = self._words.view(np.float64)
         self._bytes = self._record.view(np.uint8).data
         self._bind()
 
@@ -93,12 +94,11 @@ class SlotWriter:
             self.board.claim(self.slot)  # a forked child, or one who found the slot taken
         if self._generation != self.board.generation:
             self._bind()
-        words = row.view(np.uint64)
         number = self.number + 1
         record, storage = self._record, self.board.storage
         record[_NUMBER] = number
-        self._row[:] = words
-        record[_CHECK] = (int(np.dot(words, _ROW_WEIGHTS)) + number * _NUMBER_WEIGHT) & _MASK
+        self._row[:] = row
+        record[_CHECK] = (int(self._words.dot(_ROW_WEIGHTS)) + number * _NUMBER_WEIGHT) & _MASK
         place = self.slot * RECORDS + number % RECORDS
         storage.write(RECORDS_AT + place * RECORD_WORDS, self._bytes)
         storage.write(NEWEST_AT + self.slot, WORD.pack(number))
