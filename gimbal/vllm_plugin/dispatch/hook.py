@@ -215,9 +215,9 @@ class FrontEnd:
     def _follow(self, client: Any) -> None:
         """Takes up a changed number of engines, a new control message, and looks at the board."""
         engines = len(client.core_engines)
-        if engines != self.dispatcher.engines:
-            self.reader.resize(engines)
+        if engines != self.reader.engines:
             self.dispatcher.resize(engines)
+            self.reader.resize(engines)  # the last step, so that one that failed is done again
         self.follow_control()
 
     def follow_control(self) -> None:
