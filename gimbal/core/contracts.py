@@ -1,6 +1,6 @@
 """Every contract between Gimbal's parts, in one short file.
 
-Policies are pure: arrays and frozen dataclasses in, a decision out. Clock, randomness and I/O
+Policies are pure: arrays and immutable records in, a decision out. Clock, randomness and I/O
 are passed in by whoever runs them: the hooks in ``vllm_plugin`` and the engine model in ``sim``
 run the same objects. Times are microseconds (``_us``) of one monotonic clock per host unless the
 name says otherwise.
