@@ -51,6 +51,12 @@ def is_header(data: bytes) -> bool:
     return data.startswith(MAGIC) and data[16 : len(EMPTY_HEADER)] == SEAL
 
 
+def control_version(header: bytes) -> int:
+    """Number of the newest control message in a whole header."""
+    version: int = WORD.unpack_from(header, 8 * CONTROL_VERSION_AT)[0]
+    return version
+
+
 def nature(header: bytes) -> Nature:
     """What a file is that begins with `header`, of `EMPTY_HEADER`'s length or shorter.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 
@@ -17,7 +18,7 @@ from gimbal.board.layout import (
     RECORDS_AT,
     RETRIES,
     WORD,
-    is_header,
+    control_version,
 )
 from gimbal.board.storage import Storage
 from gimbal.core.contracts import FloatArray
@@ -47,6 +48,9 @@ def _weights() -> WordArray:
 _WEIGHTS = _weights()
 _NUMBER_WEIGHT = int(_WEIGHTS[_NUMBER])
 _ROW_WEIGHTS = _WEIGHTS[_ROW:_CHECK].copy()
+_WEIGHTS[_NUMBER] += np.uint64(1)  # a whole record sums to its number: one comparison tells both
+_RING = np.uint64(RECORDS)
+_SLOT_WORDS = RECORDS * RECORD_WORDS
 
 
 class SlotWriter:
@@ -65,7 +69,8 @@ class SlotWriter:
         self.number = 0
         self._next_check_s = 0.0
         self._record = np.zeros(RECORD_WORDS, dtype=np.uint64)
-        self._row = self._record[_ROW:_CHECK]
+        self._words = self._record[_ROW:_CHECK]
+        self._row = self._words.view(np.float64)
         self._bytes = self._record.view(np.uint8).data
         self._bind()
 
@@ -89,12 +94,11 @@ class SlotWriter:
             self.board.claim(self.slot)  # a forked child, or one who found the slot taken
         if self._generation != self.board.generation:
             self._bind()
-        words = row.view(np.uint64)
         number = self.number + 1
         record, storage = self._record, self.board.storage
         record[_NUMBER] = number
-        self._row[:] = words
-        record[_CHECK] = (int(np.dot(words, _ROW_WEIGHTS)) + number * _NUMBER_WEIGHT) & _MASK
+        self._row[:] = row
+        record[_CHECK] = (int(self._words.dot(_ROW_WEIGHTS)) + number * _NUMBER_WEIGHT) & _MASK
         place = self.slot * RECORDS + number % RECORDS
         storage.write(RECORDS_AT + place * RECORD_WORDS, self._bytes)
         storage.write(NEWEST_AT + self.slot, WORD.pack(number))
@@ -113,6 +117,7 @@ class BoardReader:
         self.first = first
         self.torn = 0
         self._next_check_s = 0.0
+        self._control_version = 0
         self.resize(engines)
 
     def resize(self, engines: int) -> None:
@@ -121,20 +126,35 @@ class BoardReader:
             raise ValueError(f"{self.first + engines} engines: a board holds {MAX_ENGINES}")
         self.engines = engines
         self._rows: FloatArray = np.zeros((engines, ROW_WIDTH))
-        self._ring = np.arange(engines, dtype=np.uint64) * np.uint64(RECORDS)
+        self._words = self._rows.view(np.uint64)
+        self._head_words = NEWEST_AT + self.first + engines
+        self._ring = np.arange(engines, dtype=np.uint64) * _RING
         self._records = np.zeros((engines * RECORDS, RECORD_WORDS), dtype=np.uint64)
         self._bytes = self._records.reshape(-1).view(np.uint8).data
         self._bind()
 
     def _bind(self) -> None:
         self._generation = self.board.generation
-        self._seen = b""
+        self._forget()
+
+    def _forget(self) -> None:
+        """Has every row read again; it stays as it is until then."""
+        self._head = self._seen = b""
+        self._numbers: WordArray = np.zeros(self.engines, dtype=np.uint64)
 
     def read(self, now_s: float | None = None) -> FloatArray:
         """[engines, ROW_WIDTH] a fresh copy of every engine's newest row; zeros before its first.
 
-        Looks after the file at most four times a second. Never raises: while the file is damaged,
-        an engine has the row that was read last.
+        Never raises: while the file is damaged, an engine has the row that was read last.
+        """
+        self.look(now_s)
+        return self.rows()
+
+    def look(self, now_s: float | None = None) -> int:
+        """Sees how far the engines are, for `rows`; the number of the newest control message.
+
+        Looks after the file at most four times a second. Never raises: a damaged file is as it was
+        read last.
         """
         now_s = time.monotonic() if now_s is None else now_s
         if now_s >= self._next_check_s:
@@ -143,75 +163,79 @@ class BoardReader:
         if self._generation != self.board.generation:
             self._bind()
         try:
-            seen = self._newest(self.board.storage)
-            if seen != self._seen:
-                self._take(seen)
+            head = self.board.storage.head(self._head_words)
         except OSError:
-            self._seen = b""
+            self._forget()
+        else:
+            if head != self._head:
+                self._head, self._control_version = head, control_version(head)
+        return self._control_version
+
+    def rows(self) -> FloatArray:
+        """What `read` answers, as of the last `look`."""
+        if self._head != self._seen:
+            try:
+                self._take(self._head)
+            except OSError:
+                self._forget()
         return self._rows.copy()
 
-    def _newest(self, storage: Storage) -> bytes:
-        """The number of every engine's newest record."""
-        words = storage.read(0, NEWEST_AT + self.first + self.engines)
-        if not is_header(words):
-            raise OSError("the board's header is gone")
-        return words[8 * (NEWEST_AT + self.first) :]
+    def _take(self, head: bytes) -> None:
+        """Brings the rows up to the newest records, whose numbers end `head`.
 
-    def _take(self, seen: bytes) -> None:
-        storage, newest = self.board.storage, np.frombuffer(seen, np.uint64)
-        rows, good = self._copy(storage, newest)
-        if np.count_nonzero(good) < self.engines:
-            newest = newest.copy()
-            self._again(storage, rows, newest, good)
-            seen = b""
-        if np.count_nonzero(newest) == self.engines:
-            self.board.previous = None
+        One whose record is never whole stays as it was.
+        """
+        for _ in range(1 + RETRIES):
+            newest = np.frombuffer(head, np.uint64, self.engines, 8 * (NEWEST_AT + self.first))
+            late = (newest != self._numbers).nonzero()[0].tolist()
+            torn = self._take_slots(newest, late[0], late[-1] + 1) if late else 0
+            if torn == 0:
+                break
+            self.torn += torn
+            head = self.board.storage.head(self._head_words)
         else:
-            missing = newest == 0
-            rows[missing] = self._before()[missing]
-            seen = seen if self.board.previous is None else b""
-        self._rows, self._seen = rows, seen
+            head = b""  # again at the next read
+        if self.board.previous is not None:
+            self._take_previous(self.board.previous, newest == 0)
+            head = head if self.board.previous is None else b""
+        self._seen = head
+
+    def _take_slots(self, newest: WordArray, start: int, stop: int) -> int:
+        """Brings the rows `start` to `stop` up to the records `newest`, which all others are of.
+
+        Returns how many records were not whole.
+        """
+        wanted = newest[start:stop]
+        rows, sums = self._copy(self.board.storage, wanted, start)
+        numbers = wanted.tolist()
+        if sums.tolist() == numbers and all(numbers):
+            self._words[start:stop] = rows
+            self._numbers = newest
+            return 0
+        good = (sums == wanted) & (wanted > 0)
+        self._words[start:stop][good] = rows[good]
+        self._numbers = self._numbers.copy()
+        self._numbers[start:stop][good] = wanted[good]
+        return int(np.count_nonzero(~good & (wanted > 0)))
 
     def _copy(
-        self, storage: Storage, newest: WordArray
-    ) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-        """The rows in the records `newest`, and which of them are whole."""
-        first = RECORDS_AT + self.first * RECORDS * RECORD_WORDS
-        storage.read_into(self._bytes, first)
-        records = self._records.take(self._ring + newest % RECORDS, axis=0)
-        good = (records @ _WEIGHTS == 0) & (records[:, _NUMBER] == newest)
-        return records[:, _ROW:_CHECK].view(np.float64), good
+        self, storage: Storage, newest: WordArray, start: int = 0
+    ) -> tuple[WordArray, WordArray]:
+        """The rows in the records `newest`, of slots from `start` on, and the records' sums."""
+        slots = len(newest)
+        first = RECORDS_AT + (self.first + start) * _SLOT_WORDS
+        storage.read_into(self._bytes[: 8 * _SLOT_WORDS * slots], first)
+        records = self._records.take(self._ring[:slots] + newest % _RING, 0)
+        return records[:, _ROW:_CHECK], records.dot(_WEIGHTS)
 
-    def _again(
-        self, storage: Storage, rows: FloatArray, newest: WordArray, good: BoolArray
-    ) -> None:
-        """Repeats the rows that failed their check; one that keeps failing stays as it was."""
-        for _ in range(RETRIES):
-            bad = ~good
-            self.torn += int(bad.sum())
-            newest[bad] = np.frombuffer(self._newest(storage), np.uint64)[bad]
-            again, good_again = self._copy(storage, newest)
-            rows[bad] = again[bad]
-            good = ~bad | good_again
-            if np.count_nonzero(good) == self.engines:
-                return
-        rows[~good] = self._rows[~good]
-
-    def _before(self) -> FloatArray:
-        """[engines, ROW_WIDTH] rows for engines of which the file knows nothing: those read last.
-
-        After the file was replaced, engines that have not noticed still write the old one.
-        """
-        rows, old = self._rows.copy(), self.board.previous
-        if old is None:
-            return rows
-        try:
+    def _take_previous(self, old: Storage, missing: BoolArray) -> None:
+        """After the file was replaced, engines that have not noticed still write the `old` one."""
+        if not missing.any():
+            self.board.previous = None
+            return
+        with contextlib.suppress(OSError):  # cut short: nothing of it is left
             # Without the header, which may be gone: the records say themselves whether they hold.
-            words = old.read(NEWEST_AT + self.first, self.engines)
-            newest = np.frombuffer(words, np.uint64)
-            found, good = self._copy(old, newest)
-        except OSError:  # cut short: nothing of it is left
-            return rows
-        whole = good & (newest > 0)
-        rows[whole] = found[whole]
-        return rows
+            newest = np.frombuffer(old.read(NEWEST_AT + self.first, self.engines), np.uint64)
+            rows, sums = self._copy(old, newest)
+            good = missing & (sums == newest) & (newest > 0)
+            self._words[good] = rows[good]

@@ -1,6 +1,6 @@
 """Every contract between Gimbal's parts, in one short file.
 
-Policies are pure: arrays and frozen dataclasses in, a decision out. Clock, randomness and I/O
+Policies are pure: arrays and immutable records in, a decision out. Clock, randomness and I/O
 are passed in by whoever runs them: the hooks in ``vllm_plugin`` and the engine model in ``sim``
 run the same objects. Times are microseconds (``_us``) of one monotonic clock per host unless the
 name says otherwise.
@@ -8,6 +8,7 @@ name says otherwise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -15,15 +16,18 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gimbal.core.compiled import Kernel
 from gimbal.core.snapshot import Field
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchRequest:
-    """What a dispatch policy may know of a request. Output length is unknown, as in production."""
+class DispatchRequest(NamedTuple):
+    """What a dispatch policy may know of a request. Output length is unknown, as in production.
+
+    Immutable; a tuple, because one is made per decision.
+    """
 
     request_id: str
     prompt_tokens: int
@@ -36,7 +40,7 @@ class DispatchRequest:
 class EngineLoads(NamedTuple):
     """What the dispatcher knows at the moment it decides; one row per engine, in rank order.
 
-    Immutable; a tuple, because one is made per decision. Arrays are C-contiguous float64.
+    Immutable; a tuple, as `DispatchRequest`. Arrays are C-contiguous float64.
 
     Attributes:
         board: [engines, ROW_WIDTH] snapshots, columns named by `Field`.
@@ -241,12 +245,28 @@ def argmin_rotating(costs: FloatArray | Sequence[float], rotation: int) -> int:
 
     A fixed tie-break would send every request of an idle server to rank 0 (vLLM PR #47420). Equal
     means up to one part in 10^9: vectorized sums of the same numbers may differ in the last bit.
+    Raises ValueError unless all costs are numbers and the least is finite.
     """
-    values = costs.tolist() if isinstance(costs, np.ndarray) else costs
-    start, least = rotation % len(values), min(values)
-    limit = least + abs(least) * 1e-9
-    for indices in (range(start, len(values)), range(start)):
-        for index in indices:
-            if values[index] <= limit:
-                return index
-    raise ValueError("costs are not numbers")
+    index: int = ARGMIN.call(np.array(costs, dtype=np.float64, order="C"), rotation)
+    if index < 0:
+        raise ValueError("costs are not numbers")
+    return index
+
+
+def _argmin(costs: FloatArray, rotation: int) -> int:
+    """`argmin_rotating`, or -1 where that raises."""
+    least = math.inf
+    for cost in costs:
+        if math.isnan(cost):
+            return -1
+        least = min(least, cost)
+    if math.isinf(least):
+        return -1
+    limit, engines = least + abs(least) * 1e-9, len(costs)
+    for turn in range(rotation, rotation + engines):
+        if costs[turn % engines] <= limit:
+            return turn % engines
+    return -1
+
+
+ARGMIN = Kernel(_argmin, "i8(f8[::1], i8)")

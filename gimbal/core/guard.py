@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import TypeVar, TypeVarTuple
 
 from gimbal.core.errors import one_line
 
 logger = logging.getLogger("vllm.gimbal")
 
-P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 T = TypeVar("T")
 
 
@@ -49,12 +49,10 @@ class LevelGuard:
         self.disabled = False
         self._failing: dict[str, int] = {}  # reason -> failures since its last success
 
-    def run(
-        self, reason: str, action: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T | None:
+    def run(self, reason: str, action: Callable[[*Ts], T], /, *args: *Ts) -> T | None:
         """What `action` answers, or None where it raises, which is counted as `reason`."""
         try:
-            answer = action(*args, **kwargs)
+            answer = action(*args)
         except Exception as error:
             self.fell_back(reason, error)
             return None

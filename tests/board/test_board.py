@@ -62,6 +62,25 @@ def test_a_changed_word_is_noticed_and_the_last_good_row_stays(folder: Path, wor
     assert (reader.read() == 2.0).all()
 
 
+def test_a_torn_record_costs_no_row_but_its_own(folder: Path) -> None:
+    board = Board(board_path("server", folder))
+    writers, reader = [SlotWriter(board, slot) for slot in (0, 1, 3)], BoardReader(board, 4)
+    for value in (1.0, 2.0):
+        for writer in writers:
+            writer.publish(row(value))
+        if value == 1.0:
+            assert reader.read()[:, 0].tolist() == [1.0, 1.0, 0.0, 1.0]
+    record = RECORDS + writers[1].number % RECORDS
+    flip(board, record, 5)
+    assert reader.read()[:, 0].tolist() == [2.0, 1.0, 0.0, 2.0]
+    torn = reader.torn
+    writers[0].publish(row(3.0))
+    assert reader.read()[:, 0].tolist() == [3.0, 1.0, 0.0, 2.0]
+    assert reader.torn > torn > 0
+    flip(board, record, 5)
+    assert reader.read()[:, 0].tolist() == [3.0, 2.0, 0.0, 2.0]
+
+
 def test_words_that_change_alike_do_not_cancel(folder: Path) -> None:
     """Two counters that both went from 3 to 4: an exclusive or would miss the torn copy."""
     board = Board(board_path("server", folder))

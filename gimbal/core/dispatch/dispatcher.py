@@ -7,14 +7,14 @@ sessions, the rotation that breaks ties, and the judgement whether the signals c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 
 from gimbal.core.config import DispatchConfig
 from gimbal.core.contracts import (
+    ARGMIN,
     DispatchPolicy,
     DispatchRequest,
     EngineLoads,
@@ -221,7 +221,7 @@ class Dispatcher:
         reason = "policy"
         if oldest_us > self._max_age_us and oldest_us > self._limit_us(loads):
             costs, reason = self._without_signals(loads), "stale"
-            values: list[float] = costs.tolist()
+            engine = argmin_rotating(costs, self._rotation)
         else:
             # In this frame, not in a function of its own: a request waits for it.
             try:
@@ -230,26 +230,26 @@ class Dispatcher:
                 else:
                     priced = self._timed.priced(request, loads)
                     terms, costs, names = priced[:-1], priced[-1], self._timed.term_names
-                values = costs.tolist()
-                wrong = costs.shape != (len(loads.board),) or not -math.inf < sum(values) < math.inf
+                # A copy: the array may be the policy's own, and closed to writers.
+                costs = costs.astype(np.float64, order="C", casting="same_kind", subok=False)
             except Exception as error:
                 text = f"dispatch policy {self.policy_name!r}: {with_type(error)}"
                 raise PolicyError(text) from error
-            if wrong:
-                self._refuse(costs, len(loads.board))
-        engine = argmin_rotating(values, self._rotation)
+            engines = len(loads.board)
+            engine = ARGMIN.call(costs, self._rotation) if costs.shape == (engines,) else -1
+            if engine < 0:
+                self._refuse(costs, engines)
         if request.session is not None and terms is not None:
             engine, reason = self._keep_session(request, loads, costs, engine)
         cached = float(loads.cached_tokens[engine])
         return Decision(engine, costs, names, terms, oldest_us, cached, reason)
 
-    def _refuse(self, costs: FloatArray, engines: int) -> None:
-        """Raises PolicyError unless `costs` are numbers, one per engine, and some are finite."""
+    def _refuse(self, costs: FloatArray, engines: int) -> NoReturn:
+        """Raises PolicyError for `costs` that are not numbers, one per engine, some finite."""
         said = f"dispatch policy {self.policy_name!r}: costs"
         if costs.shape != (engines,):
             raise PolicyError(f"{said} of shape {costs.shape}, expected ({engines},)")
-        if np.isnan(costs).any() or not np.isfinite(costs.min()):
-            raise PolicyError(f"{said} {one_line(costs.tolist())}: no engine can be chosen by them")
+        raise PolicyError(f"{said} {one_line(costs.tolist())}: no engine can be chosen by them")
 
     def _limit_us(self, loads: EngineLoads) -> float:
         """Overdue is the configured age, or several steps where one step lasts that long."""

@@ -95,8 +95,10 @@ class Ledger:
         oldest_us: float
         oldest_us, lost = OBSERVE.call(board, self._accounts, self._front_end, now_us)
         if self._cached:
-            for engine in list(self._cached):
-                self._forget_cached(engine, int(self.unacked[0, engine]))
+            unacked = self.unacked_requests.item
+            for engine, queue in tuple(self._cached.items()):
+                if len(queue) > unacked(engine):
+                    self._forget_cached(engine, int(unacked(engine)))
         if lost:
             self._forget_lost()
         return oldest_us
@@ -179,8 +181,8 @@ class Ledger:
         entry = self._requests.pop(name, None)
         if entry is not None:
             engine, tokens, _ = entry
-            self.inflight[0, engine] -= 1
-            self.inflight[1, engine] -= tokens
+            self.inflight_requests[engine] -= 1
+            self.inflight_tokens[engine] -= tokens
         return entry
 
     def _forget_lost(self) -> None:
@@ -233,27 +235,26 @@ def _observe(
             accounts[_SEEN, e] = board[e, _SEQUENCE]
             accounts[_ACCEPTED, e] = board[e, requests]
             accounts[_ACCEPTED + 1, e] = board[e, tokens]
-        accounts[_UNACKED, e] = accounts[_SENT, e] - accounts[_ACCEPTED, e]
-        accounts[_UNACKED + 1, e] = accounts[_SENT + 1, e] - accounts[_ACCEPTED + 1, e]
-        if accounts[_UNACKED, e] < 0.0 or accounts[_UNACKED + 1, e] < 0.0:
-            accounts[_SENT, e] = accounts[_ACCEPTED, e]
-            accounts[_SENT + 1, e] = accounts[_ACCEPTED + 1, e]
-            accounts[_UNACKED, e] = accounts[_UNACKED + 1, e] = 0.0
-        elif accounts[_UNACKED, e] == 0.0:  # then these are nobody's tokens
-            accounts[_SENT + 1, e], accounts[_UNACKED + 1, e] = accounts[_ACCEPTED + 1, e], 0.0
-        if accounts[_INFLIGHT, e] > 0.0 or accounts[_UNACKED, e] == 0.0:
+        unacked = accounts[_SENT, e] - accounts[_ACCEPTED, e]
+        unacked_tokens = accounts[_SENT + 1, e] - accounts[_ACCEPTED + 1, e]
+        if unacked < 0.0 or unacked_tokens < 0.0:
+            accounts[_SENT, e], unacked = accounts[_ACCEPTED, e], 0.0
+        if accounts[_INFLIGHT, e] > 0.0 or unacked == 0.0:
             accounts[_BUSY_AT, e] = now_us
         elif now_us - accounts[_BUSY_AT, e] > QUIET_US:
-            accounts[_SENT, e] = accounts[_ACCEPTED, e]
-            accounts[_SENT + 1, e] = accounts[_ACCEPTED + 1, e]
-            accounts[_UNACKED, e] = accounts[_UNACKED + 1, e] = 0.0
+            accounts[_SENT, e], unacked = accounts[_ACCEPTED, e], 0.0
+        if unacked == 0.0:  # then there are no tokens either
+            accounts[_SENT + 1, e], unacked_tokens = accounts[_ACCEPTED + 1, e], 0.0
+        accounts[_UNACKED, e], accounts[_UNACKED + 1, e] = unacked, unacked_tokens
         silent_us = now_us - board[e, _TIMESTAMP]
-        # An idle engine takes no steps and publishes nothing: its last word stays true until it
-        # is sent something, and from then on it owes an answer. One that is paused is idle too.
-        empty = board[e, _WAITING] + board[e, _RUNNING] <= 0.0
-        if silent_us > FRESH_US and (empty or board[e, _IDLE] > 0.0):
-            owed_us = now_us - accounts[_OWED_SINCE, e]
-            silent_us = min(silent_us, owed_us) if accounts[_UNACKED, e] > 0.0 else 0.0
+        if silent_us > FRESH_US:
+            # An idle engine takes no steps and publishes nothing: its last word stays true until
+            # it is sent something, and from then on it owes an answer. One that is paused is idle
+            # too.
+            empty = board[e, _WAITING] + board[e, _RUNNING] <= 0.0
+            if empty or board[e, _IDLE] > 0.0:
+                owed_us = now_us - accounts[_OWED_SINCE, e]
+                silent_us = min(silent_us, owed_us) if unacked > 0.0 else 0.0
         accounts[_SILENT, e] = silent_us
         oldest_us = max(oldest_us, silent_us)
     return oldest_us, lost

@@ -105,6 +105,8 @@ def share_prefill_budget(
         left -= grant
         if not is_waiting:
             shares[index] = grant
+        if left == 0:
+            break
     return shares
 
 

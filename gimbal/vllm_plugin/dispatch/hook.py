@@ -57,11 +57,13 @@ class Plan(NamedTuple):
         described: the request.
         engine: its index among those managed; None where vLLM's method chooses.
         reason: why there.
+        seconds: what it took a policy to choose the engine; None where none did.
     """
 
     described: Described
     engine: int | None
     reason: str
+    seconds: float | None = None
 
 
 class FrontEnd:
@@ -109,7 +111,7 @@ class FrontEnd:
         compile_in_background()
         self.receiver: remote.RowReceiver | None = None
         self.kv_events: kv_events.KvEvents | None = None
-        self._control = board.control_version(), board.generation
+        self._control = self.reader.look(), board.generation
         self._resets = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._apply(board.read_control())
@@ -139,10 +141,7 @@ class FrontEnd:
             run("count", self._count, index, VLLM, "fallback" if plan is None else plan.reason)
             return engine
         engine = _pinned(client, request, plan.engine, original)
-        run("waiting_count", _count_as_waiting, client, plan.engine)
-        run("count", self._count, plan.engine, self.policy, plan.reason)
-        if self._loop is not None:
-            run("settle", self._loop.call_soon, self._settle_soon)  # once the request is on its way
+        run("count", self._placed, client, plan.engine, plan.reason, plan.seconds)
         return engine
 
     def _settle_soon(self) -> None:
@@ -172,8 +171,8 @@ class FrontEnd:
         started = time.perf_counter()
         decision = self.guard.run("error", self._decide, described)
         if decision is not None:
-            self.guard.run("metrics", self._note, decision, time.perf_counter() - started)
-            return Plan(described, decision.engine, decision.reason)
+            seconds = time.perf_counter() - started
+            return Plan(described, decision.engine, decision.reason, seconds)
         index = self.guard.run("inflight_error", self._least_inflight, described)
         return Plan(described, index, "fallback" if index is None else "inflight")
 
@@ -186,14 +185,22 @@ class FrontEnd:
 
     def _decide(self, described: Described) -> Decision:
         """By the policy; the request is in the accounts."""
-        now = now_us()
-        rows = self.reader.read(now / 1e6)
-        return self.dispatcher.dispatch(*described, rows, now)
+        entry, tokens = described
+        rows = self.reader.rows()
+        self.decision = self.dispatcher.dispatch(entry, tokens, rows, entry.arrival_us)
+        return self.decision
 
-    def _note(self, decision: Decision, seconds: float) -> None:
-        self.decision = decision
-        self.metrics.timed(seconds, decision.signal_age_us)
-        if decision.reason == "stale":
+    def _placed(self, client: Any, index: int, reason: str, seconds: float | None) -> None:
+        """What is counted once vLLM has entered a request where this front end wanted it."""
+        if self._loop is not None:
+            self._loop.call_soon(self._settle_soon)  # once the request is on its way
+        if index < len(client.lb_engines):
+            # Until the next snapshot of vLLM's own, as its own policy would.
+            client.lb_engines[index][0] += client.client_count
+        self._count(index, self.policy, reason)
+        if self.decision is not None and seconds is not None:
+            self.metrics.timed(seconds, self.decision.signal_age_us)
+        if reason == "stale":
             self.guard.fell_back("stale")
 
     def _least_inflight(self, described: Described) -> int:
@@ -206,16 +213,16 @@ class FrontEnd:
         return index
 
     def _follow(self, client: Any) -> None:
-        """Takes up a changed number of engines, and a new control message."""
+        """Takes up a changed number of engines, a new control message, and looks at the board."""
         engines = len(client.core_engines)
-        if engines != self.dispatcher.engines:
-            self.reader.resize(engines)
+        if engines != self.reader.engines:
             self.dispatcher.resize(engines)
+            self.reader.resize(engines)  # the last step, so that one that failed is done again
         self.follow_control()
 
     def follow_control(self) -> None:
         """Takes up a new control message."""
-        version = self.board.control_version(), self.board.generation
+        version = self.reader.look(), self.board.generation
         if version == self._control:
             return
         try:
@@ -247,8 +254,9 @@ class FrontEnd:
 
     def _count(self, index: int, policy: str, reason: str) -> None:
         engine = self.first + index
-        self.decisions[engine, policy, reason] += 1
-        self.metrics.decided(engine, policy, reason)
+        key = engine, policy, reason
+        self.decisions[key] += 1
+        self.metrics.decided(key)
         engine_header.note(engine)
 
     def status(self) -> dict[str, Any]:
@@ -293,12 +301,6 @@ def _pinned(client: Any, request: Any, index: int, original: Original) -> bytes:
         return original(client, request)
     finally:
         request.data_parallel_rank = None
-
-
-def _count_as_waiting(client: Any, index: int) -> None:
-    """Until the next snapshot of vLLM's own, as its own policy would."""
-    if index < len(client.lb_engines):
-        client.lb_engines[index][0] += client.client_count
 
 
 def _refresh(reference: weakref.ref[FrontEnd]) -> None:

@@ -26,13 +26,11 @@ FALLBACKS = (
     "error",
     "finished",
     "inflight_error",
-    "metrics",
     "not_entered",
     "refresh",
     "session",
     "settle",
     "stale",
-    "waiting_count",
 )
 """Every reason that this package gives its guards."""
 BY_POLICY = ("policy", "session", "stale", "inflight")
@@ -133,19 +131,18 @@ class DispatchMetrics:
             reasons += [(policy, reason) for reason in BY_POLICY]
         for engine in self._engines:
             for name, reason in reasons:
-                self._decision(engine, name, reason)
+                self._decision((engine, name, reason))
 
-    def _decision(self, engine: int, policy: str, reason: str) -> Counter:
-        key = (engine, policy, reason)
-        child = self._children.get(key)
-        if child is None:
-            labels = self._model, str(engine), policy, reason
-            child = self._children[key] = self._decisions.labels(*labels)
+    def _decision(self, key: tuple[int, str, str]) -> Counter:
+        engine, policy, reason = key
+        child = self._decisions.labels(self._model, str(engine), policy, reason)
+        self._children[key] = child
         return child
 
-    def decided(self, engine: int, policy: str, reason: str) -> None:
-        """Counts one request sent to `engine`."""
-        self._decision(engine, policy, reason).inc()
+    def decided(self, key: tuple[int, str, str]) -> None:
+        """Counts one request sent to an engine: `key` is engine, policy and reason."""
+        child = self._children.get(key)
+        (child or self._decision(key)).inc()
 
     def timed(self, seconds: float, signal_age_us: float) -> None:
         """One decision of Gimbal's: how long it took and how old its signals were."""

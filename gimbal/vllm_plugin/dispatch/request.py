@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+
 from gimbal.board.clock import now_us
 from gimbal.core.contracts import DispatchRequest
 
@@ -14,8 +16,6 @@ Described = tuple[DispatchRequest, Sequence[int] | None]
 
 def describe(request: Any) -> Described:
     """What dispatch may know of vLLM's ``EngineCoreRequest``."""
-    from vllm.utils import length_from_prompt_token_ids_or_embeds
-
     tokens = request.prompt_token_ids
     length = length_from_prompt_token_ids_or_embeds(tokens, request.prompt_embeds)
     entry = DispatchRequest(

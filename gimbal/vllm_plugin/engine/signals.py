@@ -37,6 +37,15 @@ RECOUNT_STEPS, RECOUNT_STEPS_SPECULATIVE = 256, 8
 """Context tokens are recounted this often: rejected draft tokens and failed KV loads take some
 back unseen."""
 
+# Columns of every snapshot: a plain integer finds one in half the time that an enumeration takes.
+_SEQUENCE, _TIMESTAMP = int(Field.SEQUENCE), int(Field.TIMESTAMP_US)
+_WAITING, _WAITING_TOKENS = int(Field.WAITING_REQUESTS), int(Field.WAITING_PREFILL_TOKENS)
+_RUNNING, _RUNNING_PREFILL = int(Field.RUNNING_REQUESTS), int(Field.RUNNING_PREFILL_TOKENS)
+_DECODING, _RUNNING_TOKENS = int(Field.DECODING_REQUESTS), int(Field.RUNNING_TOKENS)
+_KV_USED, _KV_TOTAL = int(Field.KV_BLOCKS_USED), int(Field.KV_BLOCKS_TOTAL)
+_PREEMPTIONS, _PENDING_HITS = int(Field.PREEMPTIONS), int(Field.PENDING_PREFIX_HIT_TOKENS)
+_STEP_BASE = int(Field.STEP_BASE_US)
+
 
 class RowSink(Protocol):
     """Takes finished rows, or raises ImplausibleRow: a board's slot, or a socket to its host."""
@@ -180,12 +189,9 @@ class SchedulerSignals:
             decodes = len(counts) - admitted - advanced
             tokens, pairs = new_tokens + more_tokens, new_pairs + more_pairs
             self._steps.append(_Step(output, now, tokens, pairs, decodes))
-        if self._steps:
-            oldest = self._steps[0]
-            self.row[Field.STEP_PREFILL_TOKENS] = oldest.prefill_tokens
-            self.row[Field.STEP_TOKENS] = oldest.output.total_num_scheduled_tokens
-        else:
-            self.row[Field.STEP_PREFILL_TOKENS] = self.row[Field.STEP_TOKENS] = 0.0
+        runs = self._steps[0] if self._steps else None
+        self.row[Field.STEP_PREFILL_TOKENS] = 0 if runs is None else runs.prefill_tokens
+        self.row[Field.STEP_TOKENS] = 0 if runs is None else runs.output.total_num_scheduled_tokens
         self.publish(now)
 
     def completing(self) -> None:
@@ -236,23 +242,17 @@ class SchedulerSignals:
         row, scheduler = self.row, self.scheduler
         running, waiting = scheduler.get_request_counts()
         decodes = running - len(self._prefilling)
-        pool = scheduler.kv_cache_manager.block_pool
+        free_blocks = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         while self._refused:
             self._acknowledge(*self._refused.popleft())
         self._published += 1
-        row[Field.SEQUENCE : Field.TIMESTAMP_US + 1] = self._published, now
-        row[Field.WAITING_REQUESTS : Field.KV_BLOCKS_USED + 1] = (
-            waiting,
-            self._waiting_tokens,
-            running,
-            self._prefill_left,
-            decodes,
-            row[Field.KV_BLOCKS_TOTAL] - pool.get_num_free_blocks(),
-        )
-        row[Field.PREEMPTIONS] = self._preemptions
-        row[Field.RUNNING_TOKENS] = self._running_tokens
-        row[Field.PENDING_PREFIX_HIT_TOKENS] = self._waiting_cached
-        row[Field.STEP_BASE_US] = self.cost.step_base_us(decodes)
+        row[_SEQUENCE], row[_TIMESTAMP] = self._published, now
+        row[_WAITING], row[_WAITING_TOKENS] = waiting, self._waiting_tokens
+        row[_RUNNING], row[_RUNNING_PREFILL] = running, self._prefill_left
+        row[_DECODING], row[_RUNNING_TOKENS] = decodes, self._running_tokens
+        row[_KV_USED] = row.item(_KV_TOTAL) - free_blocks
+        row[_PREEMPTIONS], row[_PENDING_HITS] = self._preemptions, self._waiting_cached
+        row[_STEP_BASE] = self.cost.step_base_us(decodes)
         try:
             self.sink.publish(row, now / 1e6)
         except ImplausibleRow as error:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
+from gimbal.core.compiled import compile_kernels
 from tests.vllm_plugin.dispatch.fakes import Server
 
 FOREIGN = """
@@ -18,6 +19,14 @@ import numpy as np
 class Second:
     def costs(self, request, loads):
         return np.array([1.0, 0.0])
+
+
+class Counts:
+    answer = np.array([[9, 7], [3, 7]])[:, 0]
+    answer.flags.writeable = False
+
+    def costs(self, request, loads):
+        return self.answer
 
 
 class Raises:
@@ -53,6 +62,11 @@ class Table:
 class Number:
     def costs(self, request, loads):
         return 1
+
+
+class Complex:
+    def costs(self, request, loads):
+        return np.array([1.0, 1.0j])
 """
 
 
@@ -65,10 +79,12 @@ def server_of(tmp_path: Path, monkeypatch: Any) -> Any:
     return lambda name: Server(tmp_path, monkeypatch, policy=f"foreign_dispatch:{name}")
 
 
-def test_a_foreign_policy_decides(server_of: Any) -> None:
-    server = server_of("Second")
+@pytest.mark.parametrize("name", ["Second", "Counts"])
+def test_a_foreign_policy_decides(server_of: Any, name: str) -> None:
+    compile_kernels()  # what is compiled takes no other type of number
+    server = server_of(name)
     assert [server.send(f"r{i}") for i in range(5)] == [1] * 5
-    assert server.front_end.status()["policy"] == "foreign_dispatch:Second"
+    assert server.front_end.status()["policy"] == f"foreign_dispatch:{name}"
     assert server.front_end.guard.counts == {}
 
 
@@ -94,6 +110,7 @@ def test_a_control_message_may_name_one(server_of: Any) -> None:
         ("Below", "costs [-inf, 0.0]: no engine can be chosen by them"),
         ("Table", "costs of shape (2, 2), expected (2,)"),
         ("Number", "AttributeError"),
+        ("Complex", "TypeError"),
     ],
 )
 def test_a_policy_that_answers_nonsense_loses_no_request(

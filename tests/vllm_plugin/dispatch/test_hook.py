@@ -198,7 +198,7 @@ def test_a_board_that_cannot_be_read_costs_no_request(server: Server, monkeypatc
     def broken(*_: Any) -> None:
         raise OSError("injected")
 
-    monkeypatch.setattr(server.front_end.reader, "read", broken)
+    monkeypatch.setattr(server.front_end.reader, "rows", broken)
     first = server.send("a", 500)
     assert server.send("b", 10) == 1 - first
     assert server.front_end.guard.counts == {"error": 2}
