@@ -33,7 +33,8 @@ no network and no GPU. Models that also see or hear are read below `text_config`
 `language_config` or `thinker_config`; ModelOpt's `hf_quant_config.json` is read beside it.
 
 A profile that `gimbal calibrate` writes carries these figures, and `gimbal simulate` takes them
-from there. `gimbal place` does too, unless `--model-dir` names a model.
+from there, unless `--model` names a model: a folder, a configuration file, or one of
+`gimbal/core/model/configs`. `gimbal place` does too, unless `--model-dir` names a model.
 
 - **Layers** by kind: full attention, sliding (or chunked) attention, MLA, and layers without a KV
   cache (Mamba, linear attention, convolution). Speculative layers (MTP) are left out, as vLLM

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gimbal.commands.arm_options import arm_options, list_arms, read_arm_options
+from gimbal.commands.cluster_options import cluster_options, read_cluster_options
 from gimbal.commands.options import OutFolder, Real, Whole
 from gimbal.commands.output import echo_json, notes, progress_bar, tables
 from gimbal.commands.workload_options import (
@@ -25,12 +26,7 @@ if TYPE_CHECKING:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @workload_options
-@click.option(
-    "--cluster",
-    default="h100x4-paper",
-    show_default=True,
-    help="named cluster, or a YAML file",
-)
+@cluster_options
 @arm_options
 @click.option("--load", type=LOAD, help="rate as a fraction of the simulated capacity")
 @click.option(
@@ -51,9 +47,11 @@ def command(**values: Any) -> None:
     same, byte for byte.
     """
     if values["list_names"]:
+        from gimbal.core.model import model_names
         from gimbal.sim.cluster import cluster_names
 
         click.echo("clusters: " + ", ".join(cluster_names()))
+        click.echo("models: " + ", ".join(model_names()))
         list_scenarios()
         list_arms(values)
         return
@@ -84,7 +82,7 @@ def _options(values: dict[str, Any]) -> ComparisonOptions:
     workload = read_workload_options(values)
     check_run_options(values, workload)
     return ComparisonOptions(
-        cluster=values["cluster"],
+        cluster=read_cluster_options(values),
         trace=read_trace_options(values),
         workload=workload,
         arms=tuple(read_arm_options(values)),

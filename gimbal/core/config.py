@@ -145,6 +145,10 @@ class GimbalConfig:
     )
     admin: bool = option(False, "POST /gimbal/control may switch policies on the running server")
     step_records: str = option("", "directory for one record per engine step; empty: none")
+    trace_records: str = option(
+        "", "directory for a trace of the requests served, without their texts; empty: none"
+    )
+    trace_records_mb: PositiveCount = option(256, "size at which an API server's trace ends")
     dispatch: DispatchConfig = DispatchConfig()
     queue: QueueConfig = QueueConfig()
     placement: PlacementConfig = PlacementConfig()

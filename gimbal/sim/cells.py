@@ -17,7 +17,7 @@ from gimbal.core.contracts import FloatArray
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.report.arms import Arm
 from gimbal.report.window import Window
-from gimbal.sim.cluster import load_cluster
+from gimbal.sim.cluster import Cluster, load_cluster
 from gimbal.sim.routing import named_population
 from gimbal.sim.run import SimResult, Simulation
 from gimbal.workloads import Trace
@@ -33,7 +33,7 @@ POPULATION_SEED = 7
 class Cell:
     """One run to simulate; with a window only that part of it is measured."""
 
-    cluster: str
+    cluster: str | Cluster
     trace: Trace
     arm: Arm
     repeat: int

@@ -1,8 +1,12 @@
-"""The simulated cluster: a profile, its layout and the engine settings, as named YAML."""
+"""The simulated cluster: a profile, its layout and the engine settings, as named YAML.
+
+A cluster that names a model and a GPU instead of a profile gets one that is derived for it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,12 +14,20 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from gimbal.core.contracts import Topology
-from gimbal.core.cost.profile import Profile, load_profile
+from gimbal.core.cost.derive import derive_profile
+from gimbal.core.cost.kernels import GPUS
+from gimbal.core.cost.profile import Layout, Profile, load_profile
 from gimbal.core.errors import InputError, nearest
+from gimbal.core.model import find_model
 from gimbal.core.named_yaml import packaged_names, read_named_yaml
 from gimbal.core.numbers import MOST_EXPERTS
 from gimbal.core.options import Count, NotNegative, PositiveCount, Ranks, WholeNumber, complaint
+from gimbal.core.placement.backends import BACKENDS, GATHER_BACKEND
 from gimbal.core.placement.problem import validate_topology
+
+LARGE_GB, SMALL_GB = 172, 75
+"""GPUs of more memory take more tokens in a step, of less memory fewer (vLLM 0.33,
+``EngineArgs.get_batch_defaults``); so does the A100."""
 
 Slots = Annotated[WholeNumber, Field(ge=0, le=MOST_EXPERTS)]
 
@@ -25,8 +37,12 @@ class Cluster:
     """Engine settings of one simulated deployment; names follow vLLM's flags.
 
     Attributes:
-        profile: cost-model profile by name or path.
         dp, tp: layout; EP ranks = dp * tp.
+        profile: cost-model profile by name or path.
+        model, gpu: instead of a profile: packaged model, folder or configuration file, and a key
+            of `kernels.GPUS`.
+        kv_cache_dtype: of such a model, as vLLM's flag.
+        backend: of such a model, how tokens reach experts: one of `placement.backends.BACKENDS`.
         ranks_per_node: EP ranks that share a node.
         slots_per_rank: physical experts per rank and layer; 0 means experts / ranks.
         kv_tokens: KV pool of one DP engine; 0 takes the profile's.
@@ -43,9 +59,13 @@ class Cluster:
     """
 
     name: str
-    profile: str
     dp: Ranks
     tp: Ranks = 1
+    profile: str = ""
+    model: str = ""
+    gpu: str = ""
+    kv_cache_dtype: str = "auto"
+    backend: str = GATHER_BACKEND
     ranks_per_node: Ranks = 8
     slots_per_rank: Slots = 0
     max_num_batched_tokens: PositiveCount = 8192
@@ -78,34 +98,100 @@ def cluster_names() -> list[str]:
     return packaged_names(*_PACKAGED)
 
 
-def load_cluster(name_or_path: str | Path) -> tuple[Cluster, Profile]:
-    """A packaged cluster by name, or a YAML file, with its profile; raises InputError."""
-    values: Any = read_named_yaml("cluster", *_PACKAGED, name_or_path)
+def load_cluster(wanted: str | Path | Cluster) -> tuple[Cluster, Profile]:
+    """A packaged cluster by name, a YAML file or a cluster, with its profile; raises InputError."""
+    if isinstance(wanted, Cluster):
+        return wanted, _profile(wanted)
+    values: Any = read_named_yaml("cluster", *_PACKAGED, wanted)
     if not isinstance(values, dict):
-        raise InputError(f"cluster {name_or_path}: expected a mapping")
-    values.setdefault("name", Path(name_or_path).stem)
+        raise InputError(f"cluster {wanted}: expected a mapping")
+    values.setdefault("name", Path(wanted).stem)
     try:
         cluster = _ADAPTER.validate_python(values)
     except ValidationError as error:
         found = complaint(error)
         known = [f.name for f in dataclasses.fields(Cluster)]
         hint = nearest(found.key, known) if found.unknown else ""
-        raise InputError(f"cluster {name_or_path}: {found.key}: {found.text}{hint}") from None
+        raise InputError(f"cluster {wanted}: {found.key}: {found.text}{hint}") from None
     try:
-        return cluster, _fitting_profile(cluster)
+        return cluster, _profile(cluster)
     except InputError as error:
-        raise InputError(f"cluster {name_or_path}: {error}") from None
+        raise InputError(f"cluster {wanted}: {error}") from None
 
 
-def _fitting_profile(cluster: Cluster) -> Profile:
+def model_cluster(model: str, gpu: str, dp: int, **settings: Any) -> Cluster:
+    """`model` on GPUs, with vLLM's defaults for as much memory.
+
+    Args:
+        settings: fields of `Cluster` that are not as they come.
+    """
+    path = Path(model)
+    named = (path.parent if path.suffix == ".json" else path).name or "model"
+    name = f"{named}-{gpu}-dp{dp}-tp{settings.get('tp', 1)}"
+    large = gpu in GPUS and GPUS[gpu].memory_gb > LARGE_GB
+    small = gpu in GPUS and (GPUS[gpu].memory_gb < SMALL_GB or gpu == "a100")
+    tokens, seats = (16384, 1024) if large else (2048, 256) if small else (8192, 1024)
+    return Cluster(
+        name,
+        dp,
+        model=model,
+        gpu=gpu,
+        max_num_batched_tokens=tokens,
+        max_num_seqs=seats,
+        **settings,
+    )
+
+
+def described(cluster: Cluster, profile: Profile) -> Iterator[str]:
+    """What a derived cluster is and what its figures rest on, a line each; none for a measured
+    one."""
+    if not profile.estimated:
+        return
+    blocks = profile.kv_tokens // cluster.block_size
+    nodes = -(-cluster.ranks // cluster.ranks_per_node)
+    yield (
+        f"{cluster.name}: {cluster.ranks} GPUs on {nodes} node{'s' * (nodes > 1)}, {cluster.dp} "
+        f"engines in lock step; per GPU {profile.model.experts / cluster.ranks:g} of "
+        f"{profile.model.experts} experts of each of {profile.model.layers} layers, "
+        f"{profile.model.expert_bytes / 1e6:.1f} MB each"
+    )
+    yield (
+        f"KV cache of an engine: {profile.kv_tokens:,} tokens, {blocks:,} blocks of "
+        f"{cluster.block_size}; {profile.model.kv_bytes_per_token:,} bytes per token of all layers"
+    )
+    yield from profile.notes
+
+
+def _profile(cluster: Cluster) -> Profile:
     """The cluster's profile; raises InputError where its experts do not fit on the ranks."""
-    profile = load_profile(cluster.profile)
+    if bool(cluster.profile) == bool(cluster.model) or bool(cluster.model) != bool(cluster.gpu):
+        raise InputError("expected a profile, or a model and a gpu")
+    profile = _derived(cluster) if cluster.model else load_profile(cluster.profile)
     experts = profile.model.experts
     if experts % cluster.ranks and not cluster.slots_per_rank:
         raise InputError(
-            f"{experts} experts do not divide over {cluster.ranks} ranks; set slots_per_rank"
+            f"{experts} experts do not divide over {cluster.ranks} ranks; set slots_per_rank "
+            "in the cluster's file"
         )
     slots = cluster.slots_per_rank or experts // cluster.ranks
     topology = Topology(cluster.ranks, slots, cluster.tp, cluster.ranks_per_node)
     validate_topology(topology, (cluster.dp, profile.model.layers, experts))
+    return profile
+
+
+def _derived(cluster: Cluster) -> Profile:
+    """The estimate for the cluster's model; raises InputError where its weights do not fit."""
+    if cluster.backend not in BACKENDS:
+        raise InputError(f"unknown backend {cluster.backend!r}{nearest(cluster.backend, BACKENDS)}")
+    profile = derive_profile(
+        cluster.name,
+        find_model(cluster.model),
+        cluster.gpu,
+        Layout(cluster.dp, cluster.tp),
+        cluster.kv_cache_dtype,
+        cluster.backend,
+        cluster.ranks_per_node,
+    )
+    if not profile.kv_tokens:
+        raise InputError(f"{cluster.model} {profile.notes[-1]}")
     return profile

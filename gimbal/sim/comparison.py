@@ -17,7 +17,7 @@ from gimbal.report.simulated import report_of
 from gimbal.report.window import Window
 from gimbal.sim.capacity import known_capacity
 from gimbal.sim.cells import POPULATION_SEED, Cell, CellResult, run_cells
-from gimbal.sim.cluster import load_cluster
+from gimbal.sim.cluster import Cluster, described, load_cluster
 from gimbal.sim.policies import policies_of, with_flags
 from gimbal.sim.probes import Bed, stay_s
 from gimbal.sim.routing import named_population
@@ -34,7 +34,7 @@ class ComparisonOptions:
     """What is simulated.
 
     Attributes:
-        cluster: packaged name or file.
+        cluster: packaged name or file, or the cluster itself.
         trace: where requests come from.
         workload: what is taken from it; its rate is replaced when `load` is set.
         arms: the order of the report.
@@ -46,7 +46,7 @@ class ComparisonOptions:
         slo: what goodput counts.
     """
 
-    cluster: str
+    cluster: str | Cluster
     trace: Trace
     workload: WorkloadOptions
     arms: tuple[Arm, ...]
@@ -97,10 +97,11 @@ def run_comparison(
     report = report_of(results, names, base, slo, options.seed, plan.window)
     report |= {
         "cluster": cluster.name,
+        "estimated": profile.estimated,
         "load": options.load,
         "capacity_rps": plan.capacity_rps,
         "rate_rps": cells[0].trace.rate_rps,
-        "notes": list(cells[0].trace.notes),
+        "notes": [*cells[0].trace.notes, *described(cluster, profile)],
     }
     return report, results
 

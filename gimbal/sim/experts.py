@@ -10,6 +10,7 @@ from gimbal.core.config import PlacementConfig
 from gimbal.core.contracts import FloatArray, IntArray, RoutingCounts, Topology
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import migration_us
+from gimbal.core.placement.backends import GATHER_BACKEND
 from gimbal.core.placement.kinds import MEAN_STEP, StepKind, step_kinds, typical_share
 from gimbal.core.placement.planner import PlacementDecision, Planner
 from gimbal.core.placement.problem import constants_of
@@ -30,6 +31,19 @@ from gimbal.sim.routing import (
 
 COMPARED_STEPS = 8
 """Every so many steps after a rearrangement are also priced with the placement before it."""
+
+
+def off_source_us(cluster: Cluster, profile: Profile) -> float:
+    """Time of one pair that leaves its engine, there and back in 16 bits; 0 under all-gather.
+
+    Pairs go to other nodes in proportion to the ranks there, over a network card per rank.
+    """
+    if profile.backend == GATHER_BACKEND:
+        return 0.0
+    wires = profile.interconnect
+    far = max(0, cluster.ranks - cluster.ranks_per_node) / max(1, cluster.ranks - cluster.tp)
+    per_byte_us = far / wires.other_node_bytes_per_us + (1 - far) / wires.same_node_bytes_per_us
+    return 2 * 2 * profile.model.hidden * per_byte_us / cluster.tp
 
 
 class Experts:
@@ -78,9 +92,7 @@ class Experts:
         self._rng = np.random.default_rng([seed, 1])
         self._grid_log = np.log(GRID)
         self._owner = (np.arange(cluster.ranks) // cluster.tp).astype(float)
-        bandwidth = profile.interconnect.same_node_bytes_per_us
-        routed = profile.backend != "allgather_reducescatter"
-        self._off_source_us = 2 * 2 * model.hidden / bandwidth / cluster.tp if routed else 0.0
+        self._off_source_us = off_source_us(cluster, profile)
         self._tables = RoutingTables(
             population, self.placement, self.topology, np.ones(len(population.names))
         )

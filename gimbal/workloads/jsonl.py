@@ -2,7 +2,8 @@
 
 ``{"arrival_s": 0.25, "prompt_tokens": 900, "output_tokens": 64, "session": "s1",
 "domain": "code", "prefix_blocks": [17, 18]}``; the last three are optional. A first line
-``{"prefix_block_tokens": 16}`` sets the size of a prefix block (default 16).
+``{"prefix_block_tokens": 16}`` sets the size of a prefix block (default 16); it may come again, so
+that files can be put together.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ def read(path: Path) -> Trace:
     block_tokens = BLOCK_TOKENS
     requests: list[TraceRequest] = []
     for row in records(path)[1]:
-        if "prefix_block_tokens" in row.values and not requests:
-            block_tokens = row.tokens("prefix_block_tokens", 1)
+        if "prefix_block_tokens" in row.values:
+            own = row.tokens("prefix_block_tokens", 1)
+            if requests and own != block_tokens:
+                raise row.fail("prefix_block_tokens", own, f"{block_tokens}, as above")
+            block_tokens = own
             continue
         requests.append(_request(row, block_tokens))
     return make_trace(path.stem, requests, block_tokens)
@@ -53,8 +57,17 @@ def write(trace: Trace, path: Path) -> None:
     """Writes `trace` so that `read` returns it; unset fields are left out."""
     with writing(path), path.open("w", encoding="utf-8") as file:
         if trace.prefix_block_tokens:
-            file.write(to_json({"prefix_block_tokens": trace.prefix_block_tokens}) + "\n")
-        for request in trace.requests:
-            values = {name: getattr(request, name) for name in FIELDS}
-            kept = {key: value for key, value in values.items() if value not in (None, ())}
-            file.write(to_json(kept) + "\n")
+            file.write(header(trace.prefix_block_tokens))
+        file.writelines(map(line, trace.requests))
+
+
+def header(block_tokens: int) -> str:
+    """The line that says how long a prefix block is."""
+    return to_json({"prefix_block_tokens": block_tokens}) + "\n"
+
+
+def line(request: TraceRequest) -> str:
+    """The line of one request."""
+    values = {name: getattr(request, name) for name in FIELDS}
+    kept = {key: value for key, value in values.items() if value not in (None, ())}
+    return to_json(kept) + "\n"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import time
 import urllib.error
 from pathlib import Path
@@ -11,10 +13,14 @@ from typing import Any
 
 import pytest
 
-from tests.live.client import burst, call
+from gimbal.workloads.reader import read_trace
+from gimbal.workloads.recorder import IDLE_S
+from tests.live.client import OUTPUT_TOKENS, burst, call
 
 pytestmark = pytest.mark.live
 ADMIN = ("--additional-config", '{"gimbal": {"admin": true}}')
+TRACES = Path(tempfile.gettempdir()) / f"gimbal-live-traces-{os.getpid()}"
+RECORDED = f'{{"gimbal": {{"admin": true, "trace_records": "{TRACES}"}}}}'
 
 
 def total(server: Any, name: str, **labels: str) -> float:
@@ -122,8 +128,11 @@ def test_a_deleted_board_loses_no_request(server: Any) -> None:
     assert all(engine["age_us"] is not None for engine in found["engines"])
 
 
-@pytest.mark.server(*ADMIN, "--api-server-count", "2")
-def test_two_api_servers_share_one_board(server: Any) -> None:
+@pytest.mark.server("--additional-config", RECORDED, "--api-server-count", "2")
+def test_two_api_servers_share_one_board_and_record_one_trace(
+    server: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(lambda: shutil.rmtree(TRACES))
     burst(server, 40)
     deadline = time.monotonic() + 60
     while total(server, "gimbal_unacknowledged_tokens") or total(server, "gimbal_inflight_tokens"):
@@ -136,6 +145,20 @@ def test_two_api_servers_share_one_board(server: Any) -> None:
     call(f"{server.root}/gimbal/control", {"policy": "round-robin"})
     burst(server, 20)
     assert total(server, "gimbal_dispatch_decisions_total", policy="round-robin") == 20
+    time.sleep(3 * IDLE_S)
+    files = sorted(TRACES.glob("trace-*.jsonl"))
+    assert len(files) == 2
+    together = tmp_path / "together.jsonl"
+    together.write_text("".join(file.read_text() for file in files))
+    trace = read_trace(together)
+    assert [r.output_tokens for r in trace.requests] == [OUTPUT_TOKENS] * 60
+    assert 0.0 < trace.span_s < 120.0
+    long = [r for r in trace.requests if r.prompt_tokens > 100]
+    assert len(long) == 15
+    blocks = [len(r.prefix_blocks) for r in long]
+    assert blocks == [r.prompt_tokens // trace.prefix_block_tokens for r in long]
+    # Of 40 and 20 prompts the latter 20 are among the former.
+    assert len({r.prefix_blocks for r in long}) == 10
 
 
 @pytest.mark.server(levels="queue")

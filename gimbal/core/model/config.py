@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from gimbal.core.errors import InputError
+from gimbal.core.files import reading
 from gimbal.core.json_text import read_object
+from gimbal.core.named_yaml import packaged_names, read_named_yaml
 from gimbal.core.numbers import MOST_LAYERS, shown, whole
 
 HUGGING_FACE, MISTRAL, MODELOPT = "config.json", "params.json", "hf_quant_config.json"
@@ -26,6 +28,7 @@ ARCHITECTURES = {
     "LongcatFlashNgramForCausalLM": "longcat_flash",
 }
 """Model types of published configurations that name none; vLLM has the same table."""
+_PACKAGED = ("gimbal.core.model", "configs")
 _DEEPSEEK = {
     "q_lora_rank": 1536,
     "kv_lora_rank": 512,
@@ -136,13 +139,37 @@ class ModelConfig:
         return InputError(f"{self.where}: {'no ' if len(names) == 1 else ''}{looked}")
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The configuration in a model's folder.
+def model_names() -> list[str]:
+    """Names of the packaged configurations."""
+    return packaged_names(*_PACKAGED)
+
+
+def find_model(name_or_path: str) -> ModelConfig:
+    """The configuration of a packaged model by name, in a folder, or in a file.
+
+    Raises InputError for none, see `read_config`.
+    """
+    path = Path(name_or_path)
+    with reading(name_or_path):  # a name may be too long for a file
+        if path.suffix == ".json" or path.exists():
+            return read_config(path)
+    if "/" in name_or_path:
+        raise InputError(
+            f"{name_or_path}: no such folder or file; packaged models: {', '.join(model_names())}"
+        )
+    values = read_named_yaml("model", *_PACKAGED, name_or_path)
+    return ModelConfig(values, f"model {name_or_path}")
+
+
+def read_config(model: Path) -> ModelConfig:
+    """The configuration in a model's folder, or in a file.
 
     Raises InputError for a folder without one, and for what is no JSON object.
     """
-    path = folder / HUGGING_FACE
-    if not path.exists() and (folder / MISTRAL).exists():
+    folder, path = model, model / HUGGING_FACE
+    if model.is_file() or model.suffix == ".json":
+        folder, path = model.parent, model
+    elif not path.exists() and (folder / MISTRAL).exists():
         path = folder / MISTRAL
     # Published configurations hold infinities where nobody looks (time_step_limit of Nemotron).
     values = read_object(path, finite=False)

@@ -34,7 +34,7 @@ from gimbal.core.dispatch.dispatcher import Decision, Dispatcher
 from gimbal.core.errors import InputError
 from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin import bridge
-from gimbal.vllm_plugin.dispatch import engine_header, kv_events, user_session
+from gimbal.vllm_plugin.dispatch import engine_header, kv_events, recording, user_session
 from gimbal.vllm_plugin.dispatch.metrics import VLLM, dispatch_metrics
 from gimbal.vllm_plugin.dispatch.request import Described, describe, left_to_vllm
 from gimbal.vllm_plugin.engine import remote
@@ -367,6 +367,7 @@ def _with_front_end(init: Any) -> Any:
     @wraps(init)
     def client_init(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
+        recording.start(self)
         try:
             setattr(self, _ATTRIBUTE, attach(self))
         except Exception:
@@ -390,6 +391,7 @@ def _routed(choose: Original) -> Original:
 def _told(outputs: Any) -> Any:
     @wraps(outputs)
     async def process_engine_outputs(self: Any, engine_outputs: Any) -> None:
+        recording.received(self, engine_outputs)
         front_end = front_end_of(self)
         if front_end is not None and engine_outputs.finished_requests:
             front_end.finished(engine_outputs.finished_requests)

@@ -3,7 +3,7 @@
 vLLM chooses the engine, then encodes the request and sends it. Encoding fails for what msgpack
 cannot hold, such as half an emoji in a ``session_id``; a send fails or is cancelled when the engine
 or the client goes away. vLLM answers such a request with an error, as it does without Gimbal; no
-engine will ever acknowledge or finish it.
+engine will ever acknowledge or finish it. One that was sent is recorded where the server records.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+from gimbal.vllm_plugin.dispatch import recording
 from gimbal.vllm_plugin.dispatch.hook import front_end_of
 
 
@@ -39,5 +40,7 @@ def _followed(add: Any) -> Any:
             if not has_entry:
                 take_back(self, request.request_id)
             raise
+        if not has_entry:
+            recording.sent(self, request)
 
     return add_request_async

@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import re
+import secrets
 import time
 from functools import wraps
 from multiprocessing.util import Finalize
@@ -27,6 +28,8 @@ logger = logging.getLogger("vllm.gimbal")
 
 RUN_ID = "GIMBAL_RUN_ID"
 """Environment variable with the server's run id; set by the launcher, never by a user."""
+TRACE_SALT = "GIMBAL_TRACE_SALT"
+"""Environment variable with the secret that the traces of a server's API servers share."""
 
 
 def server_identity(vllm_config: Any) -> str:
@@ -62,6 +65,7 @@ def why_dispatch_cannot_act(vllm_config: Any, client_count: int = 1) -> str | No
 def launch_board(vllm_config: Any) -> None:
     """Draws a run id and makes the board before the engines start; this process removes it."""
     os.environ[RUN_ID] = f"{os.getpid()}-{time.time_ns()}"
+    os.environ[TRACE_SALT] = secrets.token_hex(32)
     for path in sweep():
         logger.info("Gimbal: removed the board %s of a server that is gone", path)
     board = Board(server_board_path(vllm_config))
@@ -90,6 +94,11 @@ def _prepare(vllm_config: Any) -> None:
             reason = why_dispatch_cannot_act(vllm_config, servers)
             if reason is not None:
                 logger.warning("Gimbal: the dispatch level cannot act: %s", reason)
+        config = bridge.gimbal_config(vllm_config)
+        if config is not None and config.trace_records:
+            reason = why_dispatch_cannot_act(vllm_config)
+            if reason is not None:
+                logger.warning("Gimbal: trace_records: no request is recorded: %s", reason)
     except Exception:
         logger.exception("Gimbal: whether the dispatch level can act is not known")
 

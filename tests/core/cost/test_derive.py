@@ -27,16 +27,21 @@ QWEN3_30B = {  # Qwen/Qwen3-30B-A3B config.json
 }
 
 
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [(Layout(1), "h100-qwen3-30b-a3b-tp1"), (Layout(2, 2), "h100-qwen3-30b-a3b")],
+)
 @pytest.mark.parametrize(("tokens", "kv", "pairs"), [(32, 32e3, 0), (256, 4e5, 0), (2048, 0, 2e6)])
-def test_h100_estimate_is_near_the_measured_profile(tokens, kv, pairs):
-    derived = derive_profile("x", config(**QWEN3_30B), "h100", Layout(2, 2))
-    measured = load_profile("h100-qwen3-30b-a3b")
-    two = np.ones(2)
-    batch = BatchShape(tokens * two, kv * two, pairs * two, 0 * two, 32 * two)
-    active = expected_active(np.full(128, 8 / 128), 2 * tokens).reshape(4, -1).sum(axis=1)
-    experts = np.tile(active, (48, 1)), np.full((48, 4), 2 * tokens * 8 / 4.0)
+def test_the_estimate_of_what_was_measured_is_the_measurement(layout, name, tokens, kv, pairs):
+    derived = derive_profile("x", config(**QWEN3_30B), "h100", layout)
+    measured = load_profile(name)
+    ones, ranks, total = np.ones(layout.dp), layout.ep, layout.dp * tokens
+    batch = BatchShape(tokens * ones, kv * ones, pairs * ones, 0 * ones, 32 * ones)
+    active = expected_active(np.full(128, 8 / 128), total).reshape(ranks, -1).sum(axis=1)
+    experts = np.tile(active, (48, 1)), np.full((48, ranks), total * 8 / ranks)
     got = step_time(derived, batch, *experts).total_us
-    assert got == pytest.approx(step_time(measured, batch, *experts).total_us, rel=0.35)
+    assert got == pytest.approx(step_time(measured, batch, *experts).total_us, rel=0.02)
+    assert derived.kv_tokens == pytest.approx(measured.kv_tokens, rel=0.06)
 
 
 def test_estimates_say_so_and_scale_with_the_data_sheet():

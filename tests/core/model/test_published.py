@@ -16,6 +16,8 @@ from gimbal.core.model import (
     ModelConfig,
     count_experts,
     count_top_k,
+    find_model,
+    model_names,
     read_architecture,
     read_config,
 )
@@ -42,6 +44,17 @@ def test_a_family_that_was_not_tried_is_named() -> None:
         "model_type 'new_moe' was not tried: read by the names of its keys",
         "no vocab_size: the vocabulary's weights are not counted",
     ]
+
+
+@pytest.mark.parametrize("name", sorted({*model_names()} - {"qwen3-235b-a22b"}))
+def test_packaged_models_are_the_published_ones(name: str) -> None:
+    (model,) = [model for model in READ if model.name.lower().endswith(f"/{name}")]
+    assert read_architecture(find_model(name)) == read_architecture(model.config)
+
+
+def test_the_packaged_model_in_16_bits_is_the_one_in_8() -> None:
+    wide, narrow = (find_model(f"qwen3-235b-a22b{kind}").values for kind in ("", "-fp8"))
+    assert {**wide, "quantization_config": narrow["quantization_config"]} == narrow
 
 
 @published

@@ -1,0 +1,69 @@
+"""The options of ``gimbal simulate`` that say what is simulated: a cluster, or a model on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from gimbal.commands.options import Whole
+from gimbal.core.errors import InputError
+from gimbal.core.model.architecture import KV_DTYPES
+from gimbal.core.numbers import MOST_RANKS
+from gimbal.core.placement.backends import BACKENDS
+
+if TYPE_CHECKING:
+    from gimbal.sim.cluster import Cluster
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+DEFAULT_CLUSTER = "h100x4-paper"
+_RANKS = Whole(1, MOST_RANKS)
+_OPTIONS = [
+    click.option("--cluster", help=f"named cluster, or a YAML file (default: {DEFAULT_CLUSTER})"),
+    click.option(
+        "--model", help="instead of a cluster: packaged model, model folder or config.json"
+    ),
+    click.option("--gpu", help="of --model: a100, h100, h200, b200 or l40s"),
+    click.option("--dp", type=_RANKS, help="of --model: data-parallel engines"),
+    click.option("--tp", type=_RANKS, help="of --model: GPUs of an engine (default: 1)"),
+    click.option("--gpus-per-node", type=_RANKS, help="of --model: behind one switch (default: 8)"),
+    click.option(
+        "--backend",
+        type=click.Choice(list(BACKENDS)),
+        help="of --model: how tokens reach experts (default: vLLM's, allgather_reducescatter)",
+    ),
+    click.option(
+        "--kv-cache-dtype",
+        type=click.Choice(["auto", *KV_DTYPES]),
+        help="of --model: as the server has it (default: auto)",
+    ),
+]
+_OF_MODEL = ("gpu", "dp", "tp", "gpus_per_node", "backend", "kv_cache_dtype")
+
+
+def cluster_options(function: Function) -> Function:
+    """Adds the options to a command; `read_cluster_options` takes them back."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def read_cluster_options(values: dict[str, Any]) -> str | Cluster:
+    """A cluster's name or file, or the one that the options describe; raises InputError."""
+    from gimbal.sim.cluster import model_cluster
+
+    given = {name: values[name] for name in _OF_MODEL if values[name] is not None}
+    if values["model"] is None:
+        for name in given:
+            raise InputError(f"--{name.replace('_', '-')}: goes with --model")
+        return values["cluster"] or DEFAULT_CLUSTER
+    if values["cluster"] is not None:
+        raise InputError("--cluster and --model: give one of them")
+    for name in ("gpu", "dp"):
+        if name not in given:
+            raise InputError(f"--model: give --{name} as well")
+    if "gpus_per_node" in given:
+        given["ranks_per_node"] = given.pop("gpus_per_node")
+    return model_cluster(values["model"], **given)
