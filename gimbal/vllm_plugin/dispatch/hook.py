@@ -36,6 +36,7 @@ from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.dispatch import engine_header, kv_events, user_session
 from gimbal.vllm_plugin.dispatch.metrics import VLLM, dispatch_metrics
+from gimbal.vllm_plugin.dispatch.recent import Recent
 from gimbal.vllm_plugin.dispatch.request import Described, describe, left_to_vllm
 from gimbal.vllm_plugin.engine import remote
 from gimbal.vllm_plugin.engine.identity import server_board_path, why_dispatch_cannot_act
@@ -76,7 +77,7 @@ class FrontEnd:
     Attributes:
         policy: name of the policy in use; an operator may change it while the server runs.
         enabled: whether the level is on (an operator may switch it off and on).
-        decision: the latest decision of a policy.
+        decision: the latest decision of a policy; `recent` are the last ones.
         receiver: brings the rows of engines on other hosts; None where there are none.
         kv_events: keeps the prefix index in step with the engines' caches; None without events.
     """
@@ -91,6 +92,7 @@ class FrontEnd:
         self.metrics = dispatch_metrics()
         self.guard = LevelGuard("dispatch", on_fallback=self.metrics.fell_back)
         self.decision: Decision | None = None
+        self.recent = Recent()
         self.decisions: Counter[tuple[int, str, str]] = Counter()
         self._client = weakref.ref(client)
         self.first = client.engine_ranks_managed[0]
@@ -172,7 +174,8 @@ class FrontEnd:
         started = time.perf_counter()
         decision = self.guard.run("error", self._decide, described)
         if decision is not None:
-            self.guard.run("metrics", self._note, decision, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.guard.run("metrics", self._note, decision, described[0].prompt_tokens, seconds)
             return Plan(described, decision.engine, decision.reason)
         index = self.guard.run("inflight_error", self._least_inflight, described)
         return Plan(described, index, "fallback" if index is None else "inflight")
@@ -190,8 +193,9 @@ class FrontEnd:
         rows = self.reader.read(now / 1e6)
         return self.dispatcher.dispatch(*described, rows, now)
 
-    def _note(self, decision: Decision, seconds: float) -> None:
+    def _note(self, decision: Decision, prompt_tokens: int, seconds: float) -> None:
         self.decision = decision
+        self.recent.note(self.policy, prompt_tokens, decision)
         self.metrics.timed(seconds, decision.signal_age_us)
         if decision.reason == "stale":
             self.guard.fell_back("stale")
