@@ -8,7 +8,7 @@ STAMP := $(VENV)/.gimbal-installed
 # One thread per process: tests run side by side and torch would take every core in each.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: docs bench-sim validate help install serve test check compat lint pages bench-core bench-placement \
+.PHONY: docs dist bench-sim validate help install serve test check compat lint pages bench-core bench-placement \
 	bench-start correctness soak soak-long chaos fuzz peers lock clean
 
 help: ## this list
@@ -46,6 +46,13 @@ pages: $(STAMP) ## write the generated pages of docs/: configuration, traces, mo
 	$(BIN)/python -m scripts.configuration_page
 	$(BIN)/python -m scripts.traces_page
 	$(BIN)/python -m scripts.models_page
+
+dist: $(STAMP) ## the wheel in dist/, with what a registry would say of it; and the notes of the release
+	$(BIN)/python -m pip install -q twine
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
+	$(BIN)/python -m twine check --strict dist/*.whl
+	$(BIN)/python -m pytest -q tests/test_wheel.py
+	$(BIN)/python -m scripts.release_notes || echo "not to be released yet"
 
 docs: $(STAMP) ## the documentation as a site, in site/; a warning is an error
 	$(BIN)/python -m pip install -q -e '.[docs]'
