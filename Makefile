@@ -8,7 +8,7 @@ STAMP := $(VENV)/.gimbal-installed
 # One thread per process: tests run side by side and torch would take every core in each.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: bench-sim validate help install serve test check compat lint pages bench-core bench-placement \
+.PHONY: docs dist bench-sim validate help install serve test check compat lint pages bench-core bench-placement \
 	bench-start correctness soak soak-long chaos fuzz peers lock clean
 
 help: ## this list
@@ -47,6 +47,17 @@ pages: $(STAMP) ## write the generated pages of docs/: configuration, traces, mo
 	$(BIN)/python -m scripts.traces_page
 	$(BIN)/python -m scripts.models_page
 
+dist: $(STAMP) ## the wheel in dist/, with what a registry would say of it; and the notes of the release
+	$(BIN)/python -m pip install -q twine
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
+	$(BIN)/python -m twine check --strict dist/*.whl
+	$(BIN)/python -m pytest -q tests/test_wheel.py
+	$(BIN)/python -m scripts.release_notes || echo "not to be released yet"
+
+docs: $(STAMP) ## the documentation as a site, in site/; a warning is an error
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	$(BIN)/mkdocs build --strict $(ARGS)
+
 bench-core: $(STAMP) ## benchmarks that need no server
 	$(TEST_ENV) $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m "not live" $(ARGS)
 
@@ -84,4 +95,4 @@ lock: ## resolve the dependencies again and rewrite requirements/lock-cpu.txt
 	@$(BIN)/python scripts/bootstrap.py --lock
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) .gimbal build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .gimbal build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -45,6 +45,8 @@ logger = logging.getLogger("vllm.gimbal")
 _ATTEMPTS = 8
 _LOOK_S = 1.0
 _SHARED_MEMORY = Path("/dev/shm")
+BESIDE = ".front-"
+"""After a board's name: a file that lies beside it and goes with it."""
 _MADE_HERE: set[Path] = set()
 """Where this process made a board; a forked child is another process."""
 os.register_at_fork(after_in_child=_MADE_HERE.clear)
@@ -68,7 +70,8 @@ def fallback_path(path: Path) -> Path | None:
 
 
 def sweep(directory: Path | None = None) -> list[Path]:
-    """Removes this user's boards, and drafts of them, that no process uses; returns which."""
+    """Removes this user's boards, and drafts of them, that no process uses; returns which. What
+    lies beside a board that is gone goes too."""
     folders = [directory] if directory else [board_directory(), Path(tempfile.gettempdir())]
     mine = f"gimbal-{os.getuid()}-"
     removed = []
@@ -86,7 +89,15 @@ def sweep(directory: Path | None = None) -> list[Path]:
                 removed.append(path)
             except OSError:
                 continue
+        for path in folder.glob(f"{mine}*.board{BESIDE}*"):
+            if not path.with_name(path.name.partition(BESIDE)[0]).exists():
+                _unlinked(path)
     return removed
+
+
+def _unlinked(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 class Board:
@@ -210,6 +221,8 @@ class Board:
                     last = place in _MADE_HERE or not current.used_by_others()
                     if last and current.fault() is None and current.named(place):
                         place.unlink()
+                        for path in place.parent.glob(f"{place.name}{BESIDE}*"):
+                            _unlinked(path)
             except OSError:
                 continue
 

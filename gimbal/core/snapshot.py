@@ -66,6 +66,8 @@ class Field(IntEnum):
     PLACEMENT_REALIZED_LOSS_US = 43  # the same where it is a loss
     PLACEMENT_BALANCE = 44  # mean over busiest rank, in the last window; 0 before the first plan
     PLACEMENT_LOCAL_SHARE = 45  # of pairs served on the source's own ranks; the same
+    QUEUE_OFF = 46  # 1: the queue level has switched itself off
+    PLACEMENT_OFF = 47  # 1: the same of the placement level, in the worker that answers
 
 
 SNAPSHOT_FIELDS = len(Field)

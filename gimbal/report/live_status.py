@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
@@ -22,7 +23,8 @@ Figures = Mapping[str, float]
 SILENT_US = 2e6
 """An engine that has something to run and has published nothing for as long is named."""
 _LEVELS = ("dispatch", "queue", "placement", "feedback")
-_STYLES = {"on": "green", "off": "dim", "switched itself off": "bold red"}
+_OFF = "switched itself off"
+_STYLES = {"on": "green", "off": "dim", _OFF: "bold red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,10 @@ def read_status(document: Any) -> Status:
         raise InputError("Gimbal is not enabled on this server (start it by `gimbal serve`)")
     dispatch = _mapping(document, "dispatch")
     engines = [_numbers(entry) for entry in document["engines"] if isinstance(entry, dict)]
-    levels = _levels(config, control, bool(dispatch.get("switched_itself_off")))
+    levels = _levels(config, control)
+    if dispatch.get("switched_itself_off"):
+        levels["dispatch"] = _OFF
+    levels |= {level: _OFF for level in levels if _off_in(level, engines)}
     trouble = _trouble(levels, engines)
     if levels.get("dispatch") == "on" and not dispatch:
         trouble.insert(0, "level dispatch cannot act here; the log at start says why")
@@ -81,22 +86,21 @@ def _text(value: object) -> str:
     return "".join(c for c in one_line(value) if c.isprintable())
 
 
+_name = lru_cache(maxsize=256)(_text)
+"""The same few for every engine."""
+
+
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
-    numbers = ((_text(name), as_real(value)) for name, value in entry.items())
+    numbers = ((_name(name), as_real(value)) for name, value in entry.items())
     return {name: number for name, number in numbers if number is not None}
 
 
-def _levels(config: Mapping[str, Any], control: Mapping[str, Any], off: bool) -> dict[str, str]:
+def _levels(config: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, str]:
     configured = config.get("levels")
-    configured = configured if isinstance(configured, list) else []
+    configured = configured if isinstance(configured, list | tuple) else []
     in_force = control.get("levels", configured)
-    in_force = in_force if isinstance(in_force, list) else []
-    levels = {
-        level: "on" if level in in_force else "off" for level in _LEVELS if level in configured
-    }
-    if off:
-        levels["dispatch"] = "switched itself off"
-    return levels
+    in_force = in_force if isinstance(in_force, list | tuple) else []
+    return {level: "on" if level in in_force else "off" for level in _LEVELS if level in configured}
 
 
 def _decisions(entries: Any) -> dict[str, int]:
@@ -109,7 +113,11 @@ def _decisions(entries: Any) -> dict[str, int]:
 
 
 def _trouble(levels: Mapping[str, str], engines: list[dict[str, float]]) -> list[str]:
-    found = [f"level {name} has {state}" for name, state in levels.items() if "itself" in state]
+    found = []
+    for level in (level for level, state in levels.items() if state == _OFF):
+        ranks = _off_in(level, engines)
+        where = f" in engine {', '.join(ranks)}" if ranks else ""
+        found.append(f"level {level} has {_OFF}{where}; the log says why")
     publish = "dispatch" in levels or "queue" in levels
     for engine in engines:
         rank, age_us = f"engine {engine.get('engine', 0):.0f}", engine.get("age_us")
@@ -123,6 +131,10 @@ def _trouble(levels: Mapping[str, str], engines: list[dict[str, float]]) -> list
         if count:
             found.append(f"{level} fell back to vLLM {count:,.0f} times")
     return found
+
+
+def _off_in(level: str, engines: list[dict[str, float]]) -> list[str]:
+    return [f"{e.get('engine', 0):.0f}" for e in engines if e.get(f"{level}_off")]
 
 
 def _fallbacks(counts: Mapping[str, Any]) -> list[str]:

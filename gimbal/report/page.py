@@ -16,12 +16,13 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:1.5em auto;padding:0 1em}
 h1{font-size:1.5em;overflow-wrap:anywhere}h2{font-size:1.2em;margin-top:2em}
 h3{font-size:1em;margin:1.5em 0 .5em}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto}.headline{font-size:1.15em;margin:.4em 0}
+.beside{display:flex;flex-wrap:wrap;gap:0 3em}.beside>*{min-width:0;max-width:100%}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92em}
 td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:Canvas}
 .good{color:var(--good)}.bad{color:var(--bad)}.soft{color:var(--soft)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:1.2em}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr));gap:1.2em}
 .charts>*{margin:0;min-width:0;max-width:640px}
 svg{width:100%;height:auto;font:12px system-ui,sans-serif}svg text{fill:currentColor}
 svg text.soft{fill:var(--soft)}.grid{stroke:var(--line)}
@@ -46,6 +47,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def beside(parts: Sequence[str]) -> str:
+    """Parts side by side where the screen is wide enough."""
+    return f'<div class="beside">{"".join(f"<section>{part}</section>" for part in parts)}</div>'
 
 
 def figures(charts: Sequence[Chart]) -> str:

@@ -13,7 +13,7 @@ from gimbal.core.files import write_text
 from gimbal.records.schema import RunInfo
 from gimbal.records.store import RUN_FILE, RunReader
 from gimbal.report.charts import Chart
-from gimbal.report.page import figures, page, table
+from gimbal.report.page import beside, figures, page, table
 from gimbal.report.result import check_result
 from gimbal.report.run_charts import run_charts
 from gimbal.report.svg import save_charts
@@ -64,13 +64,40 @@ def run_sections(info: RunInfo, charts: dict[str, list[Chart]]) -> list[str]:
     """Tables and plots of one run."""
     result = info.result or {}
     names = list(result["arms"])
-    sections = [_summary(info, result)]
+    sections = [_headline(name, ratios) for name, ratios in result["ratios"].items()]
+    sections.append(_summary(info, result))
+    tables = ["<h2>Arms</h2>" + _arms(result["arms"], names)]
     if result["ratios"]:
-        sections += ["<h2>Ratios with 95 % intervals</h2>", _ratios(result["ratios"])]
-    sections += ["<h2>Arms</h2>", _arms(result["arms"], names)]
+        tables.insert(0, "<h2>Ratios with 95 % intervals</h2>" + _ratios(result["ratios"]))
+    sections.append(beside(tables))
     for title, own in charts.items():
         sections += [f"<h2>{escape(title)}</h2>", figures(own) if own else _missing(title)]
     return sections
+
+
+def _headline(name: str, ratios: dict[str, Any]) -> str:
+    """What the first arm of ``ARM/BASE`` changes, in a sentence that says what is noise."""
+    arm, _, base = name.partition("/")
+    found = {
+        "mean TTFT": ratios["ttft_ms"]["mean"],
+        "P99 TTFT": ratios["ttft_ms"]["p99"],
+        "TPOT": ratios["tpot_ms"]["mean"],
+    }
+    said = [_change(title, values) for title, values in found.items() if values["ratio"]]
+    rest = "; ".join(said) or "nothing to compare"
+    return f'<p class="headline"><b>{escape(arm)} against {escape(base)}</b>: {rest}.</p>'
+
+
+def _change(title: str, values: dict[str, float | None]) -> str:
+    ratio, low, high = values["ratio"], values["low"], values["high"]
+    assert ratio is not None
+    change = f"{100 * abs(ratio - 1):.0f} % {'lower' if ratio < 1 else 'higher'}"
+    if low is None or high is None:
+        return f"{title} {change}, without an interval"
+    if low <= 1 <= high:
+        return f"{title} the same within noise ({100 * (ratio - 1):+.0f} %)"
+    style = "good" if ratio < 1 else "bad"
+    return f'{title} <span class="{style}">{change}</span>'
 
 
 def _missing(title: str) -> str:

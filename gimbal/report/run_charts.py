@@ -119,7 +119,7 @@ def placements(records: Sequence[PlacementRecord], names: Sequence[str]) -> list
     last = {name: [r for r in records if r.arm == name] for name in names}
     for name in [n for n, own in last.items() if own][:MOST_MAPS]:
         record = ([r for r in last[name] if r.committed] or last[name])[-1]
-        fate = "" if record.committed else ", refused by the gain gate"
+        fate = "" if record.committed else " (refused by the gain gate)"
         pairs = np.array(record.pairs)
         charts.append(
             Heat(
@@ -131,13 +131,16 @@ def placements(records: Sequence[PlacementRecord], names: Sequence[str]) -> list
                 middle=1.0,
             )
         )
-        for when, ranks in (("before", record.ranks_before), ("after", record.ranks_after)):
+        # A map that was kept is one picture, not the same one twice.
+        kept = record.ranks_before == record.ranks_after
+        maps = [("before", record.ranks_before), ("after", record.ranks_after)]
+        for when, ranks in [("kept", record.ranks_before)] if kept else maps:
             where = np.array(ranks, dtype=float)
             title = f"{name}: rank of each expert {when}{fate}"
             charts.append(
                 Heat(title, "expert", "layer", where, "one per rank", steps=int(where.max()) + 1)
             )
-        for when, ranks in (("before", record.ranks_before), ("after", record.ranks_after)):
+        for when, ranks in [("kept", record.ranks_before)] if kept else maps:
             load = rank_load(pairs, ranks)
             title = f"{name}: load of ranks {when}{fate}"
             charts.append(Heat(title, "rank", "layer", load, "load over mean", middle=1.0))

@@ -111,6 +111,9 @@ def test_trouble_comes_first() -> None:
     assert "dispatch switched itself off" in first[0]
     assert "! level dispatch has switched itself off" in first[2]
     assert "! dispatch fell back 20 times: error" in first[3]
+    ended = picture(changed(placement_off=1.0)).splitlines()
+    assert "placement switched itself off" in ended[0]
+    assert "! level placement has switched itself off in engine 1; the log says why" in ended[2]
     silent = picture(changed(age_us=5e6, idle=0.0, waiting_requests=3, queue_fallbacks=2))
     assert "! engine 1 has work and said nothing for 5 s" in silent
     assert "! queue fell back to vLLM 2 times" in silent

@@ -83,6 +83,10 @@ def test_page(tmp_path: Path) -> None:
     assert "Not recorded: this run holds no balance of the engines over time" in text
     assert (tmp_path / "run" / "plots" / "ttft.svg").exists()
     ratio = result["ratios"]["a<b/vllm"]["ttft_ms"]["mean"]
+    change = f'<span class="good">{100 - 100 * ratio["ratio"]:.0f} % lower</span>'
+    head = text[text.index('<p class="headline">') : text.index("Ratios with 95 %")]
+    assert f"<b>a&lt;b against vllm</b>: mean TTFT {change}; P99 TTFT" in head
+    assert "TPOT the same within noise (+0 %)." in head
     assert f'<span class="good">{ratio["ratio"]:.2f}</span>' in text
 
 
@@ -109,3 +113,9 @@ def test_rearrangements_and_placements_are_drawn(tmp_path: Path) -> None:
     assert text.count("data:image/png;base64") == 5
     assert "a&lt;b: rank of each expert before" in text
     assert "<circle" in text
+    kept = dataclasses.replace(placed, arm="a<b", committed=False, ranks_after=placed.ranks_before)
+    with RunWriter(tmp_path / "kept", info) as writer:
+        writer.write([kept])
+    text = write_report(tmp_path / "kept").read_text()
+    assert text.count("data:image/png;base64") == 3
+    assert "a&lt;b: rank of each expert kept (refused by the gain gate)" in text

@@ -24,6 +24,8 @@ ABBREVIATED = {"avg", "gb", "kb", "mb", "ms", "ns", "num", "pct", "req", "s", "s
 UNITS = {"blocks", "bytes", "ratio", "requests", "seconds", "tokens"}
 PER = {"request", "second", "token"}
 WITHOUT_UNIT = {
+    "gimbal_engine_queue_off",
+    "gimbal_engine_placement_off",
     "gimbal_build_info",
     "gimbal_engine_idle",
     "gimbal_engine_kv_blocks_used",

@@ -36,6 +36,7 @@ from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.dispatch import engine_header, kv_events, recording, user_session
 from gimbal.vllm_plugin.dispatch.metrics import VLLM, dispatch_metrics
+from gimbal.vllm_plugin.dispatch.recent import Recent
 from gimbal.vllm_plugin.dispatch.request import Described, describe, left_to_vllm
 from gimbal.vllm_plugin.engine import remote
 from gimbal.vllm_plugin.engine.identity import server_board_path, why_dispatch_cannot_act
@@ -78,7 +79,7 @@ class FrontEnd:
     Attributes:
         policy: name of the policy in use; an operator may change it while the server runs.
         enabled: whether the level is on (an operator may switch it off and on).
-        decision: the latest decision of a policy.
+        decision: the latest decision of a policy; `recent` are the last ones.
         receiver: brings the rows of engines on other hosts; None where there are none.
         kv_events: keeps the prefix index in step with the engines' caches; None without events.
     """
@@ -93,6 +94,7 @@ class FrontEnd:
         self.metrics = dispatch_metrics()
         self.guard = LevelGuard("dispatch", on_fallback=self.metrics.fell_back)
         self.decision: Decision | None = None
+        self.recent = Recent()
         self.decisions: Counter[tuple[int, str, str]] = Counter()
         self._client = weakref.ref(client)
         self.first = client.engine_ranks_managed[0]
@@ -141,7 +143,7 @@ class FrontEnd:
             run("count", self._count, index, VLLM, "fallback" if plan is None else plan.reason)
             return engine
         engine = _pinned(client, request, plan.engine, original)
-        run("count", self._placed, client, plan.engine, plan.reason, plan.seconds)
+        run("count", self._placed, client, plan, plan.engine)
         return engine
 
     def _settle_soon(self) -> None:
@@ -190,17 +192,18 @@ class FrontEnd:
         self.decision = self.dispatcher.dispatch(entry, tokens, rows, entry.arrival_us)
         return self.decision
 
-    def _placed(self, client: Any, index: int, reason: str, seconds: float | None) -> None:
+    def _placed(self, client: Any, plan: Plan, index: int) -> None:
         """What is counted once vLLM has entered a request where this front end wanted it."""
         if self._loop is not None:
             self._loop.call_soon(self._settle_soon)  # once the request is on its way
         if index < len(client.lb_engines):
             # Until the next snapshot of vLLM's own, as its own policy would.
             client.lb_engines[index][0] += client.client_count
-        self._count(index, self.policy, reason)
-        if self.decision is not None and seconds is not None:
-            self.metrics.timed(seconds, self.decision.signal_age_us)
-        if reason == "stale":
+        self._count(index, self.policy, plan.reason)
+        if self.decision is not None and plan.seconds is not None:
+            self.recent.note(self.policy, plan.described[0].prompt_tokens, self.decision)
+            self.metrics.timed(plan.seconds, self.decision.signal_age_us)
+        if plan.reason == "stale":
             self.guard.fell_back("stale")
 
     def _least_inflight(self, described: Described) -> int:

@@ -109,6 +109,11 @@ ENGINE: dict[Field, tuple[str, str]] = {
         "placement_fallbacks_total",
         "Times that the placement level left the engine's worker to vLLM's behaviour",
     ),
+    Field.QUEUE_OFF: ("queue_off", "1 since the engine's queue level has switched itself off"),
+    Field.PLACEMENT_OFF: (
+        "placement_off",
+        "1 since the placement level of the engine's worker has switched itself off",
+    ),
     Field.SIGNAL_FALLBACKS: (
         "signal_fallbacks_total",
         "Events that the engine's own accounts missed and were counted anew after",

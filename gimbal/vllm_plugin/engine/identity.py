@@ -73,8 +73,9 @@ def launch_board(vllm_config: Any) -> None:
     logger.info("Gimbal: signal board at %s", board.path)
 
 
-def close_at_exit(board: Board) -> None:
-    """Also where a process ends without atexit handlers, as children of multiprocessing do."""
+def close_at_exit(board: Any) -> None:
+    """Calls its ``close``, also where a process ends without atexit handlers, as children of
+    multiprocessing do."""
     Finalize(None, board.close, exitpriority=0)
 
 

@@ -88,6 +88,8 @@ class GimbalSchedulerMixin:
         fallbacks = getattr(answer, news.FALLBACKS, None)
         if fallbacks is not None:
             signals.worker_said(Field.PLACEMENT_FALLBACKS, fallbacks)
+        if getattr(answer, news.OFF, False):
+            signals.worker_said(Field.PLACEMENT_OFF, 1.0)
         for field, value in getattr(answer, news.PLACEMENT, {}).items():
             signals.worker_said(field, value)
         pressure_us = getattr(answer, news.PRESSURE_US, None)

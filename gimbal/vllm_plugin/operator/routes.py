@@ -1,6 +1,7 @@
 """``GET /gimbal``, ``GET /gimbal/status`` and ``POST /gimbal/control`` on vLLM's own API server.
 
-The first is a page for people, drawn from the second; both are read-only. Control switches what
+The first is a page for people, drawn from ``/gimbal/view`` and, when it is asked for experts,
+``/gimbal/experts``; the second is for programs. All are read-only. Control switches what
 decides on a running server, so that two policies can be compared in turns without a restart; it
 answers only with ``admin: true`` in the configuration. A control message goes through the board,
 where every front end and engine of the server sees it before its next decision or step. vLLM loads
@@ -12,10 +13,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import time
 from argparse import Namespace
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -26,6 +27,7 @@ from gimbal.board.control import encoded_control
 from gimbal.board.file import Board
 from gimbal.board.slots import BoardReader
 from gimbal.core.config import LEVELS, GimbalConfig, modernized, parse_config
+from gimbal.core.contracts import FloatArray
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.errors import InputError, nearest, one_line
 from gimbal.core.queue import ORDERINGS
@@ -33,9 +35,12 @@ from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin import bridge, versions
 from gimbal.vllm_plugin.dispatch.engine_header import EngineHeader
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of
-from gimbal.vllm_plugin.engine.identity import server_board_path
+from gimbal.vllm_plugin.engine.identity import close_at_exit, server_board_path
+from gimbal.vllm_plugin.operator.front_ends import Shared
 from gimbal.vllm_plugin.operator.messages import RefusedError, read_message
-from gimbal.vllm_plugin.placement.route import SharedAnswers, routing_route
+from gimbal.vllm_plugin.operator.page import PAGE_HEADERS, page
+from gimbal.vllm_plugin.operator.watcher import Watcher
+from gimbal.vllm_plugin.placement.route import SharedAnswers, experts_route, routing_route
 
 SWITCHABLE = ("dispatch", "queue", "feedback")
 """Levels that can be switched while the server runs, if it was started with them."""
@@ -56,8 +61,10 @@ class GimbalEndpoints:
         router = APIRouter(prefix="/gimbal")
         router.add_api_route("", _page, methods=["GET"], include_in_schema=False)
         router.add_api_route("/status", _status, methods=["GET"])
+        router.add_api_route("/view", _view, methods=["GET"], include_in_schema=False)
         router.add_api_route("/control", _control, methods=["POST"])
         router.add_api_route("/routing", routing_route, methods=["GET"])
+        router.add_api_route("/experts", experts_route, methods=["GET"], include_in_schema=False)
         app.include_router(router)
         app.add_middleware(EngineHeader)
 
@@ -66,8 +73,12 @@ class GimbalEndpoints:
         config = None
         if engine_client is not None and versions.running_is_supported():
             config = bridge.gimbal_config(engine_client.vllm_config)
-        state.gimbal_operator = None if config is None else Operator(engine_client, config)
         state.gimbal_authentication = _authentication(args)
+        state.gimbal_operator = None
+        if config is not None:
+            has_key = state.gimbal_authentication is not None
+            state.gimbal_operator = Operator(engine_client, config, has_key)
+            state.gimbal_operator.watcher.start()
 
 
 def _authentication(args: Namespace) -> Any:
@@ -85,9 +96,11 @@ def _authentication(args: Namespace) -> Any:
 class Operator:
     """What an operator sees and may change, in one API server."""
 
-    def __init__(self, engine_client: Any, config: GimbalConfig) -> None:
+    def __init__(self, engine_client: Any, config: GimbalConfig, has_key: bool = False) -> None:
         self.engine_client = engine_client
         self.config = config
+        self.has_key = has_key
+        self.switchable = [level for level in SWITCHABLE if level in config.levels]
         self.answers = SharedAnswers()
         self.front_end: FrontEnd | None = front_end_of(engine_client.engine_core)
         if self.front_end is not None:
@@ -96,17 +109,22 @@ class Operator:
             parallel = engine_client.vllm_config.parallel_config
             self.board = Board(server_board_path(engine_client.vllm_config))
             self.reader = BoardReader(self.board, parallel.data_parallel_size)
+        core, shared = engine_client.engine_core, None
+        if getattr(core, "client_count", 1) > 1:
+            shared = Shared(self.board.path, core.client_index)
+            close_at_exit(shared)
+        self.watcher = Watcher(self, shared)
 
-    def status(self) -> dict[str, Any]:
+    def status(self, rows: FloatArray | None = None) -> dict[str, Any]:
         """Everything as JSON; engines in rank order, their row by lower-case field name.
 
-        A number of an engine that is none is null. Raises OSError or ValueError when the board
-        cannot be read.
+        A number of an engine that is none is null. `rows` are those read just now, if they were.
+        Raises OSError or ValueError when the board cannot be read.
         """
         front_end, control = self.front_end, self.board.read_control()
         now_us = time.monotonic_ns() / 1e3
         engines: list[dict[str, Any]] = []
-        for index, row in enumerate(self.reader.read().tolist()):
+        for index, row in enumerate((self.reader.read() if rows is None else rows).tolist()):
             entry: dict[str, Any] = {field.name.lower(): row[field] for field in Field}
             entry["engine"] = self.reader.first + index
             entry["age_us"] = now_us - row[Field.TIMESTAMP_US] if row[Field.SEQUENCE] else None
@@ -266,8 +284,7 @@ def _check_levels(levels: Any, config: GimbalConfig) -> list[str]:
 
 
 async def _page() -> HTMLResponse:
-    page = resources.files("gimbal.vllm_plugin.operator").joinpath("live_page.html")
-    return HTMLResponse(page.read_text(encoding="utf-8"))
+    return HTMLResponse(page(), headers=PAGE_HEADERS)
 
 
 class _Json(JSONResponse):
@@ -288,6 +305,22 @@ async def _status(request: Request) -> JSONResponse:
         return _Json({"version": gimbal.__version__, "config": None, "engines": []})
     try:
         return _Json(operator.status())
+    except (OSError, ValueError) as error:
+        return _error(503, f"the signal board cannot be read: {error}")
+
+
+async def _view(request: Request) -> JSONResponse:
+    """What the live page draws; ``?span=fine&after=N`` leaves out samples that it has."""
+    operator: Operator | None = request.app.state.gimbal_operator
+    if operator is None:
+        return _Json({"version": gimbal.__version__, "levels": None})
+    span, number = request.query_params.get("span", "fine"), request.query_params.get("after", "-1")
+    if span not in operator.watcher.history.spans:
+        return _error(400, "view: span: expected fine or coarse")
+    if not re.fullmatch(r"-?[0-9]{1,15}", number):
+        return _error(400, "view: after: expected a whole number")
+    try:
+        return _Json(operator.watcher.view(span, int(number)))
     except (OSError, ValueError) as error:
         return _error(503, f"the signal board cannot be read: {error}")
 

@@ -293,6 +293,7 @@ class Controller:
         if committed:
             view = self.models[index]
             view.before, view.promised_us = current, decision.gain_us_per_step
+            view.replaced = current
             self._modelled_us = decision.modelled_stall_us
         self.rebalance_log.add(
             RebalanceRecord(

@@ -331,7 +331,8 @@ def attach_news(member: Member, output: Any) -> None:
     fallbacks, controller = sum(member.guard.counts.values()), member.controller
     pressed = controller is not None and controller.pressure_news
     figured = controller is not None and controller.rebalance_log.unsent
-    if not pressed and not figured and fallbacks == member.fallbacks_sent:
+    ended = member.acting is None and not member.off_sent
+    if not pressed and not figured and not ended and fallbacks == member.fallbacks_sent:
         return
     inner = output
     for name in ("_model_runner_output", "model_runner_output"):  # still on its way from the device
@@ -348,6 +349,9 @@ def attach_news(member: Member, output: Any) -> None:
     if fallbacks != member.fallbacks_sent:
         setattr(inner, news.FALLBACKS, fallbacks)
         member.fallbacks_sent = fallbacks
+    if ended:
+        setattr(inner, news.OFF, True)
+        member.off_sent = True
 
 
 def batch_tokens(scheduler_output: Any) -> tuple[int, int]:

@@ -37,6 +37,7 @@ class Member:
         mode: "gather" while vLLM sums loads for a rearrangement of ours.
         off: all ranks have left placement to vLLM for good.
         fallbacks_sent: fallbacks of `guard` that the scheduler knows of.
+        off_sent: the scheduler knows that this rank does not act any more.
     """
 
     def __init__(self, guard: LevelGuard, vote: Gather, fallback: Any) -> None:
@@ -47,6 +48,7 @@ class Member:
         self.mode = "idle"
         self.off = False
         self.fallbacks_sent = 0
+        self.off_sent = False
         self._own_turn = False
         self._next_model = 0
         self._gathered: Any = None  # [ranks, n] rows of all models, on vLLM's device

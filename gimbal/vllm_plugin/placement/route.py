@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from gimbal.core.errors import InputError
+from gimbal.vllm_plugin.placement.experts import expert_load
 from gimbal.vllm_plugin.placement.stats import map_in_force, to_file
 from gimbal.vllm_plugin.versions import all_engines_say
 from gimbal.workloads.routing import write_routing
 
+EXPERTS_EVERY_S = 20.0
+"""Pages that show experts ask again and again; a worker's answer takes a moment of its step."""
 ANSWER_TIMEOUT_S = 30.0
 """A worker answers between two steps: seconds on a busy CPU server."""
 JSON = "application/json"
@@ -39,6 +42,8 @@ class SharedAnswers:
 
     def __init__(self) -> None:
         self._making: dict[str, asyncio.Task[Answer]] = {}
+        self.experts: Answer | None = None
+        self.experts_at_s = 0.0
 
     async def get(self, name: str, make: Callable[[], Awaitable[Answer]]) -> Answer:
         """The answer `name`, by `make` unless it is being made; raises what `make` raises."""
@@ -65,12 +70,34 @@ async def routing_route(request: Request) -> Response:
     """
     operator = request.app.state.gimbal_operator
     if operator is None:
-        return JSONResponse({"error": "Gimbal is not enabled on this server"}, 404)
+        return _response(_error(404, "Gimbal is not enabled on this server"))
     core = operator.engine_client.engine_core
     only_map = bool(request.query_params.get("map"))
     method = "gimbal_experts_map" if only_map else "gimbal_routing"
     made = _map if only_map else _recording
     answer = await operator.answers.get(method, lambda: _ask(core, method, made))
+    return _response(answer)
+
+
+async def experts_route(request: Request) -> Response:
+    """``GET /gimbal/experts``: load per layer and rank, and per layer and expert, for the live
+    page. Asks every worker, at most once in `EXPERTS_EVERY_S` however many look."""
+    operator = request.app.state.gimbal_operator
+    if operator is None:
+        return _response(_error(404, "Gimbal is not enabled on this server"))
+    answers: SharedAnswers = operator.answers
+
+    async def asked() -> Answer:
+        now_s = time.monotonic()
+        if answers.experts is None or now_s - answers.experts_at_s > EXPERTS_EVERY_S:
+            answer = await _ask(operator.engine_client.engine_core, "gimbal_routing", _experts)
+            answers.experts, answers.experts_at_s = answer, now_s
+        return answers.experts
+
+    return _response(await answers.get("experts", asked))
+
+
+def _response(answer: Answer) -> Response:
     return Response(answer.body, answer.status, media_type=answer.media_type)
 
 
@@ -95,6 +122,10 @@ async def _ask(
 
 def _map(answers: Sequence[dict[str, Any]]) -> Answer:
     return Answer(json.dumps(map_in_force(answers)).encode())
+
+
+def _experts(answers: Sequence[dict[str, Any]]) -> Answer:
+    return Answer(expert_load(answers))
 
 
 def _recording(answers: Sequence[dict[str, Any]]) -> Answer:

@@ -7,6 +7,7 @@ puts the rows of all ranks together with `combine`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def gimbal_routing(worker: Any) -> dict[str, Any]:
 
 
 def _routing(member: Member, controller: Controller) -> dict[str, Any]:
-    models = []
+    models, last = [], controller.rebalance_log.last
     for view in controller.models:
         state = view.state
         layers, experts = state.logical_replica_count.shape
@@ -50,6 +51,7 @@ def _routing(member: Member, controller: Controller) -> dict[str, Any]:
                 "sources": controller.sources_of(view).name,
                 "row": row.cpu().numpy().astype("<f8").tobytes(),
                 "physical_to_logical": slots.cpu().numpy().astype("<i4").tobytes(),
+                "replaced": b"" if view.replaced is None else view.replaced.astype("<i4").tobytes(),
             }
         )
     return {
@@ -59,6 +61,7 @@ def _routing(member: Member, controller: Controller) -> dict[str, Any]:
         "step": controller.step,
         "proposed": controller.rebalance_log.proposed,
         "committed": controller.rebalance_log.committed,
+        "last": None if last is None else asdict(last),
         "fallbacks": dict(controller.guard.counts),
         "level_on": member.acting is not None,
         "pressure_us": controller.pressure_us,

@@ -43,7 +43,8 @@ class ModelView:
     counts: SourceCounts | None = None
     shares: np.ndarray | None = None  # [sources, layers, slots] of `near_split`, for `shares_of`
     shares_of: IntArray | None = None
-    before: IntArray | None = None  # the map that the last committed one replaced
+    before: IntArray | None = None  # the map that the last committed one replaced, until priced
+    replaced: IntArray | None = None  # the same for good, for people
     promised_us: float = 0.0  # gain per step that it was replaced for
     committed: bool = False
     ready: bool = True  # False while the planner is compiled in another thread

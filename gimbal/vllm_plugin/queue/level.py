@@ -197,6 +197,7 @@ class QueueLevel:
             sum(self.guard.counts.values()),
         )
         row[Field.QUEUE_GRAPH_STEPS] = self.memory.graph_steps
+        row[Field.QUEUE_OFF] = self.over or self.guard.disabled
 
 
 class GimbalQueueMixin:
@@ -218,7 +219,7 @@ class GimbalQueueMixin:
             raise  # a configuration that names no ordering must be seen at start
         except Exception as error:
             LevelGuard("queue").fell_back("install", error)
-            self.gimbal_state.row[Field.QUEUE_FALLBACKS] = 1
+            self.gimbal_state.row[[Field.QUEUE_FALLBACKS, Field.QUEUE_OFF]] = 1
         else:
             self.waiting = self.gimbal_queue.queue
 

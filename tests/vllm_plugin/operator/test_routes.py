@@ -211,18 +211,18 @@ def test_a_foreign_policy_that_is_no_good_is_a_bad_request(site: Any) -> None:
     assert client.post("/gimbal/control", json=good).json() == good
 
 
-def test_the_page_loads_nothing_and_reads_only_what_status_says(site: Any) -> None:
+def test_the_page_loads_nothing_and_draws_only_what_it_is_told(site: Any) -> None:
     client, _, _ = site({"levels": ["queue"]})
     answer = client.get("/gimbal")
     assert answer.headers["content-type"].startswith("text/html")
-    assert not re.search(r"https?://|<link|\bsrc=|@import", answer.text)
-    status = client.get("/gimbal/status").json()
-    read = set(re.findall(r"\bengine\.(\w+)|\bsum\(\"(\w+)\"\)", answer.text))
-    fields = {field for pair in read for field in pair if field}
-    assert len(fields) > 15
-    # Only a front end that dispatches has accounts.
-    assert fields - {"unacknowledged_requests"} <= set(status["engines"][0])
-    assert set(re.findall(r"\bstatus\.(\w+)", answer.text)) <= set(status)
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert not re.search(r"https?://|<link|\bsrc=|@import|/\* (style|script) \*/", answer.text)
+    told = client.get("/gimbal/view").json()
+    columns = {*told["columns"], "style"}
+    read = set(re.findall(r"\b(?:e|one|engine)\.([a-z_]+)\b(?!\()", answer.text))
+    assert len(read) > 15
+    assert read <= columns
+    assert set(re.findall(r"\bview\.(\w+)", answer.text)) <= set(told)
 
 
 def test_control_needs_admin(site: Any) -> None:

@@ -133,3 +133,15 @@ def test_fallbacks_travel_when_there_are_more():
     attach_news(sender, second)
     assert getattr(second, news.FALLBACKS) == 4
     assert not hasattr(second, news.PRESSURE_US)
+    assert not hasattr(second, news.OFF)
+
+
+def test_a_level_that_ends_says_so_once():
+    sender = member(2.0)
+    sender.off = True  # by another rank's vote
+    first, second = SimpleNamespace(req_ids=["a"]), SimpleNamespace(req_ids=["a"])
+    attach_news(sender, SimpleNamespace(req_ids=[]))
+    attach_news(sender, first)
+    attach_news(sender, second)
+    assert getattr(first, news.OFF) is True
+    assert not hasattr(second, news.OFF)

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from gimbal.core.snapshot import Field
 from tests.vllm_plugin import real_scheduler as real
 
 pytestmark = pytest.mark.slow  # importing vLLM takes most of ten seconds
@@ -275,6 +276,7 @@ def test_what_waits_when_the_level_goes_off_is_in_vllms_order(build):
     ours.schedule()
     plain.schedule()
     assert ours.gimbal_queue.over
+    assert ours.gimbal_signals.row[Field.QUEUE_OFF] == 1
     assert type(ours.waiting) is type(plain.waiting)
     assert [r.request_id for r in ours.waiting] == [r.request_id for r in plain.waiting]
 
@@ -353,8 +355,6 @@ def test_priorities_come_first(build):
 
 
 def test_decode_protection_bounds_prefill_beside_decodes(build):
-    from gimbal.core.snapshot import Field
-
     options = {"protect_decodes": True, "tpot_factor": 3.0}
     scheduler = build({"queue": options})
     learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
@@ -369,8 +369,6 @@ def test_decode_protection_bounds_prefill_beside_decodes(build):
 
 def test_decode_protection_leaves_whole_prompts_alone(build):
     """Without chunked prefill vLLM stops at a prompt that is longer than the step's budget."""
-    from gimbal.core.snapshot import Field
-
     options = {"protect_decodes": True, "tpot_factor": 3.0}
     scheduler = build({"queue": options}, budget=8192, enable_chunked_prefill=False)
     learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
@@ -542,14 +540,12 @@ def test_the_prefill_interval_is_kept_up_to_a_backlog(build, most_steps, expecte
 
 
 def test_counters_travel_with_the_snapshot(build):
-    from gimbal.core.snapshot import Field
-
     scheduler = build({}, seats=1)
     run(scheduler, [(0, real.request("a", 900)), (0, real.request("b", 20))])
     row = scheduler.gimbal_signals.row
     scheduler.gimbal_queue.publish()
     assert row[Field.QUEUE_OVERTAKES] == 1
-    assert row[Field.QUEUE_FALLBACKS] == 0
+    assert row[Field.QUEUE_FALLBACKS] == row[Field.QUEUE_OFF] == 0
     scheduler.add_request(real.request("c", 900))
     scheduler.add_request(real.request("d", 900))
     for _ in range(8):
@@ -558,8 +554,6 @@ def test_counters_travel_with_the_snapshot(build):
 
 
 def test_an_ordering_without_a_bound_publishes_none_as_zero(build):
-    from gimbal.core.snapshot import Field
-
     scheduler = build({"queue": {"ordering": "sjf"}}, seats=1)
     run(scheduler, [(0, real.request("a", 900))])
     scheduler.add_request(real.request("b", 900))
