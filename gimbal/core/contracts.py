@@ -107,10 +107,14 @@ class TimedPolicy(DispatchPolicy, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class QueuedRequest:
-    """What a queue ordering may know of a waiting request."""
+    """What a queue ordering may know of a waiting request.
+
+    `arrival_s` is what vLLM tells equals apart by: when the engine queued it or, with
+    ``--scheduling-policy priority``, when it came to the front end.
+    """
 
     request_id: str
-    arrival_s: float
+    arrival_s: float  # by the queue's clock, as QueueState.now_s
     uncached_tokens: int
     priority: int = 0
     served_before_tokens: float = 0.0  # QueueState.served_tokens when this one was queued

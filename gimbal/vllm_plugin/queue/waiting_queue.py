@@ -97,6 +97,8 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         self._offered: Entry[Request] | None = None
         self._peeked: Request | None = None
         self._step = 0
+        # What the front end's time of arrival is on this clock.
+        self._arrivals_s = clock() - time.time()
 
     # What vLLM calls.
 
@@ -257,11 +259,12 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
     def _enter(
         self, heap: WaitingHeap[Request], request: Request, state: QueueState
     ) -> Entry[Request]:
+        by_priority = self.policy == SchedulingPolicy.PRIORITY
         queued = QueuedRequest(
             request_id=request.request_id,
-            arrival_s=request.arrival_time,
+            arrival_s=request.arrival_time + self._arrivals_s if by_priority else state.now_s,
             uncached_tokens=self.facts.uncached_tokens(request),
-            priority=request.priority if self.policy == SchedulingPolicy.PRIORITY else 0,
+            priority=request.priority if by_priority else 0,
             served_before_tokens=self.served_tokens,
         )
         entry = heap.add(queued, request, state)

@@ -352,6 +352,16 @@ def test_priorities_come_first(build):
     assert first_steps(run(scheduler, requests)) == ["high", "mid", "low"]
 
 
+@pytest.mark.parametrize(
+    ("policy", "expected"), [("priority", ["b", "c", "a", "d"]), ("fcfs", ["a", "b", "c", "d"])]
+)
+def test_under_fcfs_equals_go_by_the_time_that_vllm_goes_by(build, policy, expected):
+    scheduler = build({"queue": {"ordering": "fcfs"}}, policy=policy)
+    for name, arrival in (("a", 9.0), ("b", 7.0), ("c", 8.0), ("d", 9.5)):
+        scheduler.add_request(real.request(name, 40, arrival=arrival))
+    assert first_steps(run(scheduler, [])) == expected
+
+
 def test_decode_protection_bounds_prefill_beside_decodes(build):
     from gimbal.core.snapshot import Field
 
