@@ -31,6 +31,7 @@ class DispatchRequest:
     session: str | None = None
     priority: int = 0
     domain: str | None = None  # topic, where the caller knows one (see core/feedback/affinity.py)
+    loaded_tokens: int = 0  # of the prompt, what an engine loads from elsewhere, whichever it is
 
 
 class EngineLoads(NamedTuple):
@@ -44,7 +45,8 @@ class EngineLoads(NamedTuple):
         unacked_tokens: [engines] their prompt tokens.
         inflight_requests: [engines] this front end's unfinished requests.
         inflight_tokens: [engines] prompt tokens of those.
-        cached_tokens: [engines] tokens of this prompt the engine is believed to have cached.
+        cached_tokens: [engines] tokens of this prompt the engine does not have to compute: those it
+            is believed to have cached, or loads.
         age_us: [engines] for how long each engine has been silent when it should not have been.
         unacked_cached_tokens: [engines] of `unacked_tokens`, those believed cached there.
         client_count: API servers that share these engines.

@@ -66,6 +66,10 @@ class Field(IntEnum):
     PLACEMENT_REALIZED_LOSS_US = 43  # the same where it is a loss
     PLACEMENT_BALANCE = 44  # mean over busiest rank, in the last window; 0 before the first plan
     PLACEMENT_LOCAL_SHARE = 45  # of pairs served on the source's own ranks; the same
+    # What KV connectors load (prefill and decode apart, KV stores) is no prefill.
+    AWAITED_KV_TOKENS = 46  # to be loaded for waiting requests, which have no blocks for it yet
+    LOADED_KV_TOKENS = 47  # in blocks that waiting requests hold: on their way, or there
+    LOADING_REQUESTS = 48  # waiting requests with tokens of either kind
 
 
 SNAPSHOT_FIELDS = len(Field)

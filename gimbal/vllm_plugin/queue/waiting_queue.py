@@ -234,6 +234,20 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
             self._take_back(ordering, max_wait_s)
         self.ours = True
 
+    def resized(self, request: Request) -> None:
+        """More or less of `request` has to be computed than was known when it was queued.
+
+        It may have left the queue for a load; its place still says what it competes with.
+        """
+        entry: Entry[Request] | None = getattr(request, PLACE, None)
+        if self.fallback is not None or entry is None or entry.epoch != self.heap.epoch:
+            return
+        tokens = self.facts.uncached_tokens(request)
+        if entry.rank is None:
+            self.served_tokens += tokens - entry.request.uncached_tokens
+        self._offered = None
+        self.heap.resize(entry, tokens, self.state())
+
     def leave_to_vllm(self) -> RequestQueue:
         """Has vLLM's own queue order from now on, and returns it."""
         self.ours = False

@@ -500,7 +500,6 @@ def test_steps_are_cut_only_where_nothing_waits_for_a_whole_one(build, section, 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("connector", object()),
         ("lora_config", object()),
         ("is_encoder_decoder", True),
         ("need_mamba_block_aligned_split", True),
