@@ -19,6 +19,7 @@ from gimbal.core.guard import LevelGuard
 from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.engine import news
+from gimbal.vllm_plugin.engine.identity import too_many_engines
 from gimbal.vllm_plugin.engine.publishing import open_signals
 from gimbal.vllm_plugin.engine.signals import SchedulerSignals
 from gimbal.vllm_plugin.engine.state import EngineState
@@ -201,7 +202,11 @@ def build_scheduler(base: type, *args: Any, **kwargs: Any) -> Any:
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         config = bridge.gimbal_config(vllm_config)
         if config is not None and LEVELS_IN_SCHEDULER.intersection(config.levels):
-            base = with_gimbal(base, config)
+            reason = too_many_engines(vllm_config)
+            if reason is None:
+                base = with_gimbal(base, config)
+            else:
+                logger.warning("Gimbal: no signals and no queue in this engine: %s", reason)
     except InputError:
         raise
     except Exception:

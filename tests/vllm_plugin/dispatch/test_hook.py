@@ -242,6 +242,8 @@ def test_prompts_with_more_than_tokens_are_not_indexed() -> None:
         ({}, {"VLLM_USE_RUST_FRONTEND": "1"}, 1, "RUST_FRONTEND"),
         ({}, {}, 17, "at most 16"),
         ({}, {}, 16, None),
+        ({"data_parallel_size": 257}, {}, 1, "257 engines: the signal board holds 256"),
+        ({"data_parallel_size": 256}, {}, 1, None),
     ],
 )
 def test_why_dispatch_cannot_act(

@@ -613,6 +613,28 @@ def test_control_message_changes_the_queue_section_and_takes_it_back(build):
     assert not level.config.protect_decodes
 
 
+@pytest.mark.parametrize("field", ["data_parallel_size", "data_parallel_index"])
+def test_with_more_engines_than_signals_hold_the_scheduler_is_vllms(build, caplog, field):
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from gimbal.vllm_plugin.engine.scheduler import build_scheduler
+
+    plain = build(None)
+    config = plain.vllm_config
+    config.additional_config = {"gimbal": {"levels": ["queue"]}}
+    setattr(config.parallel_config, field, 257 if field == "data_parallel_size" else 256)
+    scheduler = build_scheduler(
+        AsyncScheduler,
+        vllm_config=config,
+        kv_cache_config=plain.kv_cache_config,
+        structured_output_manager=plain.structured_output_manager,
+        block_size=16,
+    )
+    assert type(scheduler) is AsyncScheduler
+    (line,) = [r.message for r in caplog.records if r.name == "vllm.gimbal"]
+    assert line.endswith("257 engines: the signal board holds 256")
+
+
 def test_an_unknown_ordering_is_refused_at_start(build):
     from gimbal.core.errors import InputError
 
