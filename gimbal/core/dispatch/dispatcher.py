@@ -198,6 +198,15 @@ class Dispatcher:
         self.prefixes.clear(engine)
         self.sessions.forget(engine)
 
+    def loads(self, board: FloatArray, now_us: float) -> EngineLoads:
+        """What a policy would be shown now, of a prompt that nobody has cached.
+
+        Args:
+            board, now_us: see `dispatch`.
+        """
+        self.ledger.observe(board, now_us)
+        return self._loads(board, np.zeros(len(board)))
+
     def _loads(self, board: FloatArray, cached_tokens: FloatArray) -> EngineLoads:
         ledger = self.ledger
         return EngineLoads(

@@ -34,6 +34,8 @@ from gimbal.vllm_plugin import bridge, versions
 from gimbal.vllm_plugin.dispatch.engine_header import EngineHeader
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of
 from gimbal.vllm_plugin.engine.identity import server_board_path
+from gimbal.vllm_plugin.operator.engine_metrics import ReadAtScrape, metrics_without_front_end
+from gimbal.vllm_plugin.operator.load import load_route
 from gimbal.vllm_plugin.operator.messages import RefusedError, read_message
 from gimbal.vllm_plugin.placement.route import SharedAnswers, routing_route
 
@@ -59,7 +61,9 @@ class GimbalEndpoints:
         router.add_api_route("/control", _control, methods=["POST"])
         router.add_api_route("/routing", routing_route, methods=["GET"])
         app.include_router(router)
+        app.add_api_route("/get_load", load_route, methods=["GET"])
         app.add_middleware(EngineHeader)
+        app.add_middleware(ReadAtScrape)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Finds the server's configuration and board."""
@@ -68,6 +72,7 @@ class GimbalEndpoints:
             config = bridge.gimbal_config(engine_client.vllm_config)
         state.gimbal_operator = None if config is None else Operator(engine_client, config)
         state.gimbal_authentication = _authentication(args)
+        state.gimbal_engine_metrics = metrics_without_front_end(state.gimbal_operator)
 
 
 def _authentication(args: Namespace) -> Any:
@@ -95,7 +100,10 @@ class Operator:
         else:
             parallel = engine_client.vllm_config.parallel_config
             self.board = Board(server_board_path(engine_client.vllm_config))
-            self.reader = BoardReader(self.board, parallel.data_parallel_size)
+            # Behind an external load balancer the others have servers and boards of their own.
+            ranks = getattr(engine_client.engine_core, "engine_ranks_managed", None)
+            ranks = ranks or range(parallel.data_parallel_size)
+            self.reader = BoardReader(self.board, len(ranks), ranks[0])
 
     def status(self) -> dict[str, Any]:
         """Everything as JSON; engines in rank order, their row by lower-case field name.
