@@ -38,6 +38,9 @@ RECOUNT_STEPS, RECOUNT_STEPS_SPECULATIVE = 256, 8
 """Context tokens are recounted this often: rejected draft tokens and failed KV loads take some
 back unseen."""
 
+_AWAITED, _LOADED = int(Field.AWAITED_KV_TOKENS), int(Field.LOADED_KV_TOKENS)
+_LOADING = int(Field.LOADING_REQUESTS)
+
 
 class RowSink(Protocol):
     """Takes finished rows, or raises ImplausibleRow: a board's slot, or a socket to its host."""
@@ -241,7 +244,8 @@ class SchedulerSignals:
         self._unsaid = False
         if self.needs_recount or self._published % self._recount_steps == self._recount_steps - 1:
             self._recount()
-        row, scheduler, lack = self.row, self.scheduler, self._waiting.total
+        row, scheduler, waiters = self.row, self.scheduler, self._waiting
+        lack = waiters.total
         running, waiting = scheduler.get_request_counts()
         decodes = running - len(self._prefilling)
         pool = scheduler.kv_cache_manager.block_pool
@@ -260,11 +264,8 @@ class SchedulerSignals:
         row[Field.PREEMPTIONS] = self._preemptions
         row[Field.RUNNING_TOKENS] = self._running_tokens
         row[Field.PENDING_PREFIX_HIT_TOKENS] = lack.cached
-        row[Field.AWAITED_KV_TOKENS : Field.LOADING_REQUESTS + 1] = (
-            lack.awaited,
-            lack.loaded,
-            self._waiting.loads,
-        )
+        if scheduler.connector is not None:
+            row[_AWAITED], row[_LOADED], row[_LOADING] = lack.awaited, lack.loaded, waiters.loads
         row[Field.STEP_BASE_US] = self.cost.step_base_us(decodes)
         try:
             self.sink.publish(row, now / 1e6)
