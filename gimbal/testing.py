@@ -123,9 +123,12 @@ def request(
     session: str | None = None,
     priority: int = 0,
     domain: str | None = None,
+    loaded_tokens: int = 0,
 ) -> DispatchRequest:
     """A request as dispatch sees it."""
-    return DispatchRequest(request_id, prompt_tokens, arrival_us, session, priority, domain)
+    return DispatchRequest(
+        request_id, prompt_tokens, arrival_us, session, priority, domain, loaded_tokens
+    )
 
 
 def queued(

@@ -102,8 +102,8 @@ ARMS = {PLAIN: "", DEFAULT: "{}", FCFS: '{"queue": {"ordering": "fcfs"}}'}
 
 _ORDER = "two prompts wait, and the shorter one goes first"
 _ARRIVAL = (
-    "among equal priorities the engine goes by when it queued a request, vLLM by the time of "
-    "arrival that the front end wrote on it"
+    "the order's clock runs from when the engine queued a request, vLLM's from the time of arrival "
+    "that the front end wrote on it; ordering fcfs goes by the latter"
 )
 _ALWAYS = {
     "test_eplb_algo::test_basic_rebalance": "expects the very map of DeepSeek's algorithm; "
@@ -111,13 +111,9 @@ _ALWAYS = {
     "test_eplb_algo::test_parameter_validation": "slots that do not divide among ranks are refused "
     "as well, by InputError where vLLM raises AssertionError",
     "test_scheduler::test_scheduler_reset_prefix_cache": "indexes the waiting queue like a deque; "
-    "vLLM's RequestQueue promises no index, and its own priority queue has none",
-    "test_scheduler::test_priority_scheduling_arrival_time_tiebreaker": _ARRIVAL,
-    "test_scheduler::test_priority_scheduling_mixed_priority_and_arrival": _ARRIVAL,
-    "test_scheduler::test_priority_scheduling_equal_priority_preemption": _ARRIVAL,
-    "test_scheduler::test_priority_scheduling_fcfs_fallback": _ARRIVAL,
+    "vLLM's RequestQueue promises no index, and its own priority queue has none. Iterated, it has "
+    "the order that the test expects",
 }
-_LIFECYCLE = "test_remote_prefill_lifecycle"
 MEANT: dict[str, dict[str, str]] = {
     DEFAULT: _ALWAYS
     | {
@@ -126,10 +122,10 @@ MEANT: dict[str, dict[str, str]] = {
         "test_scheduler::test_fcfs_mixed_blocked_types_remote_load_drains_first": _ORDER,
         "test_scheduler::test_async_load_reservation_prevents_wedge_e2e": f"{_ORDER}: its load is "
         "the one that is admitted, the other's the one that vLLM's reservation holds back",
-        f"{_LIFECYCLE}::test_async_load_reserves_blocks_for_promotion_margin": f"{_ORDER}, while "
-        "the test's connector answers by position",
-        f"{_LIFECYCLE}::test_async_load_does_not_double_reserve_mamba_spec_blocks": f"{_ORDER}, "
-        "while the test's connector answers by position",
+        "test_scheduler::test_priority_scheduling_arrival_time_tiebreaker": _ARRIVAL,
+        "test_scheduler::test_priority_scheduling_mixed_priority_and_arrival": _ARRIVAL,
+        "test_scheduler::test_priority_scheduling_equal_priority_preemption": _ARRIVAL,
+        "test_scheduler::test_priority_scheduling_fcfs_fallback": _ARRIVAL,
     },
     FCFS: _ALWAYS,
 }

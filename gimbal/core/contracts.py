@@ -35,6 +35,7 @@ class DispatchRequest(NamedTuple):
     session: str | None = None
     priority: int = 0
     domain: str | None = None  # topic, where the caller knows one (see core/feedback/affinity.py)
+    loaded_tokens: int = 0  # of the prompt, what an engine loads from elsewhere, whichever it is
 
 
 class EngineLoads(NamedTuple):
@@ -48,7 +49,8 @@ class EngineLoads(NamedTuple):
         unacked_tokens: [engines] their prompt tokens.
         inflight_requests: [engines] this front end's unfinished requests.
         inflight_tokens: [engines] prompt tokens of those.
-        cached_tokens: [engines] tokens of this prompt the engine is believed to have cached.
+        cached_tokens: [engines] tokens of this prompt the engine does not have to compute: those it
+            is believed to have cached, or loads.
         age_us: [engines] for how long each engine has been silent when it should not have been.
         unacked_cached_tokens: [engines] of `unacked_tokens`, those believed cached there.
         client_count: API servers that share these engines.
@@ -111,10 +113,14 @@ class TimedPolicy(DispatchPolicy, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class QueuedRequest:
-    """What a queue ordering may know of a waiting request."""
+    """What a queue ordering may know of a waiting request.
+
+    `arrival_s` is what vLLM tells equals apart by: when the engine queued it or, with
+    ``--scheduling-policy priority``, when it came to the front end.
+    """
 
     request_id: str
-    arrival_s: float
+    arrival_s: float  # by the queue's clock, as QueueState.now_s
     uncached_tokens: int
     priority: int = 0
     served_before_tokens: float = 0.0  # QueueState.served_tokens when this one was queued

@@ -68,6 +68,10 @@ class Field(IntEnum):
     PLACEMENT_LOCAL_SHARE = 45  # of pairs served on the source's own ranks; the same
     QUEUE_OFF = 46  # 1: the queue level has switched itself off
     PLACEMENT_OFF = 47  # 1: the same of the placement level, in the worker that answers
+    # What KV connectors load (prefill and decode apart, KV stores) is no prefill.
+    AWAITED_KV_TOKENS = 48  # to be loaded for waiting requests, which have no blocks for it yet
+    LOADED_KV_TOKENS = 49  # in blocks that waiting requests hold: on their way, or there
+    LOADING_REQUESTS = 50  # waiting requests with tokens of either kind
 
 
 SNAPSHOT_FIELDS = len(Field)

@@ -35,16 +35,19 @@ def build(
     active_seats: int | None = None,
     policy: str = "fcfs",
     prefix_caching: bool = False,
+    connector: str = "",
     **scheduling: Any,
 ) -> Any:
     """vLLM's AsyncScheduler, with Gimbal in front when `gimbal` (its configuration) is given.
 
-    Blocks hold 16 tokens. `scheduling` are more fields of vLLM's SchedulerConfig.
+    Blocks hold 16 tokens. `scheduling` are more fields of vLLM's SchedulerConfig. `connector` is a
+    class of `fake_connector`.
     """
     import torch
     from vllm.config import (
         CacheConfig,
         DeviceConfig,
+        KVTransferConfig,
         ModelConfig,
         ParallelConfig,
         SchedulerConfig,
@@ -75,6 +78,14 @@ def build(
         cache_config=CacheConfig(block_size=16, enable_prefix_caching=prefix_caching),
         parallel_config=ParallelConfig(),
         device_config=DeviceConfig("cpu"),
+        kv_transfer_config=KVTransferConfig(
+            kv_connector=connector,
+            kv_role="kv_both",
+            kv_connector_module_path="tests.vllm_plugin.fake_connector",
+            kv_load_failure_policy="recompute",
+        )
+        if connector
+        else None,
         additional_config={} if gimbal is None else {"gimbal": gimbal},
     )
     vllm_config.cache_config.num_gpu_blocks = blocks

@@ -200,6 +200,7 @@ ELSEWHERE = {
     "current_platform": "replaced while a configuration is built",
     "CPUModelRunner": "replaced while a worker is made",
     "Scheduler._reserve_prefill_lookahead": "of the scheduler at hand, for a step",
+    "KVConnectorBase_V1.get_num_new_matched_tokens": "of the scheduler's connector",
     "DPAsyncMPClient.add_request_async": "on the class that dispatches, below",
     "EngineCore.preprocess_add_request": "on the class of an engine's process, below",
 }

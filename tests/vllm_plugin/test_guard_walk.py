@@ -29,6 +29,7 @@ import faults
 from gimbal.core.errors import InputError
 from gimbal.core.snapshot import Field
 from tests.vllm_plugin import real_scheduler as real
+from tests.vllm_plugin.fake_connector import loaded, prefilled_elsewhere
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,14 +39,16 @@ pytestmark = [
 ]
 
 QUEUE = ("_add", "_choose", "_pop", "_prepend", "_remove", "_take_back", "leave_to_vllm")
-ENGINE = {"budget": 512, "seats": 48, "blocks": 80}
+ENGINE = {"budget": 512, "seats": 48, "blocks": 80, "connector": "NixlConnector"}
 GIMBAL = {"levels": ["dispatch", "queue", "feedback"]}
 
 
 def prompts(prefix: str, count: int = faults.REQUESTS, seed: int = 1) -> list[Any]:
-    """Requests of mixed sizes; one in 25 decodes for long, so that some are preempted."""
+    """Requests of mixed sizes; one in 25 decodes for long, so that some are preempted, and the KV
+    cache of one in 20 comes from elsewhere.
+    """
     rng = random.Random(seed)
-    return [
+    made = [
         real.request(
             f"{prefix}{i}",
             rng.choice((8, 16, 40, 100)) if i % 40 else 500,
@@ -54,6 +57,19 @@ def prompts(prefix: str, count: int = faults.REQUESTS, seed: int = 1) -> list[An
             hashed=False,
         )
         for i in range(count)
+    ]
+    for request in made[7::20] if prefix == "r" else []:
+        prefilled_elsewhere(request)
+    return made
+
+
+def under_way(scheduler: Any) -> list[str]:
+    """Requests that load."""
+    return [
+        request.request_id
+        for request in scheduler.kv_holding_waiting
+        if request.status.name == "WAITING_FOR_REMOTE_KVS"
+        and request.request_id not in scheduler.finished_recving_kv_req_ids
     ]
 
 
@@ -69,16 +85,21 @@ def serve(scheduler: Any, requests: list[Any], each_step: Any = None) -> tuple[C
             left -= 1
         if each_step is not None:
             each_step(len(steps))
+        loads = under_way(scheduler)
+        failed = loads[: len(steps) % 2]
+        blocks = [scheduler.kv_cache_manager.get_block_ids(name)[0][0] for name in failed]
+        come = loaded(*loads, invalid_blocks=tuple(blocks))
         output = scheduler.schedule()
         steps.append(dict(output.num_scheduled_tokens))
-        got.update(real.finish_step(scheduler, output, news))
+        got.update(real.finish_step(scheduler, output, partial(news, come)))
         assert len(steps) < 2000, f"{len(scheduler.requests)} requests are left"
     return got, steps
 
 
-def news(result: Any) -> None:
+def news(come: Any, result: Any) -> None:
     from gimbal.vllm_plugin.engine import news
 
+    come(result)
     setattr(result, news.PRESSURE_US, 3.0)
     setattr(result, news.FALLBACKS, 1)
     setattr(result, news.PLACEMENT, {Field.PLACEMENT_COMMITS: 1.0})
@@ -114,7 +135,8 @@ def scenario(scheduler: Any, requests: list[Any]) -> Counter[str]:
     not_ready: list[int] = []
 
     def is_ready(request: Any) -> bool:
-        return not (not_ready and not_ready.pop()) and ready(request)
+        holds = scheduler._holds_kv_blocks(request)  # in vLLM's other queue
+        return not (not_ready and not holds and not_ready.pop()) and ready(request)
 
     scheduler._handle_blocked_waiting_request = is_ready
 

@@ -133,7 +133,8 @@ class Dispatcher:
             self.settle()
         oldest_us = self.ledger.observe(board, now_us)
         match = self.prefixes.match(prompt_token_ids or ())
-        decision = self._decide(request, self._loads(board, match), oldest_us)
+        cached = _not_computed(request, match)
+        decision = self._decide(request, self._loads(board, cached), oldest_us)
         self._enter(request, decision.engine, match, now_us, decision.cached_tokens)
         self._learn_reuse(request, match)
         return decision
@@ -147,7 +148,7 @@ class Dispatcher:
         """Enters a request that somebody else sent to `engine`: a pinned rank, or a fallback."""
         self.settle()
         match = self.prefixes.match(prompt_token_ids or ())
-        cached = float(match.cached_tokens[engine])
+        cached = float(_not_computed(request, match)[engine])
         self._enter(request, engine, match, request.arrival_us, cached)
 
     def finished(self, request_id: str) -> None:
@@ -197,7 +198,16 @@ class Dispatcher:
         self.prefixes.clear(engine)
         self.sessions.forget(engine)
 
-    def _loads(self, board: FloatArray, match: PrefixMatch) -> EngineLoads:
+    def loads(self, board: FloatArray, now_us: float) -> EngineLoads:
+        """What a policy would be shown now, of a prompt that nobody has cached.
+
+        Args:
+            board, now_us: see `dispatch`.
+        """
+        self.ledger.observe(board, now_us)
+        return self._loads(board, np.zeros(len(board)))
+
+    def _loads(self, board: FloatArray, cached_tokens: FloatArray) -> EngineLoads:
         ledger = self.ledger
         return EngineLoads(
             board,
@@ -205,7 +215,7 @@ class Dispatcher:
             ledger.unacked_tokens,
             ledger.inflight_requests,
             ledger.inflight_tokens,
-            match.cached_tokens,
+            cached_tokens,
             ledger.silent_us,
             ledger.unacked_cached,
             self._client_count,
@@ -300,3 +310,10 @@ class Dispatcher:
         """Share of prompt tokens some engine had cached, over about the last 1 / rate requests."""
         longest = match.longest / max(1, request.prompt_tokens)
         self._prefix_reuse += _REUSE_RATE * (longest - self._prefix_reuse)
+
+
+def _not_computed(request: DispatchRequest, match: PrefixMatch) -> FloatArray:
+    """[engines] tokens of the prompt that are cached there, or loaded."""
+    if not request.loaded_tokens:
+        return match.cached_tokens
+    return np.maximum(match.cached_tokens, float(request.loaded_tokens))

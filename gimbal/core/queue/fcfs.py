@@ -1,4 +1,4 @@
-"""First come, first served, as vLLM does it: by the time of queueing, ``key = now_s``."""
+"""First come, first served, as vLLM does it: ``key = arrival_s`` (see `QueuedRequest`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gimbal.core.contracts import QueuedRequest, QueueState
 
 
 class FcfsOrdering:
-    """Order of queueing."""
+    """Order of arrival."""
 
     def key(self, request: QueuedRequest, state: QueueState) -> float:
-        return state.now_s
+        return request.arrival_s

@@ -12,7 +12,7 @@ import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Generic, TypeVar, cast
 
@@ -182,6 +182,25 @@ class WaitingHeap(Generic[T]):
         entry.promoted = False
         return self._detach(entry, self._level(entry.request))
 
+    def resize(self, entry: Entry[T], uncached_tokens: int, state: QueueState) -> None:
+        """A request turned out to take other prefill work than it was queued with.
+
+        It keeps its age and its lane, waiting or taken. A key that counts tokens moves by the
+        difference; others are computed anew. Raises PolicyError, as `add`.
+        """
+        more = uncached_tokens - entry.request.uncached_tokens
+        request = replace(entry.request, uncached_tokens=uncached_tokens)
+        if traits_of(self.ordering).shares_steps:
+            key = entry.key + more
+        else:
+            then = replace(state, now_s=min(entry.queued_s, state.now_s))
+            key = self._key(self.ordering, request, then)
+        entry.request, entry.key = request, key
+        if entry.rank is not None:
+            self.waiting_tokens += more
+            entry.rank = self._rank(entry)
+            heapq.heappush(self._heap, entry.rank)
+
     def oldest(self) -> Entry[T] | None:
         """The entry that has waited longest, over all classes."""
         found = (self._oldest_of(level) for level in list(self._by_age))
@@ -230,13 +249,7 @@ class WaitingHeap(Generic[T]):
         entries = sorted(self._entries.values(), key=lambda e: (e.queued_s, e.sequence))
         keys = []
         for entry in entries:
-            then = QueueState(
-                now_s=min(entry.queued_s, state.now_s),
-                prefill_tokens_per_s=state.prefill_tokens_per_s,
-                waiting_requests=state.waiting_requests,
-                waiting_tokens=state.waiting_tokens,
-                served_tokens=state.served_tokens,
-            )
+            then = replace(state, now_s=min(entry.queued_s, state.now_s))
             keys.append(self._key(ordering, entry.request, then))
         self.ordering = ordering
         self.max_wait_s = max_wait_s

@@ -100,6 +100,7 @@ class FrontEnd:
         self.first = client.engine_ranks_managed[0]
         engines = len(client.core_engines)
         ranks = range(self.first, self.first + engines)
+        self._loads = getattr(client.vllm_config, "kv_transfer_config", None) is not None
         self.metrics.serve(model_name(client.vllm_config), ranks, client.client_index == 0)
         self.reader = BoardReader(board, engines, self.first)
         self.dispatcher = Dispatcher(
@@ -164,7 +165,7 @@ class FrontEnd:
         if self._loop is None:
             self._start_refresh()
         self._follow(client)
-        described = describe(request)
+        described = describe(request, self._loads)
         reason = left_to_vllm(request)
         if reason is None and (not self.enabled or self.policy == VLLM):
             reason = "policy"

@@ -163,6 +163,10 @@ class DispatchMetrics:
         """After repeated failures."""
         self._level.labels(self._model, level).set(-1)
 
+    def show_engines(self, first: int, rows: FloatArray) -> None:
+        """Shows what engines publish, from rank `first` on; `rows` [engines, ROW_WIDTH]."""
+        self._rows.refresh(first, rows)
+
     def refresh(
         self,
         first: int,
@@ -172,7 +176,7 @@ class DispatchMetrics:
         decision: Decision | None,
     ) -> None:
         """Shows the engines from rank `first` on; `rows` [engines, ROW_WIDTH]."""
-        self._rows.refresh(first, rows)
+        self.show_engines(first, rows)
         for index in range(len(rows)):
             label = self._model, str(first + index)
             self._unacked.labels(*label).set(unacked_tokens[index])

@@ -9,17 +9,27 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 
 from gimbal.board.clock import now_us
 from gimbal.core.contracts import DispatchRequest
+from gimbal.vllm_plugin.engine.waiting import prefilled_elsewhere
 
 Described = tuple[DispatchRequest, Sequence[int] | None]
 """A request, and its prompt where nothing but the tokens tells it from another; else None."""
 
 
-def describe(request: Any) -> Described:
-    """What dispatch may know of vLLM's ``EngineCoreRequest``."""
+def describe(request: Any, loads: bool = False) -> Described:
+    """What dispatch may know of vLLM's ``EngineCoreRequest``.
+
+    Args:
+        loads: the engines have a KV connector.
+    """
     tokens = request.prompt_token_ids
     length = length_from_prompt_token_ids_or_embeds(tokens, request.prompt_embeds)
     entry = DispatchRequest(
-        request.request_id, length, now_us(), session_of(request), request.priority
+        request.request_id,
+        length,
+        now_us(),
+        session_of(request),
+        request.priority,
+        loaded_tokens=length if loads and _prefilled_elsewhere(request) else 0,
     )
     # Prompts that differ outside their tokens must not be taken for one another.
     plain = not (request.mm_features or request.lora_request or request.cache_salt)
@@ -34,6 +44,13 @@ def session_of(request: Any) -> str | None:
     extra = sampling.extra_args if sampling is not None else None
     session = extra.get("session_id") if extra else None
     return session if isinstance(session, str) and session else None
+
+
+def _prefilled_elsewhere(request: Any) -> bool:
+    """As vLLM's engine will read it off the request."""
+    sampling = request.sampling_params
+    extra = sampling.extra_args if sampling is not None else None
+    return prefilled_elsewhere(extra.get("kv_transfer_params")) if extra else False
 
 
 def left_to_vllm(request: Any) -> str | None:

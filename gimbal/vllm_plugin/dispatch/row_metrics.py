@@ -60,6 +60,18 @@ ENGINE: dict[Field, tuple[str, str]] = {
         "pending_prefix_hit_tokens",
         "Prompt tokens of waiting requests that the prefix cache holds",
     ),
+    Field.AWAITED_KV_TOKENS: (
+        "awaited_kv_tokens",
+        "Prompt tokens that a KV connector will load for waiting requests without KV blocks",
+    ),
+    Field.LOADED_KV_TOKENS: (
+        "loaded_kv_tokens",
+        "Tokens in KV blocks that waiting requests hold, on their way from elsewhere or there",
+    ),
+    Field.LOADING_REQUESTS: (
+        "loading_requests",
+        "Waiting requests that a KV connector loads for, or will",
+    ),
     Field.MAX_RUNNING_REQUESTS: (
         "max_running_requests",
         "Most requests that may run at once (max_num_active_seqs or max_num_seqs)",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gimbal.board.file import Board, board_path, sweep
+from gimbal.board.layout import MAX_ENGINES
 from gimbal.core.errors import InputError
 from gimbal.core.snapshot import MAX_FRONT_ENDS
 from gimbal.vllm_plugin import bridge
@@ -59,6 +60,16 @@ def why_dispatch_cannot_act(vllm_config: Any, client_count: int = 1) -> str | No
         return "an external load balancer chooses the engine (--data-parallel-external-lb)"
     if client_count > MAX_FRONT_ENDS:
         return f"{client_count} API servers: signals tell at most {MAX_FRONT_ENDS} apart"
+    return too_many_engines(vllm_config)
+
+
+def too_many_engines(vllm_config: Any) -> str | None:
+    """Why this server has no signals, or None; on an engine's side as on a front end's."""
+    parallel = vllm_config.parallel_config
+    # An engine of a dense model has a group of its own, and its place among the others.
+    engines = max(parallel.data_parallel_size, getattr(parallel, "data_parallel_index", 0) + 1)
+    if engines > MAX_ENGINES:
+        return f"{engines} engines: the signal board holds {MAX_ENGINES}"
     return None
 
 

@@ -19,9 +19,11 @@ from gimbal.core.guard import LevelGuard
 from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.engine import news
+from gimbal.vllm_plugin.engine.identity import too_many_engines
 from gimbal.vllm_plugin.engine.publishing import open_signals
 from gimbal.vllm_plugin.engine.signals import SchedulerSignals
 from gimbal.vllm_plugin.engine.state import EngineState
+from gimbal.vllm_plugin.engine.waiting import loads_failed
 
 logger = logging.getLogger("vllm.gimbal")
 
@@ -42,6 +44,7 @@ class GimbalSchedulerMixin:
     gimbal_config: GimbalConfig
     gimbal_signals: SchedulerSignals | None = None
     gimbal_state: EngineState | None
+    connector: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,10 +52,27 @@ class GimbalSchedulerMixin:
         signals = self.gimbal_signals = self._gimbal_guard.run("no_board", open_signals, self)
         if signals is not None:
             self.gimbal_state = signals.state
+            self._gimbal_guard.run("connector", self._gimbal_hear_connector)
         else:
             self.gimbal_state = self._gimbal_guard.run("no_state", EngineState, self)
         if self.gimbal_state is not None:
             self._gimbal_install_queue()
+
+    def _gimbal_hear_connector(self) -> None:
+        """Has the signals hear what the KV connector answers vLLM; they ask nothing themselves."""
+        connector = self.connector
+        if connector is not None:
+            ask = connector.get_num_new_matched_tokens
+            connector.get_num_new_matched_tokens = self._gimbal_heard_by_signals(ask)
+
+    def _gimbal_heard_by_signals(self, ask: Any) -> Any:
+        @wraps(ask)
+        def get_num_new_matched_tokens(request: Any, num_computed_tokens: int) -> Any:
+            answer = ask(request, num_computed_tokens)
+            self._gimbal_report(SchedulerSignals.asked, request, num_computed_tokens, answer)
+            return answer
+
+        return get_num_new_matched_tokens
 
     def _gimbal_install_queue(self) -> None:
         """Where the queue level replaces ``self.waiting``; without it vLLM's own queue stays."""
@@ -106,6 +126,10 @@ class GimbalSchedulerMixin:
         self._gimbal_report(SchedulerSignals.enqueued, request)
         super()._enqueue_waiting_request(request)  # type: ignore[misc]
 
+    def _update_waiting_for_remote_kv(self, request: Any) -> None:
+        super()._update_waiting_for_remote_kv(request)  # type: ignore[misc]
+        self._gimbal_report(SchedulerSignals.come, request)
+
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         self._gimbal_report(SchedulerSignals.preempting, request)
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
@@ -129,6 +153,9 @@ class GimbalSchedulerMixin:
         outputs = super().update_from_output(  # type: ignore[misc]
             scheduler_output, *args, **kwargs
         )
+        for answer in args:
+            if self._gimbal_guard.run("loads", loads_failed, answer):
+                self._gimbal_report(SchedulerSignals.loads_failed)
         self._gimbal_report(SchedulerSignals.completed, scheduler_output)
         if self.gimbal_signals is not None and args:
             self._gimbal_guard.run("news", self._gimbal_heard, self.gimbal_signals, args[0])
@@ -177,7 +204,11 @@ def build_scheduler(base: type, *args: Any, **kwargs: Any) -> Any:
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         config = bridge.gimbal_config(vllm_config)
         if config is not None and LEVELS_IN_SCHEDULER.intersection(config.levels):
-            base = with_gimbal(base, config)
+            reason = too_many_engines(vllm_config)
+            if reason is None:
+                base = with_gimbal(base, config)
+            else:
+                logger.warning("Gimbal: no signals and no queue in this engine: %s", reason)
     except InputError:
         raise
     except Exception:

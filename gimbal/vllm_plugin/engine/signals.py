@@ -28,6 +28,7 @@ from gimbal.core.snapshot import (
 )
 from gimbal.vllm_plugin.engine.state import EngineState
 from gimbal.vllm_plugin.engine.step_log import StepLog
+from gimbal.vllm_plugin.engine.waiting import lacks_prompt
 
 logger = logging.getLogger("vllm.gimbal")
 
@@ -45,6 +46,8 @@ _DECODING, _RUNNING_TOKENS = int(Field.DECODING_REQUESTS), int(Field.RUNNING_TOK
 _KV_USED, _KV_TOTAL = int(Field.KV_BLOCKS_USED), int(Field.KV_BLOCKS_TOTAL)
 _PREEMPTIONS, _PENDING_HITS = int(Field.PREEMPTIONS), int(Field.PENDING_PREFIX_HIT_TOKENS)
 _STEP_BASE = int(Field.STEP_BASE_US)
+_AWAITED, _LOADED = int(Field.AWAITED_KV_TOKENS), int(Field.LOADED_KV_TOKENS)
+_LOADING = int(Field.LOADING_REQUESTS)
 
 
 class RowSink(Protocol):
@@ -98,8 +101,6 @@ class SchedulerSignals:
         self.taken = self.mended = 0
         self.log: StepLog | None = None
         self._waiting = self.state.waiting
-        self._waiting_tokens = 0
-        self._waiting_cached = 0
         self._running: set[str] = set()
         self._running_tokens = 0
         self._prefilling: dict[str, int] = {}  # prompt tokens still to prefill
@@ -140,14 +141,22 @@ class SchedulerSignals:
         self._unsaid = True
 
     def enqueued(self, request: Any) -> None:
-        """`request` enters the waiting queue; looks its prompt up in the prefix cache once."""
-        self._leave_waiting(request.request_id)
-        cached = request.num_computed_tokens or self._cached_tokens(request)
-        uncached = max(request.num_tokens - cached, 0)
+        """`request` enters the waiting queue."""
         self._unsaid = True
-        self._waiting[request.request_id] = uncached, cached
-        self._waiting_tokens += uncached
-        self._waiting_cached += cached
+        self._waiting.enter(request)
+
+    def asked(self, request: Any, cached: int, answer: tuple[int | None, bool]) -> None:
+        """vLLM asked the KV connector what it can load; see `WaitingRequests.asked`."""
+        self._waiting.asked(request, cached, answer)
+
+    def come(self, request: Any) -> None:
+        """The load of `request` is over, well or not."""
+        self._waiting.come(request)
+
+    def loads_failed(self) -> None:
+        """What some loads were to bring has to be computed, of waiting and running requests."""
+        self._waiting.failed()
+        self._recount_running()
 
     def updated(self, request_id: str) -> None:
         """A request may have grown in place: the next chunk of a waiting streaming session."""
@@ -171,7 +180,7 @@ class SchedulerSignals:
     def freed(self, request: Any) -> None:
         """`request` is finished, wherever it was."""
         self._unsaid = True
-        self._leave_waiting(request.request_id)
+        self._waiting.leave(request.request_id)
         self._leave_running(request)
 
     # Events of one step.
@@ -181,6 +190,7 @@ class SchedulerSignals:
         now = now_us()
         self._idle_since_us = None
         self.row[Field.IDLE] = 0.0
+        self._waiting.scheduled()
         counts = output.num_scheduled_tokens
         if counts:
             admitted, new_tokens, new_pairs = self._admit(output, counts)
@@ -239,7 +249,8 @@ class SchedulerSignals:
         self._unsaid = False
         if self.needs_recount or self._published % self._recount_steps == self._recount_steps - 1:
             self._recount()
-        row, scheduler = self.row, self.scheduler
+        row, scheduler, waiters = self.row, self.scheduler, self._waiting
+        lack = waiters.total
         running, waiting = scheduler.get_request_counts()
         decodes = running - len(self._prefilling)
         free_blocks = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
@@ -247,17 +258,19 @@ class SchedulerSignals:
             self._acknowledge(*self._refused.popleft())
         self._published += 1
         row[_SEQUENCE], row[_TIMESTAMP] = self._published, now
-        row[_WAITING], row[_WAITING_TOKENS] = waiting, self._waiting_tokens
+        row[_WAITING], row[_WAITING_TOKENS] = waiting, lack.uncached
         row[_RUNNING], row[_RUNNING_PREFILL] = running, self._prefill_left
         row[_DECODING], row[_RUNNING_TOKENS] = decodes, self._running_tokens
         row[_KV_USED] = row.item(_KV_TOTAL) - free_blocks
-        row[_PREEMPTIONS], row[_PENDING_HITS] = self._preemptions, self._waiting_cached
+        row[_PREEMPTIONS], row[_PENDING_HITS] = self._preemptions, lack.cached
+        if scheduler.connector is not None:
+            row[_AWAITED], row[_LOADED], row[_LOADING] = lack.awaited, lack.loaded, waiters.loads
         row[_STEP_BASE] = self.cost.step_base_us(decodes)
         try:
             self.sink.publish(row, now / 1e6)
         except ImplausibleRow as error:
             # The row's other numbers are still worth telling. A total below zero missed an event.
-            totals = self._waiting_tokens, self._prefill_left, self._running_tokens
+            totals = lack.uncached, self._prefill_left, self._running_tokens
             self.needs_recount |= min(totals) < 0
             self._left_out(str(error), mended(row))
             self.sink.publish(row, now / 1e6)
@@ -288,20 +301,6 @@ class SchedulerSignals:
         self.row[ACCEPTED_REQUESTS + front_end] += 1
         self.row[ACCEPTED_TOKENS + front_end] += prompt_tokens
 
-    def _cached_tokens(self, request: Any) -> int:
-        """Prompt tokens the prefix cache holds now, without touching its statistics."""
-        scheduler = self.scheduler
-        reported = getattr(request, "kv_cache_report_mode", "incremental")
-        if scheduler.enable_kv_cache_events and reported == "full":
-            return 0  # this lookup would publish KV events a second time
-        return int(scheduler.kv_cache_manager.get_computed_blocks(request)[1])
-
-    def _leave_waiting(self, request_id: str) -> None:
-        entry = self._waiting.pop(request_id, None)
-        if entry is not None:
-            self._waiting_tokens -= entry[0]
-            self._waiting_cached -= entry[1]
-
     def _leave_running(self, request: Any) -> None:
         if request.request_id in self._running:
             self._running.remove(request.request_id)
@@ -317,7 +316,7 @@ class SchedulerSignals:
         resumed = output.scheduled_cached_reqs.resumed_req_ids
         admitted = [*(new.req_id for new in output.scheduled_new_reqs), *resumed]
         for request_id in admitted:
-            self._leave_waiting(request_id)
+            self._waiting.leave(request_id)
             request = self.scheduler.requests[request_id]
             self._running.add(request_id)
             # vLLM has already added this step's tokens to num_computed_tokens.
@@ -381,20 +380,18 @@ class SchedulerSignals:
 
     def _recount(self) -> None:
         """Sets every total from the scheduler itself."""
-        scheduler = self.scheduler
-        running = {request.request_id: request for request in scheduler.running}
+        self._recount_running()
+        if self.needs_recount:
+            self._waiting.recount()
+        self.needs_recount = False
+
+    def _recount_running(self) -> None:
+        running = {request.request_id: request for request in self.scheduler.running}
         self._running = set(running)
         self._running_tokens = sum(r.num_computed_tokens for r in running.values())
         self._prefilling = {
             request_id: request.num_tokens - request.num_computed_tokens
             for request_id, request in running.items()
-            if request.is_prefill_chunk
+            if lacks_prompt(request)
         }
         self._prefill_left = sum(self._prefilling.values())
-        if self.needs_recount:
-            self._waiting.clear()
-            self._waiting_tokens = self._waiting_cached = 0
-            for queue in (scheduler.waiting, scheduler.kv_holding_waiting):
-                for request in queue:
-                    self.enqueued(request)
-        self.needs_recount = False

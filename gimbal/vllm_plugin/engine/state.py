@@ -12,6 +12,7 @@ from gimbal.core.contracts import FloatArray
 from gimbal.core.cost.online import OnlineStepCost
 from gimbal.core.queue.graph_steps import GraphStepCosts
 from gimbal.core.snapshot import ROW_WIDTH, Field
+from gimbal.vllm_plugin.engine.waiting import WaitingRequests
 
 
 def graph_tokens(vllm_config: Any) -> int:
@@ -30,7 +31,7 @@ class EngineState:
     """One engine's row, learned costs and view of its group.
 
     Args:
-        scheduler: vLLM's scheduler; only its configuration is read.
+        scheduler: vLLM's scheduler; only read.
         board: the server's board; None on another host than the front end's.
         group: rows of the engines in lock step with this one, itself included; None without them.
 
@@ -38,7 +39,7 @@ class EngineState:
         row: [ROW_WIDTH] the snapshot under construction.
         cost: what a step of this engine takes.
         graph_costs: what steps with and without CUDA graphs take; None where vLLM uses none.
-        waiting: request id -> (uncached, cached) prompt tokens of every waiting request.
+        waiting: what every waiting request lacks.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class EngineState:
         alone = scheduler.vllm_config.parallel_config.data_parallel_size == 1
         sees_all = alone or group is not None
         self.graph_costs = GraphStepCosts(graph) if graph and sees_all else None
-        self.waiting: dict[str, tuple[int, int]] = {}
+        self.waiting = WaitingRequests(scheduler)
 
     def field(self, field: Field) -> float:
         """One column of the engine's own row."""

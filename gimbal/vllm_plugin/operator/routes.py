@@ -36,7 +36,9 @@ from gimbal.vllm_plugin import bridge, versions
 from gimbal.vllm_plugin.dispatch.engine_header import EngineHeader
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of
 from gimbal.vllm_plugin.engine.identity import close_at_exit, server_board_path
+from gimbal.vllm_plugin.operator.engine_metrics import ReadAtScrape, metrics_without_front_end
 from gimbal.vllm_plugin.operator.front_ends import Shared
+from gimbal.vllm_plugin.operator.load import load_route
 from gimbal.vllm_plugin.operator.messages import RefusedError, read_message
 from gimbal.vllm_plugin.operator.page import PAGE_HEADERS, page
 from gimbal.vllm_plugin.operator.watcher import Watcher
@@ -66,7 +68,9 @@ class GimbalEndpoints:
         router.add_api_route("/routing", routing_route, methods=["GET"])
         router.add_api_route("/experts", experts_route, methods=["GET"], include_in_schema=False)
         app.include_router(router)
+        app.add_api_route("/get_load", load_route, methods=["GET"])
         app.add_middleware(EngineHeader)
+        app.add_middleware(ReadAtScrape)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Finds the server's configuration and board."""
@@ -79,6 +83,7 @@ class GimbalEndpoints:
             has_key = state.gimbal_authentication is not None
             state.gimbal_operator = Operator(engine_client, config, has_key)
             state.gimbal_operator.watcher.start()
+        state.gimbal_engine_metrics = metrics_without_front_end(state.gimbal_operator)
 
 
 def _authentication(args: Namespace) -> Any:
@@ -108,7 +113,10 @@ class Operator:
         else:
             parallel = engine_client.vllm_config.parallel_config
             self.board = Board(server_board_path(engine_client.vllm_config))
-            self.reader = BoardReader(self.board, parallel.data_parallel_size)
+            # Behind an external load balancer the others have servers and boards of their own.
+            ranks = getattr(engine_client.engine_core, "engine_ranks_managed", None)
+            ranks = ranks or range(parallel.data_parallel_size)
+            self.reader = BoardReader(self.board, len(ranks), ranks[0])
         core, shared = engine_client.engine_core, None
         if getattr(core, "client_count", 1) > 1:
             shared = Shared(self.board.path, core.client_index)

@@ -37,9 +37,14 @@ class EngineFacts:
         """As the signals counted when they looked the prompt up in the prefix cache."""
         entry = self.state.waiting.get(request.request_id)
         if entry is not None:
-            return entry[0]
+            return entry.uncached
         # A path into the queue that the signals do not see leaves the whole prompt.
         return max(0, int(request.num_tokens - request.num_computed_tokens))
+
+    def loads(self, request: Any) -> bool:
+        """Whether a KV connector is going to load for a request that waits."""
+        entry = self.state.waiting.get(request.request_id)
+        return entry is not None and entry.awaited > 0
 
     def prefill_tokens_per_s(self) -> float:
         return self.field(Field.PREFILL_TOKENS_PER_S)

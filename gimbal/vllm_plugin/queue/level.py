@@ -87,6 +87,11 @@ class QueueLevel:
                 self.ordering,
                 ", ".join(missing),
             )
+        if self.view.connector:
+            logger.info(
+                "Gimbal: prefill keeps vLLM's chunks: KV connector %s is not known to take others",
+                self.view.connector,
+            )
         graphs = self.view.graphs
         if graphs is not None and self.usable.graph_steps > 0.0:
             logger.info(
@@ -148,6 +153,8 @@ class QueueLevel:
         """
         self._follow()
         self.queue.begin_step()
+        for request in self.state.waiting.take_resized():
+            self.queue.resized(request)
         view, config = self.view, self.usable
         if view.step % PUBLISH_STEPS == 0:
             self.publish()

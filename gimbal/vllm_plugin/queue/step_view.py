@@ -21,6 +21,8 @@ from gimbal.core.queue.graph_steps import GraphStepCosts
 from gimbal.core.queue.step import StepMemory
 from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin.engine.state import EngineState
+from gimbal.vllm_plugin.engine.waiting import lacks_prompt
+from gimbal.vllm_plugin.queue.connectors import connector_with_chunks_of_its_own
 from gimbal.vllm_plugin.queue.facts import EngineFacts
 from gimbal.vllm_plugin.queue.waiting_queue import PLACE, GimbalRequestQueue
 from gimbal.vllm_plugin.versions import prefill_interval_of_one
@@ -39,6 +41,7 @@ class SchedulerView:
         memory: of the steps before.
 
     Attributes:
+        connector: name of a KV connector that chunks are left to vLLM for; mostly empty.
         step: scheduling passes so far.
         prefills: requests behind the last `running`, in its order.
     """
@@ -62,11 +65,12 @@ class SchedulerView:
         self.chunked = bool(scheduler.scheduler_config.enable_chunked_prefill)
         self._throttled = False
         self._rows: FloatArray | None = None
-        # Where a chunk's end matters to the model, or whether a request can start is not
-        # vLLM's alone to say, chunks stay vLLM's.
+        self.connector = connector_with_chunks_of_its_own(scheduler.vllm_config)
+        # Where a chunk's end matters to the model or to who carries its KV cache, or whether a
+        # request can start is not vLLM's alone to say, chunks stay vLLM's.
         self.can_share = not (
             scheduler.need_mamba_block_aligned_split
-            or scheduler.connector is not None
+            or self.connector
             or scheduler.lora_config
             or scheduler.is_encoder_decoder
         )
@@ -103,7 +107,11 @@ class SchedulerView:
 
     @property
     def decoding(self) -> int:
-        return len(self.scheduler.running) - len(self.scheduler._inflight_prefills)
+        scheduler = self.scheduler
+        prefills = scheduler._inflight_prefills
+        if scheduler.connector is not None:  # loads are counted among them
+            prefills = [r for r in prefills if r.status == RequestStatus.RUNNING]
+        return len(scheduler.running) - len(prefills)
 
     @property
     def decode_tokens(self) -> int:
@@ -114,7 +122,7 @@ class SchedulerView:
         """
         step, tokens = self.scheduler.current_step + 1, 0
         for r in self.scheduler.running:
-            if r.is_prefill_chunk or step < r.next_decode_eligible_step:
+            if lacks_prompt(r) or step < r.next_decode_eligible_step:
                 continue
             in_flight = r.num_output_placeholders
             last = r.num_prompt_tokens + r.max_tokens
@@ -131,13 +139,7 @@ class SchedulerView:
         self.prefills = [
             r for r in scheduler.running if r.is_prefill_chunk and not r.has_encoder_inputs
         ]
-        now_s, heap, strict = self.queue.clock(), self.queue.heap, self._strict()
-        return [
-            running_candidate(
-                getattr(r, PLACE, None), heap, now_s, r.num_tokens - r.num_computed_tokens, strict
-            )
-            for r in self.prefills
-        ]
+        return [self._candidate(r) for r in self.prefills]
 
     @property
     def may_yield(self) -> bool:
@@ -146,23 +148,42 @@ class SchedulerView:
     @property
     def newcomers(self) -> Sequence[PrefillCandidate]:
         scheduler = self.scheduler
-        if len(self.queue) == 0 or scheduler._pause_state != PauseState.UNPAUSED:
+        if scheduler._pause_state != PauseState.UNPAUSED:
+            return ()
+        come = self._come()
+        if not (come or len(self.queue)):
             return ()
         seats = scheduler.max_num_active_reqs - scheduler.num_waiting_for_streaming_input
-        seats -= len(scheduler.running)
+        seats -= len(scheduler.running) + len(come)
         if seats <= 0:
-            return ()
+            return come
         free, strict = self.facts.free_blocks(), self._strict()
-        found = []
+        found = come
         for entry in self.queue.heap.first(min(seats, NEWCOMERS)):
             request = entry.item
             if request.status not in _PLAIN:
                 continue
+            if self.facts.loads(request):
+                continue  # nothing is computed for it in this step
             free -= self.facts.blocks_needed(request, free)
             if free < 0:
                 break
             found.append(waiting_candidate(entry, strict))
         return found
+
+    def _come(self) -> list[PrefillCandidate]:
+        """Requests whose KV has come, which vLLM admits before all others."""
+        scheduler = self.scheduler
+        ids = scheduler.finished_recving_kv_req_ids
+        if not ids:
+            return []
+        return [self._candidate(r) for r in map(scheduler.requests.get, ids) if r is not None]
+
+    def _candidate(self, request: Any) -> PrefillCandidate:
+        """The claim of one that has left the queue: by the key it had there."""
+        place, queue = getattr(request, PLACE, None), self.queue
+        left = max(1, request.num_tokens - request.num_computed_tokens)
+        return running_candidate(place, queue.heap, queue.clock(), left, self._strict())
 
     @property
     def longest_chunk_tokens(self) -> int:
@@ -176,7 +197,8 @@ class SchedulerView:
 
     @property
     def backlog_tokens(self) -> int:
-        return self.queue.heap.waiting_tokens + self.facts.running_prefill_tokens()
+        loading = self.state.waiting.loading_uncached()
+        return self.queue.heap.waiting_tokens + loading + self.facts.running_prefill_tokens()
 
     @property
     def group_backlog_tokens(self) -> float:

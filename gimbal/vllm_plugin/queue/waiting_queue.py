@@ -97,6 +97,8 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         self._offered: Entry[Request] | None = None
         self._peeked: Request | None = None
         self._step = 0
+        # What the front end's time of arrival is on this clock.
+        self._arrivals_s = clock() - time.time()
 
     # What vLLM calls.
 
@@ -232,6 +234,20 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
             self._take_back(ordering, max_wait_s)
         self.ours = True
 
+    def resized(self, request: Request) -> None:
+        """More or less of `request` has to be computed than was known when it was queued.
+
+        It may have left the queue for a load; its place still says what it competes with.
+        """
+        entry: Entry[Request] | None = getattr(request, PLACE, None)
+        if self.fallback is not None or entry is None or entry.epoch != self.heap.epoch:
+            return
+        tokens = self.facts.uncached_tokens(request)
+        if entry.rank is None:
+            self.served_tokens += tokens - entry.request.uncached_tokens
+        self._offered = None
+        self.heap.resize(entry, tokens, self.state())
+
     def leave_to_vllm(self) -> RequestQueue:
         """Has vLLM's own queue order from now on, and returns it."""
         self.ours = False
@@ -257,11 +273,12 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
     def _enter(
         self, heap: WaitingHeap[Request], request: Request, state: QueueState
     ) -> Entry[Request]:
+        by_priority = self.policy == SchedulingPolicy.PRIORITY
         queued = QueuedRequest(
             request_id=request.request_id,
-            arrival_s=request.arrival_time,
+            arrival_s=request.arrival_time + self._arrivals_s if by_priority else state.now_s,
             uncached_tokens=self.facts.uncached_tokens(request),
-            priority=request.priority if self.policy == SchedulingPolicy.PRIORITY else 0,
+            priority=request.priority if by_priority else 0,
             served_before_tokens=self.served_tokens,
         )
         entry = heap.add(queued, request, state)

@@ -89,6 +89,23 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         "v1.core.sched.scheduler",
+        "Scheduler._update_waiting_for_remote_kv",
+        ("self", "request"),
+        "dispatch",
+        "overridden: the KV cache of a waiting request has come from elsewhere, or failed to",
+        patched=False,
+        entry="engine.scheduler:GimbalSchedulerMixin._update_waiting_for_remote_kv",
+    ),
+    Seam(
+        "distributed.kv_transfer.kv_connector.v1.base",
+        "KVConnectorBase_V1.get_num_new_matched_tokens",
+        ("self", "request", "num_computed_tokens"),
+        "dispatch",
+        "what it answers vLLM's scheduler is heard: tokens that are loaded and not computed",
+        entry="engine.scheduler:GimbalSchedulerMixin._gimbal_heard_by_signals",
+    ),
+    Seam(
+        "v1.core.sched.scheduler",
         "Scheduler._handle_stopped_request",
         ("self", "request"),
         "dispatch",

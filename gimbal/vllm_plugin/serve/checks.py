@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from gimbal.board.layout import MAX_ENGINES
 from gimbal.core.errors import InputError
 from gimbal.core.model import ModelConfig, count_experts, read_config
 from gimbal.core.model.config import HUGGING_FACE, MISTRAL
@@ -117,6 +119,16 @@ def check_heads(flags: VllmFlags, config: ModelConfig) -> None:
     if isinstance(heads, int) and heads % flags.tp:
         raise InputError(
             f"--tensor-parallel-size {flags.tp}: does not divide the model's {heads} heads"
+        )
+
+
+def check_engines(flags: VllmFlags, levels: Collection[str]) -> None:
+    """Raises InputError for more engines than signals can tell apart, where a level needs them."""
+    need = [level for level in levels if level != "placement"]
+    if flags.dp > MAX_ENGINES and need:
+        raise InputError(
+            f"--data-parallel-size {flags.dp}: levels {', '.join(need)} serve at most "
+            f"{MAX_ENGINES} engines; --levels placement, or none, has no such limit"
         )
 
 

@@ -117,6 +117,7 @@ def plan_server(
         raise InputError("no model given: gimbal serve MODEL [vLLM flags], or gimbal serve --demo")
     assert flags.model is not None
     warnings = checks.check_model(flags, install.version)
+    checks.check_engines(flags, config.levels)
     if not install.cpu:
         checks.check_devices(flags, checks.visible_gpus())
     checks.check_address(flags)

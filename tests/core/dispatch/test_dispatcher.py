@@ -53,6 +53,19 @@ def test_idle_engines_take_turns_and_front_ends_start_apart():
     assert chosen == [0, 1, 2]
 
 
+def test_a_prompt_from_elsewhere_is_kv_to_come_and_no_work():
+    dispatcher = Dispatcher(2, DispatchConfig())
+    sent = testing.request(4000, "a", NOW_US, loaded_tokens=4000)
+    decision = dispatcher.dispatch(sent, None, board(), NOW_US)
+    assert decision.cached_tokens == 4000
+    assert decision.terms[list(decision.term_names).index("prefill")].tolist() == [0, 0]
+    ledger = dispatcher.ledger
+    assert ledger.unacked_tokens[decision.engine] == 4000
+    assert ledger.unacked_cached[decision.engine] == 4000
+    dispatcher.assigned(testing.request(400, "b", NOW_US, loaded_tokens=400), 0)
+    assert ledger.unacked_cached.sum() == 4400
+
+
 def test_prefix_is_found_again_and_given_up_under_load():
     dispatcher = Dispatcher(2, DispatchConfig(options={"expected_output_tokens": 0}))
     tokens = list(range(640))

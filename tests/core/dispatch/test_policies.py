@@ -44,8 +44,10 @@ QUEUED = {
                 running_requests=[3, 1],
                 running_tokens=[700, 900],
                 pending_prefix_hit_tokens=[50, 0],
+                awaited_kv_tokens=[0, 30],
+                loaded_kv_tokens=[0, 70],
                 unacked_requests=[0, 1],
-                unacked_tokens=[0, 150],
+                unacked_tokens=[0, 50],
             ),
             [1050 + 5 / 6, 1050 + 2 / 6],
         ),
@@ -122,6 +124,19 @@ def test_lack_of_kv_is_the_time_to_turn_it_over():
     # 1000 blocks of 16 tokens, 40 tokens free, 100 wanted: 60 tokens at 10,000 per second.
     state = loads(kv_blocks_used=[997.5, 0])
     assert terms(state)["admission"] == pytest.approx([60 * 100, 0])
+
+
+def test_what_is_loaded_is_context_and_kv_and_no_prefill():
+    loading = {"waiting_requests": [3, 3], "loading_requests": [3, 3]}
+    state = loads(**loading, awaited_kv_tokens=[0, 300], loaded_kv_tokens=[12_000, 0])
+    named = terms(state, expected_output_tokens=2.0)
+    assert named["queue"] == [0, 0]
+    # Three requests each; the mean one has 2,050 tokens.
+    assert named["decode"] == pytest.approx([10 * (3 + 12_000 / 2050), 10 * (3 + 300 / 2050)])
+    full = loads(kv_blocks_total=100, kv_blocks_used=90, kv_block_tokens=16, awaited_kv_tokens=160)
+    assert terms(full)["admission"] == pytest.approx(
+        terms(loads(kv_blocks_total=100, kv_blocks_used=100, kv_block_tokens=16))["admission"]
+    )
 
 
 def test_lack_of_slots_is_priced_in_the_context_they_hold():

@@ -13,7 +13,18 @@ from gimbal.core.queue.sjf import SjfOrdering
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["add", "add", "pop", "skip", "preempt", "remove", "return", "switch", "refresh"]
+            [
+                "add",
+                "add",
+                "pop",
+                "skip",
+                "preempt",
+                "remove",
+                "return",
+                "resize",
+                "switch",
+                "refresh",
+            ],
         ),
         st.integers(0, 10_000),  # size, or which request
         st.integers(0, 2),  # priority
@@ -82,6 +93,11 @@ def test_no_request_is_lost_or_duplicated(operations, ordering, max_wait_s, prio
         elif action == "remove" and waiting:
             name = names[number % len(names)]
             assert heap.remove(name) is waiting.pop(name)
+        elif action == "resize" and waiting:
+            entry = waiting[names[priority % len(names)]]
+            age = entry.lane, entry.queued_s, entry.sequence
+            heap.resize(entry, number, state)
+            assert (entry.lane, entry.queued_s, entry.sequence) == age
         elif action == "switch":
             name = sorted(ORDERINGS)[number % 4]
             heap.reorder(ORDERINGS.build(name), state, max_wait_s)
@@ -162,6 +178,23 @@ def test_what_is_put_back_has_overtaken_nobody():
     assert (promoted.item, heap.promotions) == (0, 1)
     heap.restore(promoted)
     assert heap.promotions == 0
+
+
+def test_work_that_turns_out_otherwise_moves_the_key_and_not_the_age():
+    heap = filled(4, ORDERINGS.build("gimbal"))
+    first = heap.peek(4.0)
+    key = first.key
+    heap.resize(first, first.request.uncached_tokens + 5000, QueueState(9.0, 100.0, 4, 0))
+    assert first.key == key + 5000
+    assert [e.item for e in heap][-1] != first.item, "of the other class are those behind it"
+    assert heap.oldest().queued_s == 0.0
+    taken = heap.pop(9.0)
+    heap.resize(taken, 7, QueueState(9.0, 100.0, 3, 0))
+    assert heap.waiting_tokens == sum(e.request.uncached_tokens for e in heap)
+    shortest = filled(3, SjfOrdering())
+    heap_entry = next(e for e in shortest if e.item == 0)
+    shortest.resize(heap_entry, 1, QueueState(9.0, 100.0, 3, 0))
+    assert shortest.pop(9.0).item == 0
 
 
 def test_a_place_from_before_a_change_of_ordering_is_the_first():

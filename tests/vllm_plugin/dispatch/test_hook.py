@@ -217,6 +217,18 @@ def test_session_key(fields: dict[str, Any], expected: str | None) -> None:
     assert session_of(request("a", **fields)) == expected
 
 
+def test_a_prompt_that_a_router_had_prefilled_is_loaded() -> None:
+    def loaded(params: Any, loads: bool = True) -> int:
+        sampling = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": params})
+        return describe(request("a", 40, sampling_params=sampling), loads)[0].loaded_tokens
+
+    assert loaded({"do_remote_prefill": True, "remote_engine_id": "p0"}) == 40
+    assert loaded({"do_remote_prefill": True}, loads=False) == 0, "no engine could load it"
+    assert loaded({"do_remote_decode": True}) == 0
+    assert loaded("nonsense") == 0
+    assert describe(request("b", 40), True)[0].loaded_tokens == 0
+
+
 def test_prompts_with_more_than_tokens_are_not_indexed() -> None:
     entry, tokens = describe(request("a", 7, cache_salt="tenant"))
     assert (entry.prompt_tokens, tokens) == (7, None)
@@ -230,6 +242,8 @@ def test_prompts_with_more_than_tokens_are_not_indexed() -> None:
         ({}, {"VLLM_USE_RUST_FRONTEND": "1"}, 1, "RUST_FRONTEND"),
         ({}, {}, 17, "at most 16"),
         ({}, {}, 16, None),
+        ({"data_parallel_size": 257}, {}, 1, "257 engines: the signal board holds 256"),
+        ({"data_parallel_size": 256}, {}, 1, None),
     ],
 )
 def test_why_dispatch_cannot_act(

@@ -77,7 +77,7 @@ def test_the_life_of_one_request(engine: Any) -> None:
     scheduler, rows = engine(budget=512)
     request = real_scheduler.request("a", 700, output=2)
     scheduler.add_request(request)
-    assert scheduler.gimbal_signals.state.waiting["a"][0] == 700
+    assert scheduler.gimbal_signals.state.waiting.get("a").uncached == 700
     first = scheduler.schedule()
     assert rows[Field.WAITING_REQUESTS] == 0
     assert rows[Field.RUNNING_PREFILL_TOKENS] == 188
@@ -126,7 +126,9 @@ def test_cached_prompt_tokens_are_no_work(engine: Any) -> None:
     again = real_scheduler.request("a", 320)
     again.request_id = "again"
     scheduler.add_request(again)
-    assert scheduler.gimbal_signals.state.waiting["again"][0] == 16, "one block is always computed"
+    assert scheduler.gimbal_signals.state.waiting.get("again").uncached == 16, (
+        "one block is always computed"
+    )
     scheduler.gimbal_signals.publish(0.0)
     assert rows[Field.WAITING_PREFILL_TOKENS] == 16
     assert rows[Field.PENDING_PREFIX_HIT_TOKENS] == 304
@@ -206,7 +208,7 @@ def test_counters_equal_a_recount_under_random_events(engine: Any, seed: int, bl
         preempted = sum(r.num_preemptions for k, r in seen.items() if k not in scheduler.requests)
         check(scheduler, rows, preempted)
         waiting = {r.request_id for r in [*scheduler.waiting, *scheduler.kv_holding_waiting]}
-        tokens = sum(scheduler.gimbal_signals.state.waiting[name][0] for name in waiting)
+        tokens = sum(scheduler.gimbal_signals.state.waiting.get(name).uncached for name in waiting)
         assert rows[Field.WAITING_PREFILL_TOKENS] == tokens
         assert set(scheduler.gimbal_signals._waiting) == waiting
     assert rows.row[ACCEPTED_REQUESTS] == added

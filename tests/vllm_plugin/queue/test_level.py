@@ -354,6 +354,16 @@ def test_priorities_come_first(build):
     assert first_steps(run(scheduler, requests)) == ["high", "mid", "low"]
 
 
+@pytest.mark.parametrize(
+    ("policy", "expected"), [("priority", ["b", "c", "a", "d"]), ("fcfs", ["a", "b", "c", "d"])]
+)
+def test_under_fcfs_equals_go_by_the_time_that_vllm_goes_by(build, policy, expected):
+    scheduler = build({"queue": {"ordering": "fcfs"}}, policy=policy)
+    for name, arrival in (("a", 9.0), ("b", 7.0), ("c", 8.0), ("d", 9.5)):
+        scheduler.add_request(real.request(name, 40, arrival=arrival))
+    assert first_steps(run(scheduler, [])) == expected
+
+
 def test_decode_protection_bounds_prefill_beside_decodes(build):
     options = {"protect_decodes": True, "tpot_factor": 3.0}
     scheduler = build({"queue": options})
@@ -488,7 +498,6 @@ def test_steps_are_cut_only_where_nothing_waits_for_a_whole_one(build, section, 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("connector", object()),
         ("lora_config", object()),
         ("is_encoder_decoder", True),
         ("need_mamba_block_aligned_split", True),
@@ -596,6 +605,28 @@ def test_control_message_changes_the_queue_section_and_takes_it_back(build):
     scheduler.schedule()
     assert level.queue.heap.ordering.overtake_factor == 10.0
     assert not level.config.protect_decodes
+
+
+@pytest.mark.parametrize("field", ["data_parallel_size", "data_parallel_index"])
+def test_with_more_engines_than_signals_hold_the_scheduler_is_vllms(build, caplog, field):
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from gimbal.vllm_plugin.engine.scheduler import build_scheduler
+
+    plain = build(None)
+    config = plain.vllm_config
+    config.additional_config = {"gimbal": {"levels": ["queue"]}}
+    setattr(config.parallel_config, field, 257 if field == "data_parallel_size" else 256)
+    scheduler = build_scheduler(
+        AsyncScheduler,
+        vllm_config=config,
+        kv_cache_config=plain.kv_cache_config,
+        structured_output_manager=plain.structured_output_manager,
+        block_size=16,
+    )
+    assert type(scheduler) is AsyncScheduler
+    (line,) = [r.message for r in caplog.records if r.name == "vllm.gimbal"]
+    assert line.endswith("257 engines: the signal board holds 256")
 
 
 def test_an_unknown_ordering_is_refused_at_start(build):

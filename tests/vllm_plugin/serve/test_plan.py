@@ -191,6 +191,18 @@ def test_the_demo_with_a_file_that_names_no_model(model: str, tmp_path: Path) ->
         plan.plan_server(words, environment={})
 
 
+def test_more_engines_than_the_board_holds_are_refused_in_one_line(model: str) -> None:
+    words = [model, "-dp", "257"]
+    with pytest.raises(InputError) as refused:
+        plan.plan_server(words, environment={})
+    assert str(refused.value) == (
+        "--data-parallel-size 257: levels dispatch, queue, feedback serve at most 256 engines; "
+        "--levels placement, or none, has no such limit"
+    )
+    assert plan.plan_server(words, levels="placement", environment={})
+    assert plan.plan_server([model, "-dp", "256"], environment={})
+
+
 def test_no_model() -> None:
     with pytest.raises(InputError, match="no model given"):
         plan.plan_server([], environment={})

@@ -39,7 +39,8 @@ And what it meets afterwards:
     decode     expected output tokens * d * n_e, d being what one decoding request adds to a step
                and n_e the requests that decode or will decode on e: the mean of their number and
                of their context in units of the group's mean request, since the learned d does not
-               tell the cost per request from the cost per context token
+               tell the cost per request from the cost per context token. What a KV connector
+               loads is context already
     admission  KV tokens or request slots it lacks on e, turned over at the rate at which e
                prefills: what does not fit waits until as much has left
     expert     feedback weight * what e's experts cost above the engine they cost least * k_e
@@ -80,6 +81,9 @@ _RUNNING, _RUNNING_PREFILL = int(Field.RUNNING_REQUESTS), int(Field.RUNNING_PREF
 _DECODING, _RUNNING_TOKENS = int(Field.DECODING_REQUESTS), int(Field.RUNNING_TOKENS)
 _KV_USED, _KV_TOTAL, _KV_BLOCK = (
     int(f) for f in (Field.KV_BLOCKS_USED, Field.KV_BLOCKS_TOTAL, Field.KV_BLOCK_TOKENS)
+)
+_AWAITED, _LOADED, _LOADS = (
+    int(f) for f in (Field.AWAITED_KV_TOKENS, Field.LOADED_KV_TOKENS, Field.LOADING_REQUESTS)
 )
 _BUDGET, _SEATS = int(Field.STEP_TOKEN_BUDGET), int(Field.MAX_RUNNING_REQUESTS)
 _PRESSURE, _RATE = int(Field.EXPERT_PRESSURE_US), int(Field.PREFILL_TOKENS_PER_S)
@@ -173,8 +177,8 @@ def _price(
         decode_us = max(decode_us, row[_DECODE_SLOPE])
         common_us = min(common_us, row[_PRESSURE])
         decoding += row[_DECODING]
-        running += row[_RUNNING]
-        context += row[_RUNNING_TOKENS]
+        running += row[_RUNNING] + row[_LOADS]
+        context += row[_RUNNING_TOKENS] + row[_AWAITED] + row[_LOADED]
         room = _UNKNOWN_BUDGET
         if row[_BUDGET] != 0.0:
             room = max(1.0, row[_BUDGET] - row[_DECODING])
@@ -204,14 +208,15 @@ def _price(
         out[_PREFILL, e] = base_us * steps + token_us * work - slice_us * backlog
         out[_INTERFERENCE, e] = stall_us * max(0.0, work - longest)
         out[_REUSE, e] = prefix_reuse * (token_us + stall_us) * uncached
-        heads = waiting + row[_RUNNING] + row[_RUNNING_TOKENS] * heads_per_token
+        held_tokens = row[_RUNNING_TOKENS] + row[_AWAITED] + row[_LOADED]
+        heads = waiting + row[_RUNNING] + held_tokens * heads_per_token
         out[_DECODE, e] = decode_us * heads
         out[_EXPERT, e] = feedback_weight * (row[_PRESSURE] - common_us) * steps
 
         lack = 0.0  # tokens
         if row[_KV_TOTAL] > 0.0:
             held = (row[_KV_USED] - row[_KV_TOTAL]) * row[_KV_BLOCK]
-            held += row[_WAITING_TOKENS] + unacked_tokens[e]
+            held += row[_WAITING_TOKENS] + row[_AWAITED] + unacked_tokens[e]
             lack = max(lack, held + prompt_tokens)
         if row[_SEATS] > 0.0:
             mean_tokens = row[_RUNNING_TOKENS] / max(row[_RUNNING], 1.0)

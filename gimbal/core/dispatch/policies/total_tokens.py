@@ -25,6 +25,8 @@ class TotalTokensPolicy:
             loads.column(Field.RUNNING_TOKENS)
             + loads.column(Field.WAITING_PREFILL_TOKENS)
             + loads.column(Field.PENDING_PREFIX_HIT_TOKENS)
+            + loads.column(Field.AWAITED_KV_TOKENS)
+            + loads.column(Field.LOADED_KV_TOKENS)
             + loads.unacked_tokens
         )
         requests: FloatArray = (
