@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,27 @@ from tests.left_over import gone
 
 pytestmark = pytest.mark.live
 SERVE = [sys.executable, "-m", "gimbal.cli", "serve", "--demo"]
+START_TIMEOUT_S = 240.0
+"""Beside other work a start has taken 130 s to its engines."""
 
 
-def wait_for(text: str, log: Path, process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    deadline_s = time.monotonic() + timeout_s
+@contextmanager
+def running(
+    command: list[str], log: Path, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Starts `command`, and stops it should the test leave it running."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def wait_for(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
     while text not in log.read_text(errors="replace"):
         assert process.poll() is None, log.read_text(errors="replace")[-4000:]
         assert time.monotonic() < deadline_s, f"{text!r} did not come"
@@ -36,15 +55,14 @@ def test_a_stop_while_starting_leaves_nothing(server_pool: Any, tmp_path: Path, 
 
     server_pool.stop()
     log = tmp_path / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen([*SERVE, "--port", str(free_port())], stdout=out)
-    wait_for(phase, log, process, 120)
-    time.sleep(0.5)
-    family = descendants_of(process.pid)
-    shared = shared_memory_of(family)
-    assert family
-    process.send_signal(signal.SIGINT)
-    assert process.wait(40) == 0
+    with running([*SERVE, "--port", str(free_port())], log) as process:
+        wait_for(phase, log, process)
+        time.sleep(0.5)
+        family = descendants_of(process.pid)
+        shared = shared_memory_of(family)
+        assert family
+        process.send_signal(signal.SIGINT)
+        assert process.wait(40) == 0
     assert gone(family, 0)
     assert not [path for path in shared if path.exists()]
 
@@ -57,14 +75,13 @@ def test_a_start_that_fails_leaves_nothing(server_pool: Any, tmp_path: Path) -> 
     server_pool.stop()
     log = tmp_path / "log"
     flags = ["--port", str(free_port()), "--kv-cache-memory-bytes", "4096"]
-    with log.open("wb") as out:
-        process = subprocess.Popen([*SERVE, *flags], stdout=out, stderr=subprocess.STDOUT)
     family: set[int] = set()
     shared: set[Path] = set()
-    while process.poll() is None:
-        family.update(now := descendants_of(process.pid))
-        shared |= shared_memory_of(now)
-        time.sleep(0.1)
+    with running([*SERVE, *flags], log) as process:
+        while process.poll() is None:
+            family.update(now := descendants_of(process.pid))
+            shared |= shared_memory_of(now)
+            time.sleep(0.1)
     assert process.returncode == 1, log.read_text(errors="replace")[-4000:]
     assert len(shared) >= 2
     assert gone(sorted(family), 5)
@@ -119,20 +136,17 @@ def test_an_engine_that_dies_while_starting_leaves_nothing(
 
     server_pool.stop()
     log = tmp_path / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [*SERVE, "--port", str(free_port())], stdout=out, stderr=subprocess.STDOUT
-        )
-    wait_for("loading the model", log, process, 120)
-    family = descendants_of(process.pid)
-    shared = shared_memory_of(family)
-    engine = next(pid for pid in family if "EngineCore_DP0" in command_line(pid))
-    os.kill(engine, signal.SIGKILL)
-    deadline_s = time.monotonic() + 90
-    while process.poll() is None:
-        shared |= shared_memory_of(descendants_of(process.pid))
-        assert time.monotonic() < deadline_s, "it does not end"
-        time.sleep(0.1)
+    with running([*SERVE, "--port", str(free_port())], log) as process:
+        wait_for("loading the model", log, process)
+        family = descendants_of(process.pid)
+        shared = shared_memory_of(family)
+        engine = next(pid for pid in family if "EngineCore_DP0" in command_line(pid))
+        os.kill(engine, signal.SIGKILL)
+        deadline_s = time.monotonic() + 90
+        while process.poll() is None:
+            shared |= shared_memory_of(descendants_of(process.pid))
+            assert time.monotonic() < deadline_s, "it does not end"
+            time.sleep(0.1)
     assert process.returncode == 1
     last = log.read_text(errors="replace").splitlines()[-1]
     assert last.startswith(f"gimbal: engine 0 (process {engine}) ended while "), last
@@ -172,21 +186,13 @@ def test_plain_vllm_runs_the_plugin_only_when_it_is_enabled(
         command += ["--enable-expert-parallel", "--data-parallel-size", "2"]
         command += ["--additional-config", '{"gimbal": {}}']
     log = tmp_path / "log"
-    bind = "0|1" if enabled else "0"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=os.environ
-            | {
-                "VLLM_CPU_OMP_THREADS_BIND": bind,
-                "VLLM_CPU_SIM_MULTI_NUMA": "0",
-                "VLLM_NO_USAGE_STATS": "1",
-            },
-        )
-    try:
-        wait_for("Application startup complete", log, process, 200)
+    env = os.environ | {
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if enabled else "0",
+        "VLLM_CPU_SIM_MULTI_NUMA": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    with running(command, log, env) as process:
+        wait_for("Application startup complete", log, process)
         body = {"model": "demo", "prompt": "hello", "max_tokens": 4, "ignore_eos": True}
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions",
@@ -200,6 +206,3 @@ def test_plain_vllm_runs_the_plugin_only_when_it_is_enabled(
         if not enabled:
             # vLLM lists the plugins it found; the plugin itself says nothing, its log is "Gimbal".
             assert "Gimbal" not in log.read_text(errors="replace")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)

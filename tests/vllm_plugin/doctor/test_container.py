@@ -73,6 +73,7 @@ def test_doctor_says_what_will_not_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # compiles everything once: a minute, and many beside other work
 def test_what_is_compiled_is_found_by_the_next_process(tmp_path: Path) -> None:
     kept = []
     for _ in range(2):
