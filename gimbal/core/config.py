@@ -82,6 +82,11 @@ class QueueConfig:
         32, "steps a request without KV blocks may be passed, where the ordering can; 0 never"
     )
     pass_s: NotNegative = option(1.0, "seconds a request without KV blocks may be passed")
+    room_tokens: Count = option(
+        64,
+        "tokens of growth of each running request for which admission leaves KV memory free, where "
+        "the ordering can; 0: vLLM's rule, what fits now is admitted",
+    )
     interval_backlog_steps: NotNegative = option(
         0.0,
         "keep vLLM's --prefill-schedule-interval until an engine has this many full steps of "

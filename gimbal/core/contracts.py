@@ -146,7 +146,8 @@ class OrderingTraits:
         age_limit: who has waited longer than ``queue.max_wait_s`` may go first.
         shares_steps: a key is static and counts prefill tokens, so that a running prefill with r of
             its w tokens left competes with ``key - (w - r)`` (``queue.in_batch``).
-        passes_blocked: a request may pass a head that gets no KV blocks (``queue.pass_steps``).
+        passes_blocked: a request may pass a head that gets no KV blocks (``queue.pass_steps``), and
+            may be kept out of free ones (``queue.room_tokens``).
         sizes_steps: the prefill of a step may be cut (``queue.graph_steps``, ``protect_decodes``,
             ``interval_backlog_steps``): the order does not rely on steps being filled.
     """

@@ -15,7 +15,7 @@ import numpy as np
 
 from gimbal.core.config import QueueConfig
 from gimbal.core.contracts import NO_TRAITS, QueuedRequest, QueueOrdering, QueueState
-from gimbal.core.queue.admission import BlockedHeadGate, next_entry
+from gimbal.core.queue.admission import BlockedHeadGate, next_entry, room_blocks
 from gimbal.core.queue.heap import Entry, WaitingHeap
 from gimbal.core.queue.step import StepDecision, decide, leaves_to_vllm
 from gimbal.core.queue.traits import usable
@@ -70,6 +70,8 @@ class Engine:
         self.waiting: WaitingHeap[SimRequest] = WaitingHeap(ordering, queue.max_wait_s or None)
         passing = queue.pass_steps > 0
         self._gate = BlockedHeadGate(queue.pass_steps, queue.pass_s) if passing else None
+        self.kept_blocks = 0  # KV blocks that admission leaves free in this step
+        self._room_blocks = self.blocks_for(queue.room_tokens)  # of them, for one more request
         self._left = 0  # tokens of this step that are not given away yet
         self.running: dict[int, SimRequest] = {}  # by request index, in order of admission
         self.prefilling: list[SimRequest] = []
@@ -136,6 +138,7 @@ class Engine:
             due: False where ``--prefill-schedule-interval`` holds prefill beside decodes back.
         """
         batch = StepBatch()
+        preemptions = self.preemptions
         self.domain_tokens[:] = self.domain_decodes
         self._grow_decodes()
         batch.decodes, batch.kv_tokens = self.decodes, self.kv_tokens
@@ -144,7 +147,7 @@ class Engine:
             self._left = decision.budget_tokens - self.decodes
             if self.prefilling:
                 self._continue_prefills(decision.caps, batch)
-            if self.waiting:
+            if self.waiting and self.preemptions == preemptions:  # else there is no room, says vLLM
                 self._admit_waiting(now_s, batch)
             self.capacity_bound = bool(self.waiting)
             if decision is not self._whole:
@@ -171,10 +174,11 @@ class Engine:
         while self._left > 0 and len(self.running) < self.seats and self.waiting:
             entry = self._next(now_s)
             request = entry.item
-            self._look_up(request)
-            if not self._fits(request, self._left):
+            free = self.free_blocks()
+            if self.blocks_needed(request, free) > free:
                 break
             self.waiting.take(entry)
+            self.kept_blocks += self._room_blocks
             if self._gate is not None:
                 self._gate.forget(request.request_id)
             self._admit(request)
@@ -186,6 +190,7 @@ class Engine:
             admit = due or self.capacity_bound or self.decodes == 0
             return self._whole if admit else StepDecision(self.budget, False)
         view = self.view
+        self.kept_blocks = room_blocks(view, self.queue.room_tokens)
         view.now_s, view.held_back = now_s, not due
         return decide(view, self.queue)
 
@@ -200,9 +205,20 @@ class Engine:
         return self.blocks_total - self.used_blocks
 
     def blocks_needed(self, item: SimRequest, free: int) -> int:
-        """KV blocks that the request's first chunk takes."""
+        """KV blocks that must be free before the request is admitted, as on a server.
+
+        All of its prompt (``scheduler_reserve_full_isl``) but what others use already, and beside
+        running requests the room that the step's decision leaves them.
+        """
         self._look_up(item)
-        return self._first_blocks(item, self._left)
+        return self.own_blocks(item) + (self.kept_blocks if self.running else 0)
+
+    def own_blocks(self, item: SimRequest) -> int:
+        """KV blocks of all that is to be prefilled, but those that others use already."""
+        blocks = self.blocks_for(item.target)
+        if item.computed and self._cache is not None:
+            blocks -= self._cache.shared_blocks(item)
+        return blocks
 
     def _chunk(self, request: SimRequest, budget: int) -> int:
         chunk = min(request.target - request.computed, budget)
@@ -211,15 +227,6 @@ class Engine:
     def blocks_for(self, tokens: int) -> int:
         """KV blocks that hold `tokens`."""
         return -(-tokens // self.block_tokens)
-
-    def _fits(self, request: SimRequest, budget: int) -> bool:
-        return self.used_blocks + self._first_blocks(request, budget) <= self.blocks_total
-
-    def _first_blocks(self, request: SimRequest, budget: int) -> int:
-        blocks = self.blocks_for(request.computed + self._chunk(request, budget))
-        if request.computed and self._cache is not None:
-            blocks -= self._cache.shared_blocks(request)
-        return blocks
 
     def _admit(self, request: SimRequest) -> None:
         self._admissions += 1

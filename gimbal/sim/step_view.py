@@ -71,6 +71,14 @@ class EngineView:
         return self._engine.decodes
 
     @property
+    def running_requests(self) -> int:
+        return len(self._engine.running)
+
+    @property
+    def running_prefill_tokens(self) -> int:
+        return self._engine.remaining_prefill_tokens
+
+    @property
     def running(self) -> Sequence[PrefillCandidate]:
         engine, now_s = self._engine, self.now_s
         if not engine.prefilling:
@@ -91,8 +99,10 @@ class EngineView:
         if seats <= 0 or not engine.waiting:
             return ()
         free, found = engine.free_blocks(), []
+        if engine.running:
+            free -= engine.kept_blocks
         for entry in engine.waiting.first(min(seats, NEWCOMERS)):
-            free -= engine.blocks_for(entry.item.target)
+            free -= engine.own_blocks(entry.item)
             if free < 0:
                 break
             found.append(waiting_candidate(entry, strict=False))

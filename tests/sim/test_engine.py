@@ -119,6 +119,36 @@ def test_running_out_of_blocks_preempts_the_latest_and_recomputes():
     assert engine.preemptions == done[1].preemptions == 1
 
 
+def test_admission_that_leaves_room_for_growth_preempts_less():
+    def preemptions(room_tokens):
+        queue = QueueConfig(room_tokens=room_tokens)
+        engine = make_engine(blocks=40, budget=64, seats=8, ordering="gimbal", queue=queue)
+        for index in range(12):
+            engine.add(SimRequest(index, f"r{index}", 0.0, 11, 40), 0.0, 0)
+        done = []
+        for step in range(2000):
+            done += engine.finish_step(engine.schedule(float(step)), float(step))
+        assert len(done) == 12
+        return engine.preemptions
+
+    assert preemptions(0) > preemptions(16) > preemptions(40) == 0
+
+
+def test_a_prompt_of_the_whole_cache_is_admitted_once_the_others_have_ended():
+    engine = make_engine(blocks=40, budget=64, ordering="gimbal", queue=QueueConfig())
+    for index in range(3):
+        engine.add(SimRequest(index, f"r{index}", 0.0, 10, 30), 0.0, 0)
+    engine.finish_step(engine.schedule(0.0), 0.0)
+    engine.add(SimRequest(3, "whole", 0.0, 158, 2), 1.0, 0)
+    for index in range(4, 60):  # they may pass it for a while
+        engine.add(SimRequest(index, f"r{index}", 0.0, 10, 30), 1.0, 0)
+    done = []
+    for step in range(1, 2000):
+        done += engine.finish_step(engine.schedule(float(step)), float(step))
+    assert len(done) == 60
+    assert [r.request_id for r in done].index("whole") < 40
+
+
 def test_prefix_blocks_of_finished_prompts_are_not_computed_again():
     engine = make_engine(blocks=100, budget=64)
     engine.set_prefix_block_tokens(8)
@@ -183,7 +213,7 @@ def test_a_step_is_cut_to_what_a_graph_covers():
 
 def test_small_requests_pass_a_head_without_blocks_for_a_while():
     def first_steps(pass_steps):
-        queue = QueueConfig(pass_steps=pass_steps, pass_s=1e9, in_batch=False)
+        queue = QueueConfig(pass_steps=pass_steps, pass_s=1e9, in_batch=False, room_tokens=0)
         engine = make_engine(blocks=10, budget=64, ordering="fcfs", queue=queue)
         prompts = [SimRequest(0, "run", 0.0, 20, 18), SimRequest(1, "big", 0.0, 30, 2)]
         prompts += [SimRequest(2 + i, f"s{i}", 0.0, 4, 2) for i in range(6)]

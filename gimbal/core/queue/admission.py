@@ -1,9 +1,15 @@
-"""A head that does not fit in the KV cache: let smaller requests pass it, but not for ever.
+"""Who is admitted into the KV cache: what running requests grow into is left free, heads are passed.
 
-vLLM stops admitting at the first request that gets no KV blocks (vLLM #31731, #33499), so one
-large prompt idles an engine that could serve the small ones behind it. Here a blocked head may be
-passed for `max_steps` scheduling steps and `max_wait_s` seconds since it was first blocked; from
-then on it is offered alone, which keeps every block that is freed for it until it fits.
+vLLM admits whatever fits now. The next decodes then find no block, and the latest request is thrown
+out to be computed again. `room_blocks` is what admission leaves free: the rest of every prompt that
+is being prefilled, and room for some tokens more of each running request. An empty engine leaves
+nothing free, so that whatever fits at all is admitted at the latest when the others have ended.
+
+A head that does not fit may be passed by smaller requests, but not for ever. vLLM stops admitting at
+the first request that gets no KV blocks (vLLM #31731, #33499), so one large prompt idles an engine
+that could serve the small ones behind it. Here a blocked head may be passed for `max_steps`
+scheduling steps and `max_wait_s` seconds since it was first blocked; from then on it is offered
+alone, which keeps every block that is freed for it until it fits.
 """
 
 from __future__ import annotations
@@ -19,6 +25,37 @@ T_contra = TypeVar("T_contra", contravariant=True)
 
 PASS_CANDIDATES = 16
 """Requests looked at behind a head that gets no KV blocks."""
+
+
+class RunningView(Protocol):
+    """What `room_blocks` asks about an engine.
+
+    Attributes:
+        running_requests: prefills and decodes.
+        running_prefill_tokens: what running prompts lack.
+        block_tokens: tokens of a KV block.
+    """
+
+    @property
+    def running_requests(self) -> int: ...
+    @property
+    def running_prefill_tokens(self) -> int: ...
+    @property
+    def block_tokens(self) -> int: ...
+
+
+def room_blocks(view: RunningView, room_tokens: int) -> int:
+    """KV blocks that must stay free when a waiting request is admitted.
+
+    Whoever admits adds room for one more request with every request that it admits in the step.
+
+    Args:
+        room_tokens: growth of each running request that is provided for; 0: none, as in vLLM.
+    """
+    running = view.running_requests if room_tokens else 0
+    if not running:
+        return 0
+    return -(-(view.running_prefill_tokens + running * room_tokens) // view.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,7 @@ class StepDecision(NamedTuple):
 def leaves_to_vllm(config: QueueConfig) -> bool:
     """Whether `decide` never differs from vLLM's own rule: nothing is switched on."""
     sizes = config.graph_steps > 0.0 or config.interval_backlog_steps > 0.0
-    return not (config.in_batch or config.protect_decodes or sizes)
+    return not (config.in_batch or config.protect_decodes or config.room_tokens or sizes)
 
 
 def decide(view: StepView, config: QueueConfig) -> StepDecision:

@@ -14,6 +14,7 @@ _NEEDS: tuple[tuple[str, str, object], ...] = (
     ("max_wait_s", "age_limit", 0.0),
     ("in_batch", "shares_steps", False),
     ("pass_steps", "passes_blocked", 0),
+    ("room_tokens", "passes_blocked", 0),
     ("graph_steps", "sizes_steps", 0.0),
     ("interval_backlog_steps", "sizes_steps", 0.0),
     ("protect_decodes", "sizes_steps", False),

@@ -20,7 +20,8 @@ class EngineFacts:
         self.scheduler = scheduler
         self.state = state
         self.pool = scheduler.kv_cache_manager.block_pool
-        self.watermark = int(getattr(scheduler.kv_cache_manager, "watermark_blocks", 0))
+        self._manager = scheduler.kv_cache_manager
+        self._watermark = int(self._manager.watermark_blocks)
         # Most tokens that must fit at once, read once: this is asked at every admission.
         self._most_tokens = int(
             scheduler.max_model_len
@@ -52,19 +53,34 @@ class EngineFacts:
     def running_prefill_tokens(self) -> int:
         return int(self.field(Field.RUNNING_PREFILL_TOKENS))
 
+    def keep_free(self, blocks: int) -> None:
+        """Has vLLM admit nobody beside running requests into the last `blocks` free KV blocks."""
+        self._manager.watermark_blocks = max(self._watermark, blocks)
+
+    def keep_more_free(self, blocks: int) -> None:
+        """A request was admitted: so many blocks more."""
+        self._manager.watermark_blocks += blocks
+
+    def kept_blocks(self) -> int:
+        """What a waiting request must leave free."""
+        return int(self._manager.watermark_blocks) if self.scheduler.running else 0
+
     def free_blocks(self) -> int:
         return int(self.pool.get_num_free_blocks())
 
     def blocks_needed(self, item: Any, free: int) -> int:
-        """Blocks vLLM wants free before it admits the request `item` (``full_sequence_must_fit``).
+        """Blocks vLLM wants free before it admits the request `item`, those kept free included."""
+        kept = self.kept_blocks()
+        return self.own_blocks(item, free - kept) + kept
+
+    def own_blocks(self, item: Any, free: int) -> int:
+        """Blocks the request `item` takes (``full_sequence_must_fit``).
 
         Shared-prefix blocks that are in use need no free one; they are looked up only when the
         request would not fit otherwise.
         """
         tokens = min(item.num_tokens, self._most_tokens)
         needed: int = -(-tokens // self._block_tokens)
-        if self.watermark and self.scheduler.running:
-            needed += self.watermark
         if needed > free and item.num_computed_tokens == 0:
             groups = self.scheduler.kv_cache_manager.get_computed_blocks(item)[0].blocks
             needed -= sum(block.ref_cnt > 0 for group in groups[:1] for block in group)

@@ -3,7 +3,8 @@
 `GimbalQueueMixin` sits in front of the scheduler class. Per step it sets, through levers vLLM
 has, what core decided: ``max_num_scheduled_tokens`` (CUDA graphs, decode protection); for a
 running prefill that yields to shorter newcomers and to decodes its chunk
-(``_reserve_prefill_lookahead``, which vLLM asks about every chunk it is about to schedule); and
+(``_reserve_prefill_lookahead``, which vLLM asks about every chunk it is about to schedule); the KV
+blocks that admission leaves free (``KVCacheManager.watermark_blocks``); and
 ``prefill_capacity_bound``, which lifts vLLM's prefill interval. vLLM's ``schedule()`` itself is
 untouched. Once the level has switched itself off, ``scheduler.waiting`` is vLLM's own queue again.
 """
@@ -20,7 +21,7 @@ from gimbal.core.contracts import QueueOrdering, traits_of
 from gimbal.core.errors import InputError
 from gimbal.core.guard import LevelGuard
 from gimbal.core.queue import ORDERINGS
-from gimbal.core.queue.admission import BlockedHeadGate
+from gimbal.core.queue.admission import BlockedHeadGate, room_blocks
 from gimbal.core.queue.step import StepDecision, StepMemory, decide, leaves_to_vllm
 from gimbal.core.queue.traits import lacking, usable
 from gimbal.core.snapshot import Field
@@ -118,7 +119,10 @@ class QueueLevel:
             queue.bound_s = getattr(ordering, "bound_s", None)
             # Blocks are counted for one kind of layer only: hybrid models keep vLLM's rule.
             plain = len(self.scheduler.kv_cache_config.kv_cache_groups) == 1
-            passing = allowed.pass_steps > 0 and plain
+            if not plain:
+                allowed = replace(allowed, pass_steps=0, room_tokens=0)
+            passing = allowed.pass_steps > 0
+            queue.room_blocks = -(-allowed.room_tokens // self.view.block_tokens)
             queue.gate = BlockedHeadGate(config.pass_steps, config.pass_s) if passing else None
             self.usable, self._leaves_to_vllm = allowed, leaves_to_vllm(allowed)
         self.ordering, self.config = name, config
@@ -163,6 +167,7 @@ class QueueLevel:
         idle = view.nothing_to_prefill and config.interval_backlog_steps <= 0.0
         if idle or self._leaves_to_vllm or self.queue.fallback is not None:
             return view.budget_tokens, {}
+        self.facts.keep_free(room_blocks(view, config.room_tokens))
         decision = self._decision = decide(view, config)
         if decision.lifted is not None:
             self.scheduler.prefill_capacity_bound = decision.lifted
@@ -247,6 +252,7 @@ class GimbalQueueMixin:
             output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.max_num_scheduled_tokens = whole
+            level.facts.keep_free(0)
             if caps:
                 del self._reserve_prefill_lookahead
         guard.run("step", level.end_step, output.total_num_scheduled_tokens)

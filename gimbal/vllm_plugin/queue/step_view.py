@@ -132,6 +132,14 @@ class SchedulerView:
         return tokens
 
     @property
+    def running_requests(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def running_prefill_tokens(self) -> int:
+        return self.facts.running_prefill_tokens()
+
+    @property
     def running(self) -> Sequence[PrefillCandidate]:
         scheduler = self.scheduler
         if not self.can_share or not scheduler._inflight_prefills:
@@ -157,15 +165,15 @@ class SchedulerView:
         seats -= len(scheduler.running) + len(come)
         if seats <= 0:
             return come
-        free, strict = self.facts.free_blocks(), self._strict()
-        found = come
+        facts, strict, found = self.facts, self._strict(), come
+        free = facts.free_blocks() - facts.kept_blocks()
         for entry in self.queue.heap.first(min(seats, NEWCOMERS)):
             request = entry.item
             if request.status not in _PLAIN:
                 continue
-            if self.facts.loads(request):
+            if facts.loads(request):
                 continue  # nothing is computed for it in this step
-            free -= self.facts.blocks_needed(request, free)
+            free -= facts.own_blocks(request, free)
             if free < 0:
                 break
             found.append(waiting_candidate(entry, strict))

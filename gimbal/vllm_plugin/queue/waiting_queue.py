@@ -51,6 +51,10 @@ class QueueFacts(KvRoom[Request], Protocol):
         """Prompt tokens that admitted requests still lack."""
         ...
 
+    def keep_more_free(self, blocks: int) -> None:
+        """Admission leaves so many KV blocks more free, until the step's end."""
+        ...
+
 
 class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
     """The waiting queue of one engine.
@@ -65,6 +69,7 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
     Attributes:
         heap: what waits, while Gimbal orders it.
         gate: lets requests pass a head without KV blocks; None where nobody passes.
+        room_blocks: KV blocks that admission leaves free for the growth of one request.
         bound_s: the ordering's promise to a newcomer; None where it makes none.
         fallback: vLLM's own queue, while that one orders; None while Gimbal does.
         ours: Gimbal is to order. False once the level is switched off.
@@ -86,6 +91,7 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         self.clock = clock
         self.heap: WaitingHeap[Request] = WaitingHeap(ordering, max_wait_s, priority_tokens)
         self.gate: BlockedHeadGate | None = None
+        self.room_blocks = 0
         self.bound_s: Callable[[float, int, float], float] | None = None
         self.passes = 0
         self.served_tokens = 0.0
@@ -300,6 +306,8 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         request = self.heap.take(entry).item
         entry.item = None  # the request knows its entry: no cycle may outlive the queue
         self.served_tokens += entry.request.uncached_tokens
+        if self.room_blocks:
+            self.facts.keep_more_free(self.room_blocks)
         if self.gate is not None:
             self.gate.forget(request.request_id)
         return request

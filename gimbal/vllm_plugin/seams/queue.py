@@ -154,6 +154,28 @@ SEAMS: tuple[Seam, ...] = (
         also=(("self", "request", "max_cache_hit_length"),),
     ),
     Seam(
+        "v1.core.kv_cache_manager",
+        "KVCacheManager.allocate_slots",
+        (
+            "self",
+            "request",
+            "num_new_tokens",
+            "num_new_computed_tokens",
+            "new_computed_blocks",
+            "num_lookahead_tokens",
+            "num_external_computed_tokens",
+            "delay_cache_blocks",
+            "num_encoder_tokens",
+            "full_sequence_must_fit",
+            "reserved_blocks",
+            "has_scheduled_reqs",
+            "skip_zeroing_group_ids",
+        ),
+        "queue",
+        "leaves free, beside running requests, the blocks that `watermark_blocks` says",
+        patched=False,
+    ),
+    Seam(
         "v1.metrics.loggers",
         "StatLoggerManager.__init__",
         (

@@ -1,4 +1,8 @@
-from gimbal.core.queue.admission import BlockedHeadGate, KvNeed
+from types import SimpleNamespace
+
+import pytest
+
+from gimbal.core.queue.admission import BlockedHeadGate, KvNeed, room_blocks
 
 BIG, SMALL, TINY = KvNeed("big", 100), KvNeed("small", 10), KvNeed("tiny", 1)
 
@@ -30,3 +34,20 @@ def test_a_head_overtaken_by_another_keeps_its_count_and_loses_it_when_it_leaves
     assert gate.choose([BIG, TINY], 5, 3, 0.0) == 0
     gate.forget("big")
     assert gate.choose([BIG, TINY], 5, 4, 0.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("running", "prefill_left", "room", "blocks"),
+    [
+        (0, 0, 64, 0),  # whatever fits at all starts in an empty engine
+        (3, 0, 0, 0),
+        (3, 500, 0, 0),
+        (3, 0, 64, 12),
+        (3, 500, 64, 44),  # the rest of a prompt counts whole: 692 tokens
+    ],
+)
+def test_admission_leaves_what_running_requests_grow_into(running, prefill_left, room, blocks):
+    view = SimpleNamespace(
+        running_requests=running, running_prefill_tokens=prefill_left, block_tokens=16
+    )
+    assert room_blocks(view, room) == blocks

@@ -214,6 +214,7 @@ def test_an_ordering_goes_without_what_it_does_not_declare():
         "max_wait_s (age_limit)",
         "in_batch (shares_steps)",
         "pass_steps (passes_blocked)",
+        "room_tokens (passes_blocked)",
         "graph_steps (sizes_steps)",
     ]
     able = OrderingTraits(False, True, True, True, True)

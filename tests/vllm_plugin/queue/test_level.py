@@ -166,7 +166,8 @@ def test_fcfs_schedules_exactly_as_vllm(build):
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 @pytest.mark.parametrize("ordering", ["gimbal", "hrrn"])
 def test_nothing_is_lost_under_preemption_aborts_and_switching(build, policy, ordering):
-    scheduler = build({"queue": {"ordering": ordering}}, blocks=160, seats=16, policy=policy)
+    queue = {"ordering": ordering, "room_tokens": 0}  # with room hardly anybody is preempted
+    scheduler = build({"queue": queue}, blocks=160, seats=16, policy=policy)
     rng = random.Random(7)
     added, ended, preempted, step = 0, set(), 0, 0
     while added < 150 or scheduler.has_requests():
@@ -201,6 +202,31 @@ def test_nothing_is_lost_under_preemption_aborts_and_switching(build, policy, or
     assert len(scheduler.waiting.heap) == 0
 
 
+@pytest.mark.parametrize("watermark", [0.0, 0.05])
+def test_admission_leaves_running_requests_room_to_grow(build, watermark):
+    """vLLM's own watermark is raised for each step, and is as configured after it."""
+
+    def preemptions(room_tokens):
+        queue = {"room_tokens": room_tokens}
+        scheduler = build({"queue": queue}, blocks=101, seats=32, watermark=watermark)
+        manager = scheduler.kv_cache_manager
+        before, preempted, step = manager.watermark_blocks, 0, 0
+        assert before == int(watermark * 101)
+        for index in range(40):
+            scheduler.add_request(real.request(f"r{index}", 60, 100, arrival=index))
+        while scheduler.has_requests():
+            step += 1
+            assert step < 5000
+            output = scheduler.schedule()
+            assert manager.watermark_blocks == before
+            preempted += len(output.preempted_req_ids or ())
+            real.finish_step(scheduler, output)
+        assert scheduler.gimbal_queue.guard.counts == {}
+        return preempted
+
+    assert preemptions(0) > preemptions(32) > preemptions(100) == 0
+
+
 def real_status(name):
     from vllm.v1.request import RequestStatus
 
@@ -214,7 +240,7 @@ def test_a_broken_queue_hands_over_to_vllm_without_losing_a_request(
 ):
     from gimbal.core.queue.heap import WaitingHeap
 
-    scheduler = build({}, blocks=130, seats=16)
+    scheduler = build({"queue": {"room_tokens": 0}}, blocks=130, seats=16)
     level = scheduler.gimbal_queue
     target = type(level.queue.heap.ordering) if broken == "key" else WaitingHeap
     calls = []
