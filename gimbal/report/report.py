@@ -24,7 +24,9 @@ from gimbal.report.table import (
     STATISTICS,
     backlog_text,
     measured_text,
+    ratios_title,
     unsteady,
+    verdict,
 )
 from gimbal.report.window import window_of
 
@@ -66,7 +68,8 @@ def run_sections(info: RunInfo, charts: dict[str, list[Chart]]) -> list[str]:
     names = list(result["arms"])
     sections = [_summary(info, result)]
     if result["ratios"]:
-        sections += ["<h2>Ratios with 95 % intervals</h2>", _ratios(result["ratios"])]
+        title = f'<p class="soft">{escape(ratios_title(result))}</p>'
+        sections += ["<h2>Ratios</h2>", title, _ratios(result["ratios"])]
     sections += ["<h2>Arms</h2>", _arms(result["arms"], names)]
     for title, own in charts.items():
         sections += [f"<h2>{escape(title)}</h2>", figures(own) if own else _missing(title)]
@@ -130,15 +133,13 @@ def _arms(arms: dict[str, Any], names: Sequence[str]) -> str:
     return table(["", *map(escape, names)], rows)
 
 
-def _ratio(values: dict[str, float | None], lower_is_better: bool) -> str:
+def _ratio(values: dict[str, Any], lower_is_better: bool) -> str:
     ratio, low, high = values["ratio"], values["low"], values["high"]
     if ratio is None:
         return "–"
     if low is None or high is None:
         return f"{ratio:.2f}"
-    style = ""
-    if high < 1 or low > 1:
-        style = "good" if (high < 1) == lower_is_better else "bad"
+    style = {"green": "good", "red": "bad", "": ""}[verdict(values, lower_is_better)]
     return f'<span class="{style}">{ratio:.2f}</span> <small>{low:.2f} to {high:.2f}</small>'
 
 
