@@ -135,6 +135,7 @@ class BenchSession:
                 job,
                 lambda j: run_replay(j, self._on_progress),
                 turn_requests=lambda rps: self._turn_requests(load * rps),
+                say=self._say,
             )
             endpoint.wait_idle(options.timeout_s)
         self.rate_rps = load * self.capacity_rps
