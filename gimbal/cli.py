@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "vLLM's OpenAI server with Gimbal on",
     "bench": "replay a trace against live servers and compare arms in turns",
     "simulate": "answer 'what would it do on my cluster and trace?' offline",
+    "goodput": "find the highest rate at which requests keep their targets, simulated",
     "reproduce": "repeat the paper's evaluation, simulated or live",
     "place": "plan an expert placement from recorded routing",
     "top": "watch a running server in the terminal",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gimbal.core.contracts import FloatArray
+from gimbal.report.student import quantile
 from reproduction.matrix import FIRST_SEED, Task
 
 METRICS = {
@@ -48,8 +49,6 @@ KNEE = 1.5
 LOSS = 1e-3
 """Smaller differences are called even."""
 DRAWS = 1000
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""0.975 quantiles of Student's t for 1, 2, ... degrees of freedom; the last one is used beyond."""
 
 Key = tuple[str, str, float, int]
 """Scenario, distribution, load, seed."""
@@ -112,7 +111,7 @@ def paired_interval(logs: FloatArray) -> tuple[float, float] | None:
     count = len(logs)
     if count < 2:
         return None
-    reach = STUDENT[min(count - 2, len(STUDENT) - 1)] * logs.std(ddof=1) / np.sqrt(count)
+    reach = quantile(count - 1) * logs.std(ddof=1) / np.sqrt(count)
     return float(logs.mean() - reach), float(logs.mean() + reach)
 
 

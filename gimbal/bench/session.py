@@ -40,7 +40,7 @@ class BenchOptions:
         trace: where requests come from.
         workload: what is taken from it; its rate is replaced when `load` is set.
         repeats: turns of every arm.
-        seed: of workloads, prompts and bootstrap.
+        seed: of workloads and prompts.
         salt: makes prompts differ from those of any earlier benchmark on the same server.
         duration_s: span of arrivals of one turn when the workload does not say how many requests.
         load: fraction of the measured capacity, or None for the workload's own rate.
@@ -135,6 +135,7 @@ class BenchSession:
                 job,
                 lambda j: run_replay(j, self._on_progress),
                 turn_requests=lambda rps: self._turn_requests(load * rps),
+                say=self._say,
             )
             endpoint.wait_idle(options.timeout_s)
         self.rate_rps = load * self.capacity_rps
@@ -261,12 +262,11 @@ class BenchSession:
         base = self.base
         if base not in done or len(done) < 2:
             return {}
-        rng = np.random.default_rng([self.options.seed, 0xB007])
         pair = {name: done[name] for name in (PAPER_BASE, "gimbal") if name in done}
         ratios: dict[str, Any] = {}
         for against, runs in ((base, done), (PAPER_BASE, pair)):
             if against in runs and len(runs) > 1:
-                intervals = compare(runs, against, slo, rng)
+                intervals = compare(runs, against, slo)
                 ratios |= {f"{name}/{against}": nested(own) for name, own in intervals.items()}
         return ratios
 

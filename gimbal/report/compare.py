@@ -4,32 +4,44 @@ Turns. Machines drift, and what ran before leaves traces, so each repeat runs ev
 an order in which every arm follows every other equally often (a Williams design: A B, B A for
 two arms), as far as the number of repeats reaches.
 
-Ratios. In one repeat every arm gets the same requests at the same times. A bootstrap draw takes
-repeats with replacement, and within each drawn repeat request positions with replacement; the
-same draw is applied to both arms, so what makes a request slow in any arm cancels. The interval
-is the 2.5 to 97.5 percentile of the ratio over draws. It answers: over other requests from this
-trace and other runs on this machine, where would this ratio lie? It does not cover another trace,
-load or machine. With one repeat it knows nothing of differences between runs and is too narrow;
-requests of one run share its queue, which only the drawing of repeats accounts for, so with
-fewer than about five repeats read it as a lower bound of the uncertainty.
+Ratios. In one repeat every arm gets the same requests at the same times, so that what makes a
+request slow in any arm cancels. Turns are the unit of noise: requests of one turn share its queue
+and its machine, and however many there are they say nothing of the next turn. A ratio is that of
+the statistics over all turns; its standard error comes from leaving out each turn in both arms
+(jackknife, of the logarithm), and its 95 % interval from Student's t with a degree of freedom less
+than there are turns. With fewer than `LEAST_TURNS` there is none. The interval answers: over other
+requests from this trace and other turns on this machine, where would this ratio lie? It does not
+cover another trace, load or machine.
+
+Differences. Of the many ratios of one comparison one in twenty would leave its interval by chance
+alone. One is called a difference where it stands when all of them are asked at once (Holm's
+procedure, 5 % for the comparison as a whole), so that an arm against itself shows none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from gimbal.records.schema import RequestRecord
-from gimbal.report.metrics import LATENCIES, STATISTICS, Samples, Slo, duration_s, samples
+from gimbal.report.metrics import (
+    LATENCIES,
+    Slo,
+    duration_s,
+    pooled_itl_ms,
+    samples,
+    statistics,
+)
+from gimbal.report.student import CONFIDENCE, quantile, within
 from gimbal.report.window import Window
 
 FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 RATES = ("throughput_rps", "output_tokens_per_s", "goodput_rps")
-QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+LEAST_TURNS = 5
+"""Turns of every arm without which nothing is said of noise."""
 
 Runs = Sequence[Sequence[RequestRecord]]
 
@@ -60,107 +72,55 @@ def turns(arms: Sequence[str], repeats: int) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Interval:
-    """A ratio and its 95 % interval."""
+    """A ratio and its 95 % interval, NaN where there is none.
+
+    Attributes:
+        differs: it is no 1, all ratios of the comparison asked at once; None: nobody can tell.
+    """
 
     ratio: float
-    low: float
-    high: float
+    low: float = float("nan")
+    high: float = float("nan")
+    differs: bool | None = None
 
-    def to_json(self) -> dict[str, float]:
-        return {"ratio": self.ratio, "low": self.low, "high": self.high}
-
-
-@dataclass(frozen=True)
-class _Sorted:
-    """Values in ascending order with the flat request position each belongs to."""
-
-    values: FloatArray
-    position: IntArray
-
-    def statistics(self, counts: IntArray) -> dict[str, float]:
-        """Mean and percentiles of the sample in which value i occurs counts[position i] times.
-
-        Percentiles interpolate linearly, as numpy does on the repeated values.
-        """
-        weight = counts[self.position]
-        total = int(weight.sum())
-        if total == 0:
-            return dict.fromkeys(STATISTICS, float("nan"))
-        reached = np.cumsum(weight)
-        result = {"mean": float(weight @ self.values) / total}
-        last = len(self.values) - 1
-        for name, q in QUANTILES.items():
-            place = q * (total - 1)
-            below = int(place)
-            ends = np.searchsorted(reached, [below, min(below + 1, total - 1)], side="right")
-            low, high = self.values[np.minimum(ends, last)]
-            result[name] = float(low + (high - low) * (place - below))
-        return result
+    def to_json(self) -> dict[str, float | bool | None]:
+        """Its fields; what is NaN is null."""
+        numbers = {"ratio": self.ratio, "low": self.low, "high": self.high}
+        finite = {k: v if np.isfinite(v) else None for k, v in numbers.items()}
+        return {**finite, "differs": self.differs}
 
 
-class _ArmSamples:
-    """One arm's runs, flattened over repeats; position = offset of the repeat + request index."""
+class _Turn:
+    """One arm's run: values by latency, and amounts by rate with the seconds they took."""
 
-    def __init__(
-        self, runs: Runs, offsets: IntArray, slo: Slo, window: Window | None = None
-    ) -> None:
-        total = int(offsets[-1])
-        self.done = np.zeros(total)
-        self.good = np.zeros(total)
-        self.tokens = np.zeros(total)
-        self.durations = np.array([window.seconds if window else duration_s(run) for run in runs])
-        values: dict[str, list[FloatArray]] = {name: [] for name in LATENCIES}
-        positions: dict[str, list[IntArray]] = {name: [] for name in LATENCIES}
-        for repeat, run in enumerate(runs):
-            index = {r.request_id: r.index for r in run}
-            ended = samples(window.ended(run) if window else run)
-            place = _places(ended, index) + offsets[repeat]
-            self.done[place] = 1
-            self.good[place] = ended.good(slo)
-            self.tokens[place] = ended.output_tokens
-            sample = samples(window.arrived(run) if window else run)
-            place = _places(sample, index) + offsets[repeat]
-            for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
-                column: FloatArray = getattr(sample, name)
-                keep = np.isfinite(column)
-                values[name].append(column[keep])
-                positions[name].append(place[keep])
-            values["itl_ms"].extend(sample.itl_ms)
-            positions["itl_ms"].extend(
-                np.full(len(gaps), where) for gaps, where in zip(sample.itl_ms, place, strict=True)
-            )
-        self.latencies = {n: _sorted(values[n], positions[n]) for n in LATENCIES}
-
-    def evaluate(self, counts: IntArray, repeats: IntArray) -> dict[str, float]:
-        """Every metric under one draw; keys are ``metric`` or ``metric.statistic``."""
-        result = {}
-        for name, column in self.latencies.items():
-            for key, value in column.statistics(counts).items():
-                result[f"{name}.{key}"] = value
-        time_s = float(self.durations @ repeats)
-        for name, amount in zip(RATES, (self.done, self.tokens, self.good), strict=True):
-            result[name] = float(counts @ amount) / time_s if time_s > 0 else float("nan")
-        return result
+    def __init__(self, run: Sequence[RequestRecord], slo: Slo, window: Window | None) -> None:
+        sample = samples(run if window is None else window.arrived(run))
+        ended = samples(run if window is None else window.ended(run))
+        self.values: dict[str, FloatArray] = {"itl_ms": pooled_itl_ms(sample)}
+        for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
+            column: FloatArray = getattr(sample, name)
+            self.values[name] = column[np.isfinite(column)]
+        amounts = (len(ended.request_ids), ended.output_tokens.sum(), ended.good(slo).sum())
+        self.amounts = dict(zip(RATES, map(float, amounts), strict=True))
+        self.seconds = duration_s(run) if window is None else window.seconds
 
 
-def _places(sample: Samples, index: Mapping[str, int]) -> IntArray:
-    return np.array([index[i] for i in sample.request_ids], dtype=np.int64)
-
-
-def _sorted(values: list[FloatArray], positions: list[IntArray]) -> _Sorted:
-    flat = np.concatenate(values) if values else np.empty(0)
-    where = np.concatenate(positions) if positions else np.empty(0, dtype=np.int64)
-    order = np.argsort(flat, kind="stable")
-    return _Sorted(flat[order], where[order].astype(np.int64))
+def _evaluate(turns: Sequence[_Turn]) -> dict[str, float]:
+    """Every metric over `turns`; keys are ``metric`` or ``metric.statistic``, NaN without value."""
+    result = {}
+    for name in LATENCIES:
+        pooled = np.concatenate([turn.values[name] for turn in turns])
+        for key, value in statistics(pooled).items():
+            result[f"{name}.{key}"] = np.nan if value is None else value
+    seconds = sum(turn.seconds for turn in turns)
+    for name in RATES:
+        amount = sum(turn.amounts[name] for turn in turns)
+        result[name] = amount / seconds if seconds > 0 else np.nan
+    return result
 
 
 def compare(
-    arms: Mapping[str, Runs],
-    base: str,
-    slo: Slo,
-    rng: np.random.Generator,
-    draws: int = 1000,
-    window: Window | None = None,
+    arms: Mapping[str, Runs], base: str, slo: Slo, window: Window | None = None
 ) -> dict[str, dict[str, Interval]]:
     """Ratios of every other arm to `base`: arm -> metric -> interval.
 
@@ -168,71 +128,67 @@ def compare(
         arms: name -> one list of records per repeat; repeat k has the same requests in each arm.
         base: the denominator.
         slo: what goodput counts.
-        rng: source of the draws.
-        draws: bootstrap samples.
         window: the measured part of every run; None measures whole runs.
 
-    A ratio is NaN where an arm has no value; so are the ends of an interval that needs more than
-    one repeat: the rate of completions depends on how long a run took, not on which request.
+    A ratio is NaN where an arm has no value.
     """
-    repeats = min(len(runs) for runs in arms.values())
-    sizes = [
-        max((r.index + 1 for runs in arms.values() for r in runs[k]), default=0)
-        for k in range(repeats)
-    ]
-    offsets = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
-    prepared = {n: _ArmSamples(runs[:repeats], offsets, slo, window) for n, runs in arms.items()}
-    once = np.ones(offsets[-1], dtype=np.int64)
-    point = {n: a.evaluate(once, np.ones(repeats, np.int64)) for n, a in prepared.items()}
-    drawn: dict[str, dict[str, list[float]]] = {
-        name: {metric: [] for metric in point[base]} for name in arms if name != base
+    count = min(len(runs) for runs in arms.values())
+    turns = {n: [_Turn(run, slo, window) for run in runs[:count]] for n, runs in arms.items()}
+    left = range(count) if count >= LEAST_TURNS else ()
+    whole = {name: _evaluate(own) for name, own in turns.items()}
+    without = {
+        name: [_evaluate([*own[:k], *own[k + 1 :]]) for k in left] for name, own in turns.items()
     }
-    for _ in range(draws):
-        picked = rng.multinomial(repeats, np.full(repeats, 1.0 / repeats))
-        counts = _request_counts(picked, sizes, rng)
-        values = {n: a.evaluate(counts, picked) for n, a in prepared.items()}
-        for name, columns in drawn.items():
-            for metric, column in columns.items():
-                column.append(_ratio(values[name][metric], values[base][metric]))
-    if repeats == 1:
-        for columns in drawn.values():
-            columns["throughput_rps"] = columns["output_tokens_per_s"] = []
-    return {
-        name: {
-            metric: _interval(_ratio(point[name][metric], point[base][metric]), column)
-            for metric, column in columns.items()
-        }
-        for name, columns in drawn.items()
-    }
-
-
-def _request_counts(picked: IntArray, sizes: Sequence[int], rng: np.random.Generator) -> IntArray:
-    """[requests of all repeats] how often each position was drawn."""
-    parts = []
-    for times, size in zip(picked, sizes, strict=True):
-        part = rng.integers(0, size, size=int(times) * size) if size else np.empty(0, np.int64)
-        parts.append(np.bincount(part, minlength=size))
-    counts: IntArray = np.concatenate(parts).astype(np.int64)
-    return counts
+    result = {}
+    for name in arms:
+        if name == base:
+            continue
+        found = {}
+        for metric, value in whole[name].items():
+            pairs = zip(without[name], without[base], strict=True)
+            parts = [_ratio(ours[metric], theirs[metric]) for ours, theirs in pairs]
+            found[metric] = _interval(_ratio(value, whole[base][metric]), parts)
+        result[name] = _judged(found)
+    return result
 
 
 def _ratio(value: float, base: float) -> float:
     return value / base if base else float("nan")
 
 
-def _interval(ratio: float, draws: Sequence[float]) -> Interval:
-    finite = np.array([d for d in draws if np.isfinite(d)])
-    if not len(finite):
-        return Interval(ratio, float("nan"), float("nan"))
-    low, high = np.percentile(finite, [2.5, 97.5])
-    return Interval(ratio, float(low), float(high))
+def _interval(ratio: float, without: Sequence[float]) -> tuple[Interval, float]:
+    """The ratio's interval, and how likely it is as far from 1 by chance; NaN without one.
+
+    Args:
+        without: the ratio as each turn is left out.
+    """
+    count = len(without)
+    if not count or not all(np.isfinite(r) and r > 0 for r in (ratio, *without)):
+        return Interval(ratio), float("nan")
+    logs, middle = np.log(without), float(np.log(ratio))
+    error = float(np.sqrt((count - 1) / count * ((logs - logs.mean()) ** 2).sum()))
+    reach = quantile(count - 1) * error
+    chance = 1.0 if middle == 0 else 1 - within(abs(middle) / error, count - 1) if error else 0.0
+    interval = Interval(ratio, float(np.exp(middle - reach)), float(np.exp(middle + reach)))
+    return interval, chance
+
+
+def _judged(found: Mapping[str, tuple[Interval, float]]) -> dict[str, Interval]:
+    """The intervals with what differs: the least likely as far as each stands beside the rest."""
+    asked = sorted((c, metric) for metric, (_, c) in found.items() if np.isfinite(c))
+    stands = True
+    result = {metric: interval for metric, (interval, _) in found.items()}
+    for place, (chance, metric) in enumerate(asked):
+        stands = stands and chance * (len(asked) - place) <= 1 - CONFIDENCE
+        result[metric] = replace(result[metric], differs=stands)
+    return result
 
 
 def nested(ratios: Mapping[str, Interval]) -> dict[str, object]:
-    """``metric.statistic`` keys as nested objects, in the shape of ``--json``; NaN is null."""
+    """``metric.statistic`` keys as nested objects, in the shape of ``--json``."""
     result: dict[str, object] = {}
     for key, interval in ratios.items():
-        values = {k: v if np.isfinite(v) else None for k, v in interval.to_json().items()}
+        values = interval.to_json()
         metric, _, statistic = key.partition(".")
         if statistic:
             inner = result.setdefault(metric, {})

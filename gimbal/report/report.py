@@ -24,7 +24,9 @@ from gimbal.report.table import (
     STATISTICS,
     backlog_text,
     measured_text,
+    ratios_title,
     unsteady,
+    verdict,
 )
 from gimbal.report.window import window_of
 
@@ -68,7 +70,8 @@ def run_sections(info: RunInfo, charts: dict[str, list[Chart]]) -> list[str]:
     sections.append(_summary(info, result))
     tables = ["<h2>Arms</h2>" + _arms(result["arms"], names)]
     if result["ratios"]:
-        tables.insert(0, "<h2>Ratios with 95 % intervals</h2>" + _ratios(result["ratios"]))
+        title = f'<h2>Ratios</h2><p class="soft">{escape(ratios_title(result))}</p>'
+        tables.insert(0, title + _ratios(result["ratios"]))
     sections.append(beside(tables))
     for title, own in charts.items():
         sections += [f"<h2>{escape(title)}</h2>", figures(own) if own else _missing(title)]
@@ -88,13 +91,12 @@ def _headline(name: str, ratios: dict[str, Any]) -> str:
     return f'<p class="headline"><b>{escape(arm)} against {escape(base)}</b>: {rest}.</p>'
 
 
-def _change(title: str, values: dict[str, float | None]) -> str:
-    ratio, low, high = values["ratio"], values["low"], values["high"]
-    assert ratio is not None
+def _change(title: str, values: dict[str, Any]) -> str:
+    ratio = values["ratio"]
     change = f"{100 * abs(ratio - 1):.0f} % {'lower' if ratio < 1 else 'higher'}"
-    if low is None or high is None:
+    if values["low"] is None:
         return f"{title} {change}, without an interval"
-    if low <= 1 <= high:
+    if not values["differs"]:
         return f"{title} the same within noise ({100 * (ratio - 1):+.0f} %)"
     style = "good" if ratio < 1 else "bad"
     return f'{title} <span class="{style}">{change}</span>'
@@ -157,15 +159,13 @@ def _arms(arms: dict[str, Any], names: Sequence[str]) -> str:
     return table(["", *map(escape, names)], rows)
 
 
-def _ratio(values: dict[str, float | None], lower_is_better: bool) -> str:
+def _ratio(values: dict[str, Any], lower_is_better: bool) -> str:
     ratio, low, high = values["ratio"], values["low"], values["high"]
     if ratio is None:
         return "–"
     if low is None or high is None:
         return f"{ratio:.2f}"
-    style = ""
-    if high < 1 or low > 1:
-        style = "good" if (high < 1) == lower_is_better else "bad"
+    style = {"green": "good", "red": "bad", "": ""}[verdict(values, lower_is_better)]
     return f'<span class="{style}">{ratio:.2f}</span> <small>{low:.2f} to {high:.2f}</small>'
 
 

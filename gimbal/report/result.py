@@ -21,6 +21,7 @@ class _Ratio:
     ratio: Number | None
     low: Number | None
     high: Number | None
+    differs: bool | None = None
 
 
 @dataclass(frozen=True)

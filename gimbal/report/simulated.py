@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from gimbal.records.schema import RequestRecord
 from gimbal.report.compare import compare, nested
 from gimbal.report.metrics import Slo, balance, summarize
@@ -45,15 +43,14 @@ def report_of(
     """The report over `runs` of the arms `names`; ratios are to the arm `base`.
 
     Args:
-        seed: of the bootstrap's draws.
+        seed: of the first repeat.
         window: the measured part of every run; None measures whole runs.
     """
     by_arm = {name: [run for run in runs if run.arm == name] for name in names}
     ratios: dict[str, Any] = {}
     if len(names) > 1:
         records = {name: [list(run.records) for run in own] for name, own in by_arm.items()}
-        rng = np.random.default_rng([seed, 0xB007])
-        intervals = compare(records, base, slo, rng, window=window)
+        intervals = compare(records, base, slo, window)
         ratios = {f"{name}/{base}": nested(metrics) for name, metrics in intervals.items()}
     return {
         "arms": {name: _summary(own, slo, window) for name, own in by_arm.items()},

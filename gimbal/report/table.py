@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gimbal.report.compare import LEAST_TURNS
 from gimbal.report.window import Window, window_of
 
 LATENCIES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2e_ms": "E2E"}
@@ -67,22 +68,42 @@ def backlog_text(arm: dict[str, Any]) -> str:
     return "bounded" if backlog["bounded"] else f"grows {backlog['growth']:.0%}"
 
 
-def _ratio_cell(values: dict[str, float | None], lower_is_better: bool) -> Text:
+def _ratio_cell(values: dict[str, Any], lower_is_better: bool) -> Text:
     ratio, low, high = values["ratio"], values["low"], values["high"]
     if ratio is None:
         return Text("-")
     if low is None or high is None:
         return Text(f"{ratio:.2f}")
-    style = ""
-    if high < 1 or low > 1:
-        style = "green" if (high < 1) == lower_is_better else "red"
-    return Text(f"{ratio:.2f} [{low:.2f}, {high:.2f}]", style=style)
+    return Text(f"{ratio:.2f} [{low:.2f}, {high:.2f}]", style=verdict(values, lower_is_better))
+
+
+def verdict(values: dict[str, Any], lower_is_better: bool) -> str:
+    """``green`` for a gain, ``red`` for a loss, nothing where no difference is known."""
+    if not values.get("differs"):
+        return ""
+    return "green" if (values["ratio"] < 1) == lower_is_better else "red"
+
+
+def ratios_title(report: dict[str, Any]) -> str:
+    """What the ratios of a report are, and what their intervals are worth."""
+    if any(cell["low"] is not None for cell in _cells(report["ratios"])):
+        return "Ratios, 95 % intervals; coloured: a difference even with all rows asked at once"
+    return (
+        f"Ratios without intervals: fewer than {LEAST_TURNS} turns of an arm say nothing of noise "
+        f"(--repeat {LEAST_TURNS})"
+    )
+
+
+def _cells(ratios: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for own in ratios.values():
+        for metric in (*LATENCIES, *RATES):
+            found = own[metric]
+            yield from [found] if "ratio" in found else found.values()
 
 
 def _ratios_table(ratios: dict[str, Any]) -> Table:
     table = Table(
-        title="Ratios, 95 % intervals (below 1 is better for times, above 1 for rates)",
-        title_justify="left",
+        title="Ratios (below 1 is better for times, above 1 for rates)", title_justify="left"
     )
     table.add_column("", no_wrap=True)
     for name in ratios:
@@ -201,7 +222,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print(_arms_table(part))
     for part in _parts(report["ratios"], console.width - LABEL, RATIO_CELL):
         console.print(_ratios_table(part))
-    for line in _footer(report):
+    lines = [ratios_title(report)] if report["ratios"] else []
+    for line in [*lines, *_footer(report)]:
         console.print(line, highlight=False, soft_wrap=True)
     for line in warnings(report):
         console.print(f"warning: {line}", style="yellow", highlight=False, soft_wrap=True)

@@ -24,13 +24,14 @@ import gimbal
 from gimbal.core.caches import user_cache
 from gimbal.core.config_sources import to_mapping
 from gimbal.core.errors import InputError
+from gimbal.core.files import structured
 from gimbal.core.json_text import read_object, to_json
 from gimbal.core.numbers import real
 from gimbal.report.arms import Arm
-from gimbal.sim.probes import LEAST_STAYS, Bed, Probe, Traffic, settled_probe
+from gimbal.sim.probes import Bed, Probe, Traffic, settled_probe
 from gimbal.workloads import Trace
 
-FORMAT = 1
+FORMAT = 2
 """Of a kept capacity; raise it when what is measured changes."""
 REQUESTS = 3000
 """Arrivals of the shortest probe."""
@@ -38,6 +39,8 @@ MOST_TIMES = 4.0
 """Arrivals of the longest over those of the shortest, where requests stay for so short a time."""
 STAYS = 8.0
 """Length of a probe between the two, in P99s of the time that requests stay."""
+FEWEST_STAYS = 4.0
+"""The same of any: in fewer, a rate that swings looks like a backlog that grows."""
 BURST_REQUESTS = 400
 BURST_DONE = 0.8
 PRECISION = 1.05
@@ -51,11 +54,15 @@ class Capacity:
 
     Attributes:
         rate_rps: the largest rate that was sustained.
-        residence_s: P99 of the seconds that requests stay at that rate.
+        stays: rates that were, ascending, each with the P99 of the seconds that requests stay.
     """
 
     rate_rps: float
-    residence_s: float
+    stays: tuple[tuple[float, float], ...]
+
+    def stay_s(self, rate_rps: float) -> float:
+        """How long requests stay, at the nearest rate that is known."""
+        return min(self.stays, key=lambda own: abs(math.log(own[0] / rate_rps)))[1]
 
 
 def find_capacity(
@@ -74,16 +81,26 @@ def find_capacity(
     """
     limit, enough = math.inf, MOST_TIMES * requests
     best: Probe | None = None
+    stays = {}
     rate = crude_rate(bed, traffic)
     for _ in range(MOST_PROBES):
         say(f"capacity: {rate:.3g} requests/s?")
         stay_s = 0.0 if best is None else best.residence_s
         count = min(max(STAYS * stay_s * rate, requests), enough)
-        span_s = max(count / rate, LEAST_STAYS * stay_s)
+        span_s = max(count / rate, FEWEST_STAYS * stay_s)
         near = best is not None
-        found = settled_probe(bed, traffic, rate, span_s, near=near, stays=STAYS, enough=enough)
+        found = settled_probe(
+            bed,
+            traffic,
+            rate,
+            span_s,
+            near=near,
+            stays=STAYS,
+            fewest=FEWEST_STAYS,
+            enough=enough,
+        )
         if found.sustained:
-            best = found
+            best, stays[rate] = found, found.residence_s
         else:
             limit = rate
         if best is None:
@@ -98,7 +115,7 @@ def find_capacity(
         raise InputError(
             f"arm {bed.arm.name}: no rate above {limit:.3g} requests/s has a bounded backlog"
         )
-    return Capacity(best.rate_rps, best.residence_s)
+    return Capacity(best.rate_rps, tuple(sorted(stays.items())))
 
 
 def crude_rate(bed: Bed, traffic: Traffic) -> float:
@@ -142,13 +159,16 @@ def known_capacity(
 
 def _kept(path: Path) -> Capacity | None:
     """What an earlier search has left; None where there is nothing that can be read."""
-    with contextlib.suppress(InputError, KeyError):
+    with contextlib.suppress(InputError):
         values = read_object(path)
-        return Capacity(
-            real(values["rate_rps"], "rate_rps=", above=0.0),
-            real(values["residence_s"], "residence_s=", above=0.0),
-        )
+        with structured(path):
+            stays = tuple([(_positive(rate), _positive(stay)) for rate, stay in values["stays"]])
+            return Capacity(_positive(values["rate_rps"]), stays) if stays else None
     return None
+
+
+def _positive(value: Any) -> float:
+    return real(value, "a kept capacity: ", above=0.0)
 
 
 def _digest(bed: Bed, source: Trace, workload: Any) -> str:

@@ -65,13 +65,18 @@ class CellResult:
     balance: float
 
 
-def run_cell(cell: Cell) -> CellResult:
+def simulated(cell: Cell) -> SimResult:
     """Simulates one cell; the same cell gives the same result, byte for byte."""
     cluster, profile = load_cluster(cell.cluster)
     population = named_population(cluster.routing, profile, POPULATION_SEED)
     simulation = Simulation(cell.trace, cluster, profile, population, cell.arm, cell.seed)
-    result = simulation.run(cell.window)
-    return cell_result(result, cell.arm.name, cell.repeat, cluster.dp, cell.window)
+    return simulation.run(cell.window)
+
+
+def run_cell(cell: Cell) -> CellResult:
+    """What a report needs of `cell`'s run."""
+    cluster, _ = load_cluster(cell.cluster)
+    return cell_result(simulated(cell), cell.arm.name, cell.repeat, cluster.dp, cell.window)
 
 
 def cell_result(

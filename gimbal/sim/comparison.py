@@ -15,11 +15,11 @@ from gimbal.report.arms import Arm
 from gimbal.report.metrics import Slo
 from gimbal.report.simulated import report_of
 from gimbal.report.window import Window
-from gimbal.sim.capacity import known_capacity
+from gimbal.sim.capacity import Capacity, known_capacity
 from gimbal.sim.cells import POPULATION_SEED, Cell, CellResult, run_cells
 from gimbal.sim.cluster import Cluster, described, load_cluster
 from gimbal.sim.policies import policies_of, with_flags
-from gimbal.sim.probes import Bed, stay_s
+from gimbal.sim.probes import Bed, Traffic, stay_s
 from gimbal.sim.routing import named_population
 from gimbal.workloads import Trace, WorkloadOptions, build_workload
 
@@ -77,72 +77,85 @@ def run_comparison(
 
     Raises InputError before anything runs for what cannot be simulated.
     """
-    cluster, profile = load_cluster(options.cluster)
-    for arm in options.arms:
-        policies_of(arm, with_flags(cluster, arm))
-    population = named_population(cluster.routing, profile, POPULATION_SEED)
-    plan = _plan(options, Bed(cluster, profile, population, options.base, options.seed), say)
-    cells = [
-        Cell(options.cluster, trace, arm, repeat, options.seed + repeat, plan.window)
-        for repeat in range(options.repeats)
-        for trace in [
-            build_workload(options.trace, plan.workload, options.seed + repeat, population.names)
-        ]
-        for arm in options.arms
-    ]
+    bed = bed_of(options)
+    capacity = None if options.load is None else capacity_of(options, bed, say)
+    cells = cells_of(options, bed, capacity, say)
     on_done(0, len(cells))
     results = run_cells(cells, jobs, lambda done: on_done(done, len(cells)))
     names = [arm.name for arm in options.arms]
     base, slo = options.base.name, options.slo
-    report = report_of(results, names, base, slo, options.seed, plan.window)
+    report = report_of(results, names, base, slo, options.seed, cells[0].window)
     report |= {
-        "cluster": cluster.name,
-        "estimated": profile.estimated,
+        "cluster": bed.cluster.name,
+        "estimated": bed.profile.estimated,
         "load": options.load,
-        "capacity_rps": plan.capacity_rps,
+        "capacity_rps": None if capacity is None else capacity.rate_rps,
         "rate_rps": cells[0].trace.rate_rps,
-        "notes": [*cells[0].trace.notes, *described(cluster, profile)],
+        "notes": [*cells[0].trace.notes, *described(bed.cluster, bed.profile)],
     }
     return report, results
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What every cell runs.
-
-    Attributes:
-        workload: with the rate in force and as many requests as the run needs.
-        window: the measured part; None measures all.
-        capacity_rps: that the load is a share of, if there is one.
-    """
-
-    workload: WorkloadOptions
-    window: Window | None
-    capacity_rps: float | None
+def bed_of(options: ComparisonOptions) -> Bed:
+    """What the base arm runs on; raises InputError where any arm cannot run there."""
+    cluster, profile = load_cluster(options.cluster)
+    for arm in options.arms:
+        policies_of(arm, with_flags(cluster, arm))
+    population = named_population(cluster.routing, profile, POPULATION_SEED)
+    return Bed(cluster, profile, population, options.base, options.seed)
 
 
-def _plan(options: ComparisonOptions, bed: Bed, say: Callable[[str], None]) -> _Plan:
-    """Settles the rate, and what is measured: requests as many as asked for, or else as many as the
-    trace has and at least twice as long as they stay."""
-    workload, capacity = options.workload, None
-    names = bed.population.names
+def capacity_of(
+    options: ComparisonOptions, bed: Bed, say: Callable[[str], None] = lambda text: None
+) -> Capacity:
+    """That of the base arm, for the requests that `options` ask for."""
+    return known_capacity(bed, _traffic(options, bed), options.trace, options.workload, say)
+
+
+def _traffic(options: ComparisonOptions, bed: Bed) -> Traffic:
+    workload, names = options.workload, bed.population.names
 
     def traffic(rate_rps: float | None, count: int) -> Trace:
         own = workload.rate_rps if rate_rps is None else rate_rps
         sized = dataclasses.replace(workload, rate_rps=own, requests=count)
         return build_workload(options.trace, sized, options.seed, names)
 
-    if options.load is not None:
-        capacity = known_capacity(bed, traffic, options.trace, workload, say)
+    return traffic
+
+
+def cells_of(
+    options: ComparisonOptions,
+    bed: Bed,
+    capacity: Capacity | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Cell]:
+    """Every arm's runs, at the load of `capacity` if there is one, repeat by repeat."""
+    workload, window = _plan(options, bed, capacity, say)
+    names = bed.population.names
+    return [
+        Cell(options.cluster, trace, arm, repeat, options.seed + repeat, window)
+        for repeat in range(options.repeats)
+        for trace in [build_workload(options.trace, workload, options.seed + repeat, names)]
+        for arm in options.arms
+    ]
+
+
+def _plan(
+    options: ComparisonOptions, bed: Bed, capacity: Capacity | None, say: Callable[[str], None]
+) -> tuple[WorkloadOptions, Window | None]:
+    """What a run takes, and what of it is measured: requests as many as asked for, or else as many
+    as the trace has and at least `LEAST_STAYS` times as long as they stay."""
+    workload = options.workload
+    if capacity is not None and options.load is not None:
         workload = dataclasses.replace(workload, rate_rps=options.load * capacity.rate_rps)
-    found = None if capacity is None else capacity.rate_rps
+    traffic = _traffic(options, bed)
     count = workload.requests or len(options.trace)
     rate = workload.rate_rps or traffic(None, count).rate_rps
     if options.settle_s == 0 or rate == 0:  # nothing can go on before requests without a rate
-        return _Plan(workload, None, found)
+        return workload, None
     settle_s = options.settle_s
     if settle_s is None and capacity is not None:
-        settle_s = capacity.residence_s
+        settle_s = capacity.stay_s(rate)
     if settle_s is None:
         say("how long requests stay")
         settle_s = stay_s(bed, traffic, rate, own=workload.rate_rps is None)
@@ -151,7 +164,7 @@ def _plan(options: ComparisonOptions, bed: Bed, say: Callable[[str], None]) -> _
         span_s = max(span_s, LEAST_STAYS * settle_s)
     window = Window(settle_s, settle_s + span_s)
     requests = math.ceil(rate * (window.end_s + AFTER_STAYS * settle_s)) + 1
-    return _Plan(dataclasses.replace(workload, requests=requests), window, found)
+    return dataclasses.replace(workload, requests=requests), window
 
 
 def keep_run(

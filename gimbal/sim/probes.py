@@ -106,6 +106,7 @@ def settled_probe(
     own: bool = False,
     near: bool = False,
     stays: float = LEAST_STAYS,
+    fewest: float = LEAST_STAYS,
     enough: float = 0.0,
 ) -> Probe:
     """A probe of `span_s`, or of twice, four times, ... that, until it has settled.
@@ -115,16 +116,17 @@ def settled_probe(
         near: `span_s` would be enough at half the rate. Then one that piles up `OVERLOADED` of
             what arrives is no ramp, and more than `DOUBLINGS` are in vain.
         stays: its wished length, in P99s of the time that requests stay.
-        enough: arrivals with which a shorter one will do that has settled.
+        fewest, enough: with so many arrivals this shorter length will do.
 
     One that does not settle within `MOST_ARRIVALS` is returned as it is.
     """
     for doubling in itertools.count():
         found = probe(bed, traffic, rate_rps, span_s, own)
         hopeless = found.backlog.growth > OVERLOADED or doubling == DOUBLINGS
-        long = found.residence_s * stays <= span_s
-        wide = 2 * span_s * rate_rps
-        if long or (near and hopeless) or (found.settled and wide > enough) or wide > MOST_ARRIVALS:
+        twice = 2 * span_s * rate_rps
+        wanted = fewest if twice > enough else stays
+        long = found.residence_s * wanted <= span_s
+        if long or (near and hopeless) or twice > MOST_ARRIVALS:
             break
         span_s *= 2
     return found

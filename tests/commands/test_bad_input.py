@@ -206,7 +206,10 @@ FILES = [
       "empty.json", "binary.csv", "binary.jsonl", "binary.json", "binary", "folder.csv", "model",
       "x" * 5000)),
     *((("bench", "--demo", "--trace", f), f) for f in ("absent.csv", "binary.jsonl", "model")),
-    (("simulate", "--trace", "trace.jsonl", "--requests", "21"), "it has 20"),
+    (("goodput", "--trace", "trace.jsonl"), "--slo: say what"),
+    (("goodput", "--trace", "trace.jsonl", "--slo", "ttft_ms=9", "--rate", "2"), "--rate: rates"),
+    (("goodput", "--trace", "trace.jsonl", "--slo", "ttft_ms=9", "--loads", "1,1"), "ascending"),
+    (("goodput", "--trace", "trace.jsonl", "--slo", "ttft_ms=9", "--loads", "1,x"), "--loads"),
     *(((*words, "--trace-tokenizer", f), f) for words in (SIMULATE, BENCH)
       for f in ("absent", "model", "binary")),
     *(((*words, *option), "Gimbal has no") for words in (SIMULATE, BENCH)

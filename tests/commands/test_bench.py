@@ -70,7 +70,7 @@ def test_a_single_server_as_it_is_with_a_load(tmp_path: Path, trace: str, model:
         options += ["--capacity", "40", "--out", str(tmp_path / "run")]
         result = CliRunner().invoke(command, options, catch_exceptions=False)
     assert result.exit_code == 0
-    assert "arrivals: 20.00 requests/s (load 0.5)" in result.stdout
+    assert "arrivals: 20.00 requests/s (load 0.5 of 40.00)" in result.stdout
     assert "us of CPU per token" in result.stdout
 
 

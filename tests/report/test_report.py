@@ -45,25 +45,39 @@ def make_run(directory: Path) -> dict:
     rng = np.random.default_rng(0)
     runs: dict[str, list[list[RequestRecord]]] = {}
     for arm, factor in (("vllm", 1.0), ("a<b", 0.5)):
-        times = [(i + t * factor, i + t * factor + 0.5) for i, t in enumerate(rng.random(30) + 0.1)]
-        runs[arm] = [
-            [
-                RequestRecord(
-                    f"{arm}-{i}", arm, 0, i, i, 10, 2, 2, first, last, (first, last), index=i
-                )
-                for i, (first, last) in enumerate(times)
-            ]
-        ]
-    ratios = compare(runs, "vllm", Slo(), rng, 50)
+        runs[arm] = []
+        for turn in range(5):
+            times = [i + t * factor for i, t in enumerate(rng.random(30) + 0.1)]
+            runs[arm].append(
+                [
+                    RequestRecord(
+                        f"{arm}-{i}",
+                        arm,
+                        turn,
+                        i,
+                        i,
+                        10,
+                        2,
+                        2,
+                        at,
+                        at + 0.5,
+                        (at, at + 0.5),
+                        index=i,
+                    )
+                    for i, at in enumerate(times)
+                ]
+            )
+    ratios = compare(runs, "vllm", Slo())
     extra = {"balance": balance({0: 3.0, 1: 1.0})}
     result = {
         "arms": {name: summarize(records, Slo()) | extra for name, records in runs.items()},
         "ratios": {"a<b/vllm": nested(ratios["a<b"])},
     }
-    info = RunInfo("bench", (), 0, 1, {"name": "t"}, {}, {}, result=result)
+    info = RunInfo("bench", (), 0, 5, {"name": "t"}, {}, {}, result=result)
     with RunWriter(directory, info) as writer:
         for records in runs.values():
-            writer.write(records[0])
+            for own in records:
+                writer.write(own)
     return result
 
 
@@ -79,7 +93,7 @@ def test_page(tmp_path: Path) -> None:
     assert "<b/vllm" not in text
     assert f"{result['arms']['vllm']['ttft_ms']['mean']:,.0f}" in text
     assert text.count("<polyline") == 2 * 4
-    assert text.index("Ratios with 95 % intervals") < text.index("<h2>Arms")
+    assert text.index("<h2>Ratios") < text.index("<h2>Arms")
     assert "Not recorded: this run holds no balance of the engines over time" in text
     assert (tmp_path / "run" / "plots" / "ttft.svg").exists()
     ratio = result["ratios"]["a<b/vllm"]["ttft_ms"]["mean"]

@@ -1,8 +1,13 @@
 """The terminal report shows losers, lost requests and a client that cannot be trusted."""
 
+import numpy as np
 from rich.console import Console
 
-from gimbal.report.table import print_report, warnings
+from gimbal.report.compare import compare, nested
+from gimbal.report.metrics import Slo
+from gimbal.report.report import _ratios
+from gimbal.report.table import print_report, ratios_title, verdict, warnings
+from tests.report.test_compare import runs
 
 STATS = {"mean": 250.0, "p50": 1.5, "p90": 2000.0, "p99": None}
 ARM = {
@@ -19,7 +24,7 @@ ARM = {
     "requests_by_engine": {"max_over_mean": None},
     "prefix_hit_rate": 0.366,
 }
-CELL = {"ratio": 1.3, "low": 1.1, "high": 1.6}
+CELL = {"ratio": 1.3, "low": 1.1, "high": 1.6, "differs": True}
 RATIOS = {
     **{m: dict.fromkeys(STATS, CELL) for m in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")},
     "throughput_rps": {"ratio": 0.9, "low": None, "high": None},
@@ -58,7 +63,8 @@ def test_everything_is_shown_on_a_narrow_terminal() -> None:
     shown = text(report(6, CLIENT), 80)
     assert "…" not in shown
     assert shown.count("1.30 [1.10, 1.60]") == 5 * 17
-    assert shown.count("Ratios, 95 % intervals") == 3
+    assert shown.count("Ratios (below 1") == 3
+    assert "95 % intervals; coloured: a difference" in shown
     for part in ("250", "1.5", "2,000", "36.6%", "1.25", "arrivals: 3.60 requests/s (load 0.9)"):
         assert part in shown
     assert "ttft_ms <= 2000" in shown
@@ -76,3 +82,24 @@ def test_warnings() -> None:
 
 def test_a_simulated_report_has_no_client() -> None:
     assert "client" not in text(report(2, None), 100)
+
+
+def test_an_arm_against_itself_is_not_coloured_in_table_and_page() -> None:
+    rng = np.random.default_rng(0)
+    for repeats in (1, 4, 5, 8):
+        arms = runs(rng, repeats, 30, 1.0)
+        ratios = {"B/A": nested(compare(arms, "A", Slo())["B"])}
+        assert 'class="good"' not in _ratios(ratios)
+        assert 'class="bad"' not in _ratios(ratios)
+        for metric, lower in (("ttft_ms", True), ("e2e_ms", True)):
+            cells = ratios["B/A"][metric].values()
+            assert {verdict(cell, lower) for cell in cells} == {""}
+        few = "fewer than 5 turns" in ratios_title({"ratios": ratios})
+        assert few == (repeats < 5)
+
+
+def test_gains_and_losses_are_coloured_as_they_are() -> None:
+    assert verdict(CELL, True) == "red"
+    assert verdict(CELL, False) == "green"
+    assert verdict(CELL | {"differs": False}, True) == ""
+    assert verdict({"ratio": 1.3, "low": 1.1, "high": 1.6}, True) == "", "of an older run"

@@ -38,7 +38,8 @@ def test_prefill_alone_has_the_capacity_of_a_queue_that_is_never_empty():
 def test_below_it_the_backlog_is_bounded_and_above_it_is_not():
     traffic = replayed(poisson(150))
     found = find_capacity(BED, traffic, requests=500)
-    assert 0 < found.residence_s < 60
+    assert all(0 < stay < 60 and rate <= found.rate_rps for rate, stay in found.stays)
+    assert found.stay_s(0.01) == found.stays[0][1] < found.stay_s(1e6) == found.stays[-1][1]
     for load, bounded in ((0.8, True), (1.25, False)):
         rate = load * found.rate_rps
         run = BED.simulate(traffic(rate, round(rate * 120))).run(until_s=120.0)
@@ -59,7 +60,7 @@ def test_what_was_found_is_kept_and_what_cannot_be_read_is_found_again(monkeypat
 
     def search(bed, traffic, say):
         searched.append(bed.arm.name)
-        return Capacity(float(len(searched)), 1.5)
+        return Capacity(float(len(searched)), ((1.0, 1.5),))
 
     monkeypatch.setattr("gimbal.sim.capacity.find_capacity", search)
     trace = poisson(1, 3)
@@ -69,7 +70,8 @@ def test_what_was_found_is_kept_and_what_cannot_be_read_is_found_again(monkeypat
 
     assert [asked(), asked()] == [1.0, 1.0]
     (kept,) = tmp_path.rglob("*.json")
-    for text in ("", "{}", '{"rate_rps": -1, "residence_s": 1}', '{"rate_rps": "x"}'):
+    bad = '{"rate_rps": 1, "stays": [[1, -1]]}', '{"rate_rps": 1, "stays": 3}'
+    for text in ("", "{}", '{"rate_rps": "x"}', '{"rate_rps": 1, "stays": []}', *bad):
         kept.write_text(text)
         assert asked() == len(searched)
     longer = dataclasses.replace(CLUSTER, max_num_seqs=8)
