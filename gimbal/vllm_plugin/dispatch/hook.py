@@ -22,7 +22,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 from gimbal.board.clock import now_us
 from gimbal.board.file import Board
@@ -37,7 +37,7 @@ from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.dispatch import engine_header, kv_events, recording, user_session
 from gimbal.vllm_plugin.dispatch.metrics import VLLM, dispatch_metrics
 from gimbal.vllm_plugin.dispatch.recent import Recent
-from gimbal.vllm_plugin.dispatch.request import Described, describe, left_to_vllm
+from gimbal.vllm_plugin.dispatch.request import Described, Plan, describe, left_to_vllm
 from gimbal.vllm_plugin.engine import remote
 from gimbal.vllm_plugin.engine.identity import server_board_path, why_dispatch_cannot_act
 from gimbal.vllm_plugin.metrics import model_name
@@ -49,22 +49,6 @@ REFRESH_S = 0.5
 _ATTRIBUTE = "_gimbal_front_end"
 
 Original = Callable[[Any, Any], bytes]
-
-
-class Plan(NamedTuple):
-    """Where a request is to go.
-
-    Attributes:
-        described: the request.
-        engine: its index among those managed; None where vLLM's method chooses.
-        reason: why there.
-        seconds: what it took a policy to choose the engine; None where none did.
-    """
-
-    described: Described
-    engine: int | None
-    reason: str
-    seconds: float | None = None
 
 
 class FrontEnd:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 
@@ -13,6 +13,22 @@ from gimbal.vllm_plugin.engine.waiting import prefilled_elsewhere
 
 Described = tuple[DispatchRequest, Sequence[int] | None]
 """A request, and its prompt where nothing but the tokens tells it from another; else None."""
+
+
+class Plan(NamedTuple):
+    """Where a request is to go.
+
+    Attributes:
+        described: the request.
+        engine: its index among those managed; None where vLLM's method chooses.
+        reason: why there.
+        seconds: what it took a policy to choose the engine; None where none did.
+    """
+
+    described: Described
+    engine: int | None
+    reason: str
+    seconds: float | None = None
 
 
 def describe(request: Any, loads: bool = False) -> Described:
