@@ -96,7 +96,7 @@ def _change(title: str, values: dict[str, Any]) -> str:
     change = f"{100 * abs(ratio - 1):.0f} % {'lower' if ratio < 1 else 'higher'}"
     if values["low"] is None:
         return f"{title} {change}, without an interval"
-    if not values["differs"]:
+    if not values.get("differs"):  # pages of older runs say nothing of it
         return f"{title} the same within noise ({100 * (ratio - 1):+.0f} %)"
     style = "good" if ratio < 1 else "bad"
     return f'{title} <span class="{style}">{change}</span>'

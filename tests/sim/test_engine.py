@@ -124,7 +124,7 @@ def test_admission_that_leaves_room_for_growth_preempts_less():
         queue = QueueConfig(room_tokens=room_tokens)
         engine = make_engine(blocks=40, budget=64, seats=8, ordering="gimbal", queue=queue)
         for index in range(12):
-            engine.add(SimRequest(index, f"r{index}", 0.0, 11, 40), 0.0, 0)
+            engine.add(SimRequest(index, f"r{index}", 0.0, 11, 40), 0.0)
         done = []
         for step in range(2000):
             done += engine.finish_step(engine.schedule(float(step)), float(step))
@@ -137,11 +137,11 @@ def test_admission_that_leaves_room_for_growth_preempts_less():
 def test_a_prompt_of_the_whole_cache_is_admitted_once_the_others_have_ended():
     engine = make_engine(blocks=40, budget=64, ordering="gimbal", queue=QueueConfig())
     for index in range(3):
-        engine.add(SimRequest(index, f"r{index}", 0.0, 10, 30), 0.0, 0)
+        engine.add(SimRequest(index, f"r{index}", 0.0, 10, 30), 0.0)
     engine.finish_step(engine.schedule(0.0), 0.0)
-    engine.add(SimRequest(3, "whole", 0.0, 158, 2), 1.0, 0)
+    engine.add(SimRequest(3, "whole", 0.0, 158, 2), 1.0)
     for index in range(4, 60):  # they may pass it for a while
-        engine.add(SimRequest(index, f"r{index}", 0.0, 10, 30), 1.0, 0)
+        engine.add(SimRequest(index, f"r{index}", 0.0, 10, 30), 1.0)
     done = []
     for step in range(1, 2000):
         done += engine.finish_step(engine.schedule(float(step)), float(step))
