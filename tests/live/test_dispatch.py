@@ -61,6 +61,17 @@ def settle(server: Any) -> dict[str, Any]:
 
 
 @pytest.mark.server(*ADMIN)
+def the_page(server: Any) -> dict[str, Any]:
+    """What the live page is told once latencies have been read: every ten seconds."""
+    deadline = time.monotonic() + 60
+    while True:
+        found: dict[str, Any] = call(f"{server.root}/gimbal/view")
+        if any(sample.get("ttft", [None])[0] for sample in found["samples"]):
+            return found
+        assert time.monotonic() < deadline, "no latency in the history"
+        time.sleep(1.0)
+
+
 def test_decisions_and_signals_are_in_the_metrics(server: Any) -> None:
     before = total(server, "gimbal_dispatch_decisions_total", policy="gimbal")
     burst(server, 24)
@@ -142,6 +153,13 @@ def test_two_api_servers_share_one_board_and_record_one_trace(
     assert total(server, "gimbal_unacknowledged_tokens") == 0
     assert total(server, "gimbal_inflight_tokens") == 0
     assert total(server, "gimbal_engine_snapshots_total", engine="1") > 10
+    found = the_page(server)
+    assert found["front_ends"] == 2
+    assert sum(found["decisions"].values()) == 40
+    newest = found["recent"][0]
+    assert newest["terms"][0] == "queue"
+    assert newest["cost"] == pytest.approx(sum(newest["cost_by_term"]), abs=1.0)
+    assert {newest["engine"], newest["runner_up"]} == {0, 1}
     call(f"{server.root}/gimbal/control", {"policy": "round-robin"})
     burst(server, 20)
     assert total(server, "gimbal_dispatch_decisions_total", policy="round-robin") == 20

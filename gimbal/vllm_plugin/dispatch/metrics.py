@@ -32,7 +32,9 @@ FALLBACKS = (
     "settle",
     "stale",
 )
-"""Every reason that this package gives its guards."""
+"""Every reason that this package gives its guards for level ``dispatch``."""
+TRACE_FALLBACKS = ("received", "sent")
+"""The same for ``trace``: what a recording of requests missed."""
 BY_POLICY = ("policy", "session", "stale", "inflight")
 """Reasons of a decision of the policy in force, or in its stead."""
 BY_VLLM = ("policy", "pinned", "late_interaction", "fallback")
@@ -122,6 +124,8 @@ class DispatchMetrics:
         self._timed = self._seconds.labels(model), self._age.labels(model)
         for reason in FALLBACKS:
             self._fallbacks.labels(model, "dispatch", reason)
+        for reason in TRACE_FALLBACKS:
+            self._fallbacks.labels(model, "trace", reason)
         self._rows.serve(model, engines, counts)
 
     def policy_in_force(self, policy: str) -> None:
