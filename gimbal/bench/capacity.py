@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,13 +41,20 @@ PRECISION = 1.1
 MOST_PROBES = 16
 
 
+class Capacity(NamedTuple):
+    """The largest rate that was sustained, and the P99 of the seconds that requests stay at it."""
+
+    rate_rps: float
+    stay_s: float
+
+
 def measure_capacity(
     job: ReplayJob,
     replay: Callable[[ReplayJob], Replay],
     span_s: float = SPAN_S,
     turn_requests: Callable[[float], int] | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> float:
+) -> Capacity:
     """Requests per second that the server of `job` sustains of its trace.
 
     Args:
@@ -97,7 +105,7 @@ def measure_capacity(
         rate = min(2 * best or limit / 2, math.sqrt(best * limit) or math.inf)
     if not best:
         raise RuntimeError(f"no rate above {limit:.3g} requests/s has a bounded backlog")
-    return best
+    return Capacity(best, stay_s)
 
 
 def _backlog(results: Sequence[ClientResult], trace: Trace) -> Backlog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from gimbal.records.store import RunWriter
 from gimbal.report.arms import Arm
 from gimbal.report.compare import compare, nested
 from gimbal.report.metrics import Slo, balance, summarize
+from gimbal.report.window import Window, backlog_of
 from gimbal.workloads import Trace, WorkloadOptions, build_workload
 from gimbal.workloads.load import DEFAULT_RATE_RPS
 from gimbal.workloads.prompts import Vocabulary
@@ -42,7 +44,10 @@ class BenchOptions:
         repeats: turns of every arm.
         seed: of workloads and prompts.
         salt: makes prompts differ from those of any earlier benchmark on the same server.
-        duration_s: span of arrivals of one turn when the workload does not say how many requests.
+        duration_s: span of the measured arrivals of one turn when the workload does not say how
+            many requests.
+        settle_s: arrivals before and after those; None is as long as requests stayed at the
+            measured capacity. Without either a turn is measured as a whole.
         load: fraction of the measured capacity, or None for the workload's own rate.
         capacity_rps: known capacity; measured when None and `load` is set.
         warm_up: requests before every turn, not counted.
@@ -58,6 +63,7 @@ class BenchOptions:
     seed: int = 0
     salt: int = 0
     duration_s: float = 60.0
+    settle_s: float | None = None
     load: float | None = None
     capacity_rps: float | None = None
     warm_up: int = 16
@@ -100,6 +106,7 @@ class BenchSession:
         self.records: dict[str, list[list[RequestRecord]]] = {arm.name: [] for arm in arms}
         self.rate_rps: float | None = options.workload.rate_rps
         self.capacity_rps = options.capacity_rps
+        self.settle_s = options.settle_s or 0.0
         self._server_of = server_of
         self._vocabulary_of = vocabulary_of
         self.writer = writer
@@ -131,12 +138,15 @@ class BenchSession:
             workload = self._workload(0, endpoint, CAPACITY_REQUESTS)
             job = self._job(endpoint, workload, "capacity", (0xCA,))
             self._say(f"measuring the capacity of arm {arm.name}")
-            self.capacity_rps = measure_capacity(
+            found = measure_capacity(
                 job,
                 lambda j: run_replay(j, self._on_progress),
                 turn_requests=lambda rps: self._turn_requests(load * rps),
                 say=self._say,
             )
+            self.capacity_rps = found.rate_rps
+            if options.settle_s is None:
+                self.settle_s = found.stay_s
             endpoint.wait_idle(options.timeout_s)
         self.rate_rps = load * self.capacity_rps
         self._say(
@@ -190,17 +200,32 @@ class BenchSession:
 
     def sized_workload(self) -> WorkloadOptions:
         """The workload's options with the settled rate and a number of requests."""
-        rate = self.rate_rps or self.options.trace.rate_rps or DEFAULT_RATE_RPS
-        count = self._turn_requests(rate)
+        count = self._turn_requests(self._rate_rps)
         return replace(self.options.workload, rate_rps=self.rate_rps, requests=count)
 
     def _turn_requests(self, rate_rps: float) -> int:
-        """Requests of one turn: as many as asked for, or as arrive in its duration."""
+        """Requests of one turn: as many as asked for, or as arrive in its duration, and those that
+        arrive before and after."""
         options, trace = self.options.workload, self.options.trace
+        around = math.ceil(2 * self.settle_s * rate_rps / options.scale_time)
         if options.requests is not None:
-            return options.requests
+            return options.requests + around
         count = max(2, round(rate_rps * self.options.duration_s / options.scale_time))
-        return min(count, trace.most_requests)
+        return count + around if around else min(count, trace.most_requests)
+
+    @property
+    def window(self) -> Window | None:
+        """The measured part of a turn; None: all of it."""
+        if not self.settle_s:
+            return None
+        options, span_s = self.options.workload, self.options.duration_s
+        if options.requests is not None:
+            span_s = options.requests / self._rate_rps * options.scale_time
+        return Window(self.settle_s, self.settle_s + span_s)
+
+    @property
+    def _rate_rps(self) -> float:
+        return self.rate_rps or self.options.trace.rate_rps or DEFAULT_RATE_RPS
 
     def _job(
         self, endpoint: Endpoint, trace: Trace, prefix: str, salt: tuple[int, ...]
@@ -233,11 +258,12 @@ class BenchSession:
     def report(self) -> dict[str, Any]:
         """The object that ``--json`` prints, over the turns finished so far; also recorded."""
         done = {name: runs for name, runs in self.records.items() if runs}
-        slo = self.options.slo
+        slo, window = self.options.slo, self.window
         arms: dict[str, Any] = {}
         for name, runs in done.items():
             rows = [row for row in self._runs if row["arm"] == name]
-            arms[name] = summarize(runs, slo) | {
+            arms[name] = summarize(runs, slo, window) | {
+                "backlog": backlog_of(runs, window).to_json() if window else None,
                 "repeats": len(runs),
                 "balance": balance(sum_engines(rows, "tokens_by_engine")),
                 "requests_by_engine": balance(sum_engines(rows, "requests_by_engine")),
@@ -247,6 +273,7 @@ class BenchSession:
         result = {
             "arms": arms,
             "ratios": self._ratios(done, slo),
+            "window": window.to_json() if window else None,
             "seed": self.options.seed,
             "load": self.options.load,
             "capacity_rps": self.capacity_rps,
@@ -266,7 +293,7 @@ class BenchSession:
         ratios: dict[str, Any] = {}
         for against, runs in ((base, done), (PAPER_BASE, pair)):
             if against in runs and len(runs) > 1:
-                intervals = compare(runs, against, slo)
+                intervals = compare(runs, against, slo, self.window)
                 ratios |= {f"{name}/{against}": nested(own) for name, own in intervals.items()}
         return ratios
 

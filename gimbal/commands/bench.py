@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from gimbal.commands.arm_options import arm_options, arms_given, list_arms, read_arm_options
-from gimbal.commands.options import FIGURES, OutFile, OutFolder, Whole
+from gimbal.commands.options import FIGURES, OutFile, OutFolder, Real, Whole
 from gimbal.commands.output import echo_json, notes, tables
 from gimbal.commands.workload_options import (
     LOAD,
@@ -43,7 +43,13 @@ if TYPE_CHECKING:
     type=SECONDS,
     default=60.0,
     show_default=True,
-    help="seconds of arrivals per turn when --requests is not given",
+    help="seconds of measured arrivals per turn when --requests is not given",
+)
+@click.option(
+    "--settle",
+    type=Real(most=1e7),
+    help="seconds of arrivals before and after those (default: as long as 99 % of the requests "
+    "stayed at the capacity that --load measures, otherwise 0); 0 measures whole turns",
 )
 @click.option("--load", type=LOAD, help="rate as a fraction of the capacity measured first")
 @click.option("--capacity", type=RATE, help="requests per second that --load is a fraction of")
@@ -182,6 +188,7 @@ def _setup(values: dict[str, Any], workload: WorkloadOptions) -> BenchSetup:
         seed=values["seed"],
         salt=int(time.time()) if values["salt"] is None else values["salt"],
         duration_s=values["duration"],
+        settle_s=values["settle"],
         load=values["load"],
         capacity_rps=values["capacity"],
         warm_up=values["warm_up"],

@@ -329,7 +329,7 @@ def _send(
 
     say("warming up; what rate the server sustains")
     typical = load.mixed(context, 400, 1.0, 0)
-    capacity = measure_capacity(job(typical, 0), replay, span_s=load.WARM_UP_S)
+    capacity = measure_capacity(job(typical, 0), replay, span_s=load.WARM_UP_S).rate_rps
     phases = []
     for number, share in enumerate(load.LOADS, 1):
         rate = share * capacity

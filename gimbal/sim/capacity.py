@@ -202,11 +202,13 @@ def arm_definition(arm: Arm) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """Of the modules a simulated run executes: tells results of older code apart."""
+    """Of the modules that run a simulation and judge it: tells results of older code apart."""
     root = Path(gimbal.__file__).parent
     parts = "sim workloads core/dispatch core/queue core/feedback core/placement core/cost"
     digest = hashlib.sha256()
-    for path in sorted(p for part in parts.split() for p in (root / part).rglob("*.py")):
+    files = [root / "report" / "window.py"]
+    files += [path for part in parts.split() for path in (root / part).rglob("*.py")]
+    for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -40,7 +40,8 @@ def test_finds_the_capacity(capacity: float, latency_s: float) -> None:
     """Answers that take long begin a ramp, and end in none of the first seconds."""
     said: list[str] = []
     found = measure_capacity(job(), server(capacity, latency_s), say=said.append)
-    assert found == pytest.approx(capacity, rel=0.15)
+    assert found.rate_rps == pytest.approx(capacity, rel=0.15)
+    assert found.stay_s > latency_s
     assert 2 <= len(said) <= 11
     assert any("piles up" in text for text in said)
 

@@ -74,6 +74,24 @@ def test_a_single_server_as_it_is_with_a_load(tmp_path: Path, trace: str, model:
     assert "us of CPU per token" in result.stdout
 
 
+def test_a_turn_is_measured_within_arrivals_that_go_on(
+    tmp_path: Path, trace: str, model: str
+) -> None:
+    out = tmp_path / "run"
+    with echo_server(EchoOptions(tick_s=0.01)) as url:
+        options = ["--url", url, "--trace", trace, "--model-dir", model, "--out", str(out)]
+        options += ["--requests", "25", "--rate", "50", "--settle", "0.4", "--warm-up", "0"]
+        result = CliRunner().invoke(command, [*options, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["window"] == pytest.approx({"begin_s": 0.4, "end_s": 0.9})
+    arm, records = report["arms"]["server"], RunReader(out).requests()
+    assert len(records) == 65, "a trace of 20 requests goes round"
+    assert arm["requests"] == arm["completed"] == 25
+    assert arm["backlog"]["residence_p99_s"] > 0
+    assert arm["duration_s"] == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
