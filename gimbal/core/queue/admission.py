@@ -1,13 +1,14 @@
-"""Who is admitted into the KV cache: what running requests grow into is left free, heads are passed.
+"""Who is admitted into the KV cache: what running requests grow into is left free, heads are
+passed.
 
 vLLM admits whatever fits now. The next decodes then find no block, and the latest request is thrown
 out to be computed again. `room_blocks` is what admission leaves free: the rest of every prompt that
 is being prefilled, and room for some tokens more of each running request. An empty engine leaves
 nothing free, so that whatever fits at all is admitted at the latest when the others have ended.
 
-A head that does not fit may be passed by smaller requests, but not for ever. vLLM stops admitting at
-the first request that gets no KV blocks (vLLM #31731, #33499), so one large prompt idles an engine
-that could serve the small ones behind it. Here a blocked head may be passed for `max_steps`
+A head that does not fit may be passed by smaller requests, but not for ever. vLLM stops admitting
+at the first request that gets no KV blocks (vLLM #31731, #33499), so one large prompt idles an
+engine that could serve the small ones behind it. Here a blocked head may be passed for `max_steps`
 scheduling steps and `max_wait_s` seconds since it was first blocked; from then on it is offered
 alone, which keeps every block that is freed for it until it fits.
 """
