@@ -3,7 +3,7 @@
     python benchmarks/queue_ordering.py [--trace burstgpt] [--load 0.9] [--plot curve.png]
 
 Compares first come first served, the baselines, the curve of Gimbal's ordering over its aging
-parameters, decode protection and vLLM's static settings on a cluster of `gimbal simulate`. Prints
+parameters, the step's budget and vLLM's static settings on a cluster of `gimbal simulate`. Prints
 mean and P99 TTFT and mean TPOT, each also relative to FCFS. The seeds are kept apart from those of
 reported results. A tool for choosing defaults, not a result.
 """
@@ -47,7 +47,7 @@ def aged(name: str, factor: float, backlog: float, *flags: str, **rest: Any) -> 
 
 
 def arms() -> dict[str, Arm]:
-    """Baselines, the curve over the aging parameters, decode protection, static settings."""
+    """Baselines, the curve over the aging parameters, budgets, static settings."""
     found = [arm(name, ordering=name) for name in (BASE, "sjf", "hrrn")]
     for factor in (2.0, 5.0, 10.0, 20.0, 50.0):
         for backlog in (0.0, 1.0, 2.0, 4.0, 8.0, 16.0):
@@ -55,10 +55,9 @@ def arms() -> dict[str, Arm]:
     found.append(aged("gimbal F=10 B=4, waiting only", 10.0, 4.0, in_batch=False))
     for factor in (5.0, 10.0, 20.0, 50.0):
         found.append(aged(f"gimbal F={factor:g} B=4, and dispatch", factor, 4.0, dispatch=True))
-    for budget, factor, patience in ((512, 2.0, 8.0), (1024, 2.5, 8.0), (1024, 2.5, 4.0)):
-        name = f"gimbal, and dispatch, {budget}: {factor:g}x or 1/{patience:g}"
-        limits = {"protect_decodes": True, "tpot_factor": factor, "patience_steps": patience}
-        found.append(arm(name, *_budget(budget), dispatch=True, **limits))
+    for budget in (512, 1024):
+        name = f"gimbal, and dispatch, {budget}, full steps"
+        found.append(arm(name, *_budget(budget), dispatch=True, step_budget=False))
     for budget in (256, 384, 768, 1024):
         name = f"gimbal, and dispatch, {budget}"
         found.append(arm(name, *_budget(budget), dispatch=True))

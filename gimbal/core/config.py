@@ -18,7 +18,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.options import (
-    AtLeastOne,
     Count,
     Multiplier,
     NotNegative,
@@ -87,24 +86,21 @@ class QueueConfig:
         "tokens of growth of each running request for which admission leaves KV memory free, where "
         "the ordering can; 0: vLLM's rule, what fits now is admitted",
     )
-    interval_backlog_steps: NotNegative = option(
-        0.0,
-        "keep vLLM's --prefill-schedule-interval until an engine has this many full steps of "
-        "prefill to do, where the ordering can; 0: vLLM's rule, until anybody waits",
-    )
     graph_steps: NotNegative = option(
         2.0,
         "prefill a backlog that fits into this many steps in steps that replay CUDA graphs, where "
         "the ordering can and measured steps say that it pays; 0 never",
     )
-    protect_decodes: bool = option(
-        False, "bound the prefill that rides along with decodes, where the ordering can"
+    step_budget: bool = option(
+        True,
+        "bound the prefill that rides along with decodes by what they bear and what the backlog "
+        "needs, where the ordering can; false: vLLM's rule, a full step",
     )
-    tpot_factor: AtLeastOne = option(
-        2.5, "how much longer than a decode-only step one with prefill may be (protect_decodes)"
+    slo_ttft_ms: NotNegative = option(
+        0.0, "TTFT target: a step's prefill is the least that keeps it (step_budget); 0: none"
     )
-    patience_steps: Positive = option(
-        8.0, "steps in which a backlog is to be prefilled whatever that takes (protect_decodes)"
+    slo_tpot_ms: NotNegative = option(
+        0.0, "TPOT target: prefill makes no step longer, but for TTFT (step_budget); 0: none"
     )
 
 
@@ -179,8 +175,15 @@ MOVED = {
     ("queue", "backlog_factor"): "gimbal",
 }
 """Keys of before 0.2 that are now options of a policy, which is the value. Read until 0.3."""
-GONE = ("seed",)
-"""Keys of before 0.2 that said nothing. Read, and ignored, until 0.3."""
+_BUDGET = "; queue.step_budget and queue.slo_* are there instead"
+GONE = {
+    ("", "seed"): "",
+    ("queue", "protect_decodes"): _BUDGET,
+    ("queue", "tpot_factor"): _BUDGET,
+    ("queue", "patience_steps"): _BUDGET,
+    ("queue", "interval_backlog_steps"): _BUDGET,
+}
+"""Keys of before 0.2 that say nothing any more, and what does. Read, and ignored, until 0.3."""
 
 
 def _keys_at(path: tuple[str, ...]) -> list[str]:
@@ -240,9 +243,15 @@ def checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 def modernized(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`values` with keys of an older version at their new place, each with a warning."""
     new = dict(values)
-    for key in GONE:
-        if new.pop(key, None) is not None:
-            logger.warning("Gimbal: %s: %s says nothing any more; remove it", where, key)
+    for (section, key), instead in GONE.items():
+        place = new.get(section) if section else new
+        if isinstance(place, Mapping) and key in place:
+            left = {k: v for k, v in place.items() if k != key}
+            new = {**new, section: left} if section else left
+            name = f"{section}.{key}" if section else key
+            logger.warning(
+                "Gimbal: %s: %s says nothing any more; remove it%s", where, name, instead
+            )
     for section, key, registry in NAMED:
         old = new.get(section)
         if not isinstance(old, Mapping):

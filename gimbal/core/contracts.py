@@ -148,8 +148,8 @@ class OrderingTraits:
             its w tokens left competes with ``key - (w - r)`` (``queue.in_batch``).
         passes_blocked: a request may pass a head that gets no KV blocks (``queue.pass_steps``), and
             may be kept out of free ones (``queue.room_tokens``).
-        sizes_steps: the prefill of a step may be cut (``queue.graph_steps``, ``protect_decodes``,
-            ``interval_backlog_steps``): the order does not rely on steps being filled.
+        sizes_steps: the prefill of a step may be cut (``queue.graph_steps``,
+            ``queue.step_budget``): the order does not rely on steps being filled.
     """
 
     dynamic: bool = False

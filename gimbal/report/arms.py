@@ -124,11 +124,6 @@ ARMS = {
         _ordering("sjf", "shortest uncached prompt first"),
         _ordering("hrrn", "highest response ratio next"),
         Arm("gimbal-dp", "Gimbal's dispatch and queue", {"levels": ["dispatch", "queue"]}),
-        Arm(
-            "gimbal-paced",
-            "the same, keeping a --prefill-schedule-interval until 8 full steps wait",
-            {"levels": ["dispatch", "queue"], "queue": {"interval_backlog_steps": 8.0}},
-        ),
         Arm("gimbal-ep", "Gimbal's placement alone", {"levels": ["placement"]}),
         Arm(
             "gimbal-no-feedback",

@@ -191,7 +191,7 @@ class Engine:
             return self._whole if admit else StepDecision(self.budget, False)
         view = self.view
         self.kept_blocks = room_blocks(view, self.queue.room_tokens)
-        view.now_s, view.held_back = now_s, not due
+        view.now_s, view.held_back = now_s, not (due or self.capacity_bound)
         return decide(view, self.queue)
 
     def _next(self, now_s: float) -> Entry[SimRequest]:

@@ -67,9 +67,9 @@ class Signals:
         self.board[:, Field.STEP_TOKEN_BUDGET] = [e.budget for e in engines]
         self.board[:, Field.MAX_RUNNING_REQUESTS] = [e.seats for e in engines]
         self.costs = [OnlineStepCost(e.budget) for e in engines]
-        protected = [e.queue.protect_decodes for e in engines]
-        self._learns = fresh or any(protected)
-        if any(protected):
+        bounded = any(e.queue.step_budget for e in engines)
+        self._learns = fresh or bounded
+        if bounded:
             for engine, cost in zip(engines, self.costs, strict=True):
                 engine.view.learned = cost
         self.graph_costs = graph_costs

@@ -59,10 +59,6 @@ class EngineView:
         return self._engine.budget
 
     @property
-    def capacity_bound(self) -> bool:
-        return self._engine.capacity_bound
-
-    @property
     def decoding(self) -> int:
         return self._engine.decodes
 
@@ -127,6 +123,15 @@ class EngineView:
             return StepCost(0.0, 0.0)
         base_us = learned.step_base_us(self._engine.decodes)
         return StepCost(base_us, learned.prefill_us_per_token)
+
+    @property
+    def oldest_wait_us(self) -> float:
+        engine = self._engine
+        oldest = engine.waiting.oldest()
+        since = [r.entry.queued_s for r in engine.prefilling if r.entry is not None]
+        if oldest is not None:
+            since.append(oldest.queued_s)
+        return 1e6 * (self.now_s - min(since, default=self.now_s))
 
     @property
     def graphs(self) -> GraphStepCosts | None:

@@ -133,7 +133,6 @@ def step(rng: random.Random) -> None:
         budget_tokens=budget,
         chunked=rng.random() < 0.9,
         held_back=rng.random() < 0.3,
-        capacity_bound=rng.random() < 0.5,
         decoding=decoding,
         decode_tokens=decoding,
         running=running,
@@ -145,15 +144,15 @@ def step(rng: random.Random) -> None:
         group_decode_tokens=rng.choice((0.0, float(count(rng, 256)), 2.0**53)),
         cost=StepCost(rng.choice((0.0, 5e-324, 1e3, 1e300)), rng.choice((0.0, 5e-324, 1.0, 1e300))),
         block_tokens=rng.choice((1, 16, 128)),
+        oldest_wait_us=rng.choice((0.0, float(count(rng, 2**30)), 2.0**53)),
         graphs=rng.choice((None, graphs)),
     )
     config = QueueConfig(
         in_batch=rng.random() < 0.7,
-        interval_backlog_steps=rng.choice((0.0, 2.0)),
         graph_steps=rng.choice((0.0, 2.0, 1e300)),
-        protect_decodes=rng.random() < 0.5,
-        tpot_factor=rng.choice((1.0, 2.5, 1e300)),
-        patience_steps=rng.choice((5e-324, 8.0, 1e300)),
+        step_budget=rng.random() < 0.7,
+        slo_ttft_ms=rng.choice((0.0, 5e-324, 300.0, 1e300)),
+        slo_tpot_ms=rng.choice((0.0, 5e-324, 50.0, 1e300)),
     )
     decision = decide(view, config)
     check(decision == decide(view, config), "two answers to one view")

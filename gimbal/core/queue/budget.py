@@ -3,7 +3,7 @@
 `share_prefill_budget` serves running prefills and waiting requests in one order, that of their
 keys: a long running prompt leaves the budget to shorter newcomers, and because the keys are those
 of the ordering, what it can lose is bounded by the ordering's own theorem.
-`protected_prefill_tokens` bounds how much prefill rides along with decodes, by the backlog of the
+`bounded_prefill_tokens` bounds how much prefill rides along with decodes, by the backlog of the
 whole lock-step group: its engines wait for the slowest, so they had better stall together.
 """
 
@@ -19,8 +19,15 @@ NEWCOMERS = 16
 """Waiting requests that may claim a running prefill's budget in one step."""
 HOLD_STEPS = 8
 """Steps without yielding after one in which a prefill yielded to somebody who was not admitted."""
+DECODE_FACTOR = 2.5
+"""How much longer than a step without prefill one with prefill may be, as far as decodes go."""
+PATIENCE_STEPS = 2.0
+"""Steps in which a backlog is prefilled whatever that takes: the last of it waits a few more."""
+TTFT_MARGIN = 0.2
+"""Share of a TTFT target that is left to what no step decides: the API, a step under way."""
 _CLASS_TOKENS = 1e12
 """Key distance between priority classes, and between them and who must not wait any longer."""
+_INFINITY = float("inf")
 _FIRST = -_CLASS_TOKENS * _CLASS_TOKENS
 
 
@@ -133,37 +140,51 @@ class StepCost:
     prefill_us_per_token: float
 
 
-def protected_prefill_tokens(
+def bounded_prefill_tokens(
     cost: StepCost,
     budget_tokens: int,
-    decoding: int,
     backlog_tokens: float,
     *,
-    tpot_factor: float,
-    patience_steps: float,
-    min_tokens: int,
+    waited_us: float = 0.0,
+    ttft_us: float = 0.0,
+    tpot_us: float = 0.0,
+    min_tokens: int = 1,
 ) -> int:
-    """Prefill tokens a step may carry beside `decoding` requests.
+    """Prefill tokens that a step may carry beside decodes.
 
-    Two allowances, the larger counts: what keeps the step within `tpot_factor` times a decode-only
-    step, ``(factor - 1) * base / c``; and what clears the backlog within `patience_steps` steps, so
-    that a burst is not held back in order to protect few decodes from it.
+    Two allowances, the larger counts.
+
+    - What decodes bear: `DECODE_FACTOR` times a step without prefill, and no more than `tpot_us`.
+    - What prompts need: the least size that prefills a backlog of B tokens in time. Steps of s
+      tokens take ``B * (base / s + c)``, so that within T it is ``B * base / (T - c * B)``, T being
+      what `waited_us` leaves of `ttft_us`, less `TTFT_MARGIN`. Without that target it is
+      ``B / PATIENCE_STEPS``: a burst is cleared in large steps, not held back to protect few
+      decodes.
+
+    Where a step costs the same per token whatever its size, no size saves decodes anything, and the
+    factor only keeps one step from stalling them for long.
 
     Args:
         cost: of this engine's steps.
         budget_tokens: what decodes leave of the step's token budget.
-        decoding: requests that decode in this step.
         backlog_tokens: prefill that waits or runs, on the engine of the lock-step group that has
             most: engines that wait for each other choose the same bound and stall together, and
             less here would not make the step shorter.
-        tpot_factor, patience_steps: see above; at least 1 and above 0.
-        min_tokens: never fewer.
+        waited_us: how long the oldest prompt of this engine without a token has waited.
+        ttft_us, tpot_us: targets; 0 is none.
+        min_tokens: never fewer; at least 1.
 
     Returns:
-        From 1 to `budget_tokens`; all of it when nothing decodes or no cost is known yet.
+        From 1 to `budget_tokens`; all of it while no cost is known.
     """
-    if decoding == 0 or cost.base_us <= 0.0 or cost.prefill_us_per_token <= 0.0:
+    base_us, token_us = cost.base_us, cost.prefill_us_per_token
+    if base_us <= 0.0 or token_us <= 0.0:
         return budget_tokens
-    within_factor = (tpot_factor - 1.0) * cost.base_us / cost.prefill_us_per_token
-    allowed = max(within_factor, backlog_tokens / patience_steps, min_tokens, 1)
-    return int(min(allowed, budget_tokens))
+    bearable_us = min(DECODE_FACTOR * base_us, tpot_us or _INFINITY)
+    allowed = max((bearable_us - base_us) / token_us, min_tokens)
+    if ttft_us > 0.0:
+        left_us = (1.0 - TTFT_MARGIN) * ttft_us - waited_us - token_us * backlog_tokens
+        needed = backlog_tokens * base_us / left_us if left_us > 0.0 else budget_tokens
+    else:
+        needed = backlog_tokens / PATIENCE_STEPS
+    return int(min(max(allowed, needed), budget_tokens))

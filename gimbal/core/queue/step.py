@@ -1,12 +1,11 @@
 """One step's prefill, decided: how many tokens the step may have, and who may prefill how many.
 
-vLLM serves its running list in order and then admits from the waiting queue while tokens last. Four
-decisions are made around that, all here, for an engine on a server and for a simulated one alike:
+vLLM serves its running list in order and then admits from the waiting queue while tokens last.
+Three decisions are made around that, all here, for an engine on a server and for a simulated one
+alike:
 
-interval    whether prefill may run beside decodes in a step that vLLM's
-            ``--prefill-schedule-interval`` holds back (``interval_backlog_steps``);
 graphs      whether the step is cut to what a CUDA graph covers (``graph_steps``, `graph_steps`);
-protection  how much prefill may ride along with decodes (``protect_decodes``, `budget`);
+budget      how much prefill may ride along with decodes (``step_budget``, `budget`);
 sharing     how many tokens each running prefill may have, so that shorter newcomers and decodes get
             theirs (``in_batch``, `budget`).
 
@@ -24,7 +23,7 @@ from gimbal.core.queue.budget import (
     PrefillCandidate,
     PrefillSharing,
     StepCost,
-    protected_prefill_tokens,
+    bounded_prefill_tokens,
     share_prefill_budget,
 )
 from gimbal.core.queue.graph_steps import fits_graph_steps
@@ -55,9 +54,8 @@ class StepView(Protocol):
     Attributes:
         budget_tokens: the most that the step may have (``max_num_batched_tokens``).
         chunked: prompts may be prefilled in chunks.
-        held_back: ``--prefill-schedule-interval`` holds prefill beside decodes back in this step.
-        capacity_bound: vLLM's own rule lifts that: the last step with prefill left somebody
-            waiting.
+        held_back: ``--prefill-schedule-interval`` holds prefill beside decodes back in this step,
+            and nobody was left waiting by the last step with prefill, which lifts that.
         decoding: running requests past their prompt.
         decode_tokens: what they take of this step.
         running: running prefills in the order in which they are served; their ``tokens`` are what
@@ -70,7 +68,8 @@ class StepView(Protocol):
             most, so that all engines decide by the same figure.
         group_decode_tokens: as published, on the engine that has most.
         cost: learned cost of this engine's steps.
-        block_tokens: tokens of a KV block, the least that protection leaves.
+        block_tokens: tokens of a KV block, the least prefill of a step without graphs.
+        oldest_wait_us: how long the oldest prompt that waits or runs has been here.
         graphs: what steps with and without CUDA graphs take; None where a step is never cut.
     """
 
@@ -80,8 +79,6 @@ class StepView(Protocol):
     def chunked(self) -> bool: ...
     @property
     def held_back(self) -> bool: ...
-    @property
-    def capacity_bound(self) -> bool: ...
     @property
     def decoding(self) -> int: ...
     @property
@@ -105,6 +102,8 @@ class StepView(Protocol):
     @property
     def block_tokens(self) -> int: ...
     @property
+    def oldest_wait_us(self) -> float: ...
+    @property
     def graphs(self) -> GraphPrices | None: ...
 
 
@@ -115,7 +114,6 @@ class RecordedView:
     budget_tokens: int
     chunked: bool = True
     held_back: bool = False
-    capacity_bound: bool = False
     decoding: int = 0
     decode_tokens: int = 0
     running: tuple[PrefillCandidate, ...] = ()
@@ -127,6 +125,7 @@ class RecordedView:
     group_decode_tokens: float = 0.0
     cost: StepCost = UNKNOWN_COST
     block_tokens: int = 16
+    oldest_wait_us: float = 0.0
     graphs: GraphPrices | None = None
 
 
@@ -144,7 +143,6 @@ class StepDecision(NamedTuple):
     Attributes:
         budget_tokens: all tokens of the step, at most the view's.
         admit: False: no prefill in this step.
-        lifted: the prefill interval is lifted; None where it does not hold the step back.
         caps: most prefill tokens of each of the view's running prefills; None: no limits.
         claimed: a newcomer claims what a running prefill could use.
         asked_graphs: measured steps were asked, and said that small ones pay.
@@ -153,7 +151,6 @@ class StepDecision(NamedTuple):
 
     budget_tokens: int
     admit: bool = True
-    lifted: bool | None = None
     caps: tuple[int, ...] | None = None
     claimed: bool = False
     asked_graphs: bool = False
@@ -162,8 +159,8 @@ class StepDecision(NamedTuple):
 
 def leaves_to_vllm(config: QueueConfig) -> bool:
     """Whether `decide` never differs from vLLM's own rule: nothing is switched on."""
-    sizes = config.graph_steps > 0.0 or config.interval_backlog_steps > 0.0
-    return not (config.in_batch or config.protect_decodes or config.room_tokens or sizes)
+    sizes = config.graph_steps > 0.0 or config.step_budget
+    return not (config.in_batch or config.room_tokens or sizes)
 
 
 def decide(view: StepView, config: QueueConfig) -> StepDecision:
@@ -173,33 +170,28 @@ def decide(view: StepView, config: QueueConfig) -> StepDecision:
         config: section `queue`, less what the ordering cannot do (`traits.usable`).
     """
     budget = view.budget_tokens
-    lifted: bool | None = None
-    if view.held_back:
-        lifted = view.capacity_bound
-        if config.interval_backlog_steps > 0.0:
-            lifted = view.group_backlog_tokens > config.interval_backlog_steps * budget
-        if not lifted and view.decoding > 0:
-            return StepDecision(budget, False, lifted)
+    decoding = view.decoding
+    if decoding > 0 and view.held_back:
+        return StepDecision(budget, False)
     graphs = view.graphs if config.graph_steps > 0.0 else None
     if graphs is not None and not 0 < graphs.graph_tokens < budget:
         graphs = None
     running = view.running if config.in_batch else ()
+    bounded = config.step_budget and decoding > 0
     decodes = 0
-    if graphs is not None or running or config.protect_decodes:
+    if graphs is not None or running or bounded:
         decodes = view.decode_tokens  # a server counts it over all that run
     asked = cut = False
     if graphs is not None:
         graph_tokens, asked = _graph_tokens(view, graphs, budget, decodes, config.graph_steps)
         cut = graph_tokens < budget
         budget = graph_tokens
-    if config.protect_decodes:
-        protected = _protected(view, budget, decodes, config)
-        cut = cut and protected == budget
-        budget = protected
+    if bounded and not cut:
+        budget = _bounded(view, budget, decodes, config)
     if not running:
-        return StepDecision(budget, True, lifted, None, False, asked, cut)
+        return StepDecision(budget, True, None, False, asked, cut)
     caps, claimed = _caps(view, running, budget, decodes)
-    return StepDecision(budget, True, lifted, caps, claimed, asked, cut)
+    return StepDecision(budget, True, caps, claimed, asked, cut)
 
 
 def _graph_tokens(
@@ -217,20 +209,25 @@ def _graph_tokens(
     return (budget_tokens if graphs.exploring else graph), True
 
 
-def _protected(view: StepView, budget_tokens: int, decodes: int, config: QueueConfig) -> int:
-    """Tokens of a step under decode protection; at most `budget_tokens`."""
-    decoding = view.decoding
+def _bounded(view: StepView, budget_tokens: int, decodes: int, config: QueueConfig) -> int:
+    """Tokens of a step beside decodes; at most `budget_tokens`."""
+    left, backlog = budget_tokens - decodes, view.group_backlog_tokens
     # Without chunked prefill a prompt above the budget would stop everybody behind it.
-    if not view.chunked or decoding <= 0 or decodes >= budget_tokens:
+    if left <= 0 or backlog <= view.block_tokens or not view.chunked:
         return budget_tokens
-    return decodes + protected_prefill_tokens(
+    # What a CUDA graph covers is prefilled at once: less would take as long.
+    least = view.block_tokens
+    if (graphs := view.graphs) is not None:
+        least = max(least, graphs.graph_tokens - decodes)
+    ttft_us = 1e3 * config.slo_ttft_ms
+    return decodes + bounded_prefill_tokens(
         view.cost,
-        budget_tokens - decodes,
-        decoding,
-        view.group_backlog_tokens,
-        tpot_factor=config.tpot_factor,
-        patience_steps=config.patience_steps,
-        min_tokens=view.block_tokens,
+        left,
+        backlog,
+        waited_us=view.oldest_wait_us if ttft_us else 0.0,
+        ttft_us=ttft_us,
+        tpot_us=1e3 * config.slo_tpot_ms,
+        min_tokens=least,
     )
 
 

@@ -16,8 +16,7 @@ _NEEDS: tuple[tuple[str, str, object], ...] = (
     ("pass_steps", "passes_blocked", 0),
     ("room_tokens", "passes_blocked", 0),
     ("graph_steps", "sizes_steps", 0.0),
-    ("interval_backlog_steps", "sizes_steps", 0.0),
-    ("protect_decodes", "sizes_steps", False),
+    ("step_budget", "sizes_steps", False),
 )
 """Option, the trait that it needs, and the value that switches it off."""
 

@@ -1,12 +1,12 @@
 """Level `queue` in one engine: the waiting queue, the step's prefill budget, the run-time switch.
 
 `GimbalQueueMixin` sits in front of the scheduler class. Per step it sets, through levers vLLM
-has, what core decided: ``max_num_scheduled_tokens`` (CUDA graphs, decode protection); for a
+has, what core decided: ``max_num_scheduled_tokens`` (CUDA graphs, what decodes bear); for a
 running prefill that yields to shorter newcomers and to decodes its chunk
-(``_reserve_prefill_lookahead``, which vLLM asks about every chunk it is about to schedule); the KV
-blocks that admission leaves free (``KVCacheManager.watermark_blocks``); and
-``prefill_capacity_bound``, which lifts vLLM's prefill interval. vLLM's ``schedule()`` itself is
-untouched. Once the level has switched itself off, ``scheduler.waiting`` is vLLM's own queue again.
+(``_reserve_prefill_lookahead``, which vLLM asks about every chunk it is about to schedule); and the
+KV blocks that admission leaves free (``KVCacheManager.watermark_blocks``). vLLM's ``schedule()``
+itself is untouched. Once the level has switched itself off, ``scheduler.waiting`` is vLLM's own
+queue again.
 """
 
 from __future__ import annotations
@@ -164,13 +164,10 @@ class QueueLevel:
             self.publish()
         view.begin(throttled)
         self._decision = None
-        idle = view.nothing_to_prefill and config.interval_backlog_steps <= 0.0
-        if idle or self._leaves_to_vllm or self.queue.fallback is not None:
+        if view.nothing_to_prefill or self._leaves_to_vllm or self.queue.fallback is not None:
             return view.budget_tokens, {}
         self.facts.keep_free(room_blocks(view, config.room_tokens))
         decision = self._decision = decide(view, config)
-        if decision.lifted is not None:
-            self.scheduler.prefill_capacity_bound = decision.lifted
         if decision.asked_graphs and view.graphs is not None:
             view.graphs.decided()
         budget = decision.budget_tokens

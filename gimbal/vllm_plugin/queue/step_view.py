@@ -84,9 +84,13 @@ class SchedulerView:
 
     @property
     def nothing_to_prefill(self) -> bool:
-        """Neither a running prompt nor a waiting one: there is nothing to decide."""
+        """No running prompt, and none that waits for which there is a seat: nothing to decide."""
         scheduler = self.scheduler
-        return not (scheduler._inflight_prefills or self.queue or scheduler.kv_holding_waiting)
+        if scheduler._inflight_prefills:
+            return False
+        if len(scheduler.running) >= scheduler.max_num_active_reqs:
+            return True
+        return not (self.queue or scheduler.kv_holding_waiting)
 
     @property
     def budget_tokens(self) -> int:
@@ -96,14 +100,12 @@ class SchedulerView:
     def held_back(self) -> bool:
         """By the group's interval, or by that of an engine which is alone."""
         scheduler = self.scheduler
+        if scheduler.prefill_capacity_bound:
+            return False
         interval = prefill_interval_of_one(scheduler)
         if self._throttled or interval <= 1:
             return self._throttled
         return bool(scheduler.num_executed_steps + 1 - scheduler.last_prefill_step < interval)
-
-    @property
-    def capacity_bound(self) -> bool:
-        return bool(self.scheduler.prefill_capacity_bound)
 
     @property
     def decoding(self) -> int:
@@ -230,6 +232,17 @@ class SchedulerView:
     def cost(self) -> StepCost:
         facts = self.facts
         return StepCost(facts.field(Field.STEP_BASE_US), facts.field(Field.PREFILL_US_PER_TOKEN))
+
+    @property
+    def oldest_wait_us(self) -> float:
+        scheduler, now_s = self.scheduler, self.queue.clock()
+        oldest = self.queue.heap.oldest()
+        since_s = now_s if oldest is None else oldest.queued_s
+        for request in scheduler.running if scheduler._inflight_prefills else ():
+            entry = getattr(request, PLACE, None) if request.is_prefill_chunk else None
+            if entry is not None and entry.queued_s < since_s:
+                since_s = entry.queued_s
+        return 1e6 * max(0.0, now_s - since_s)
 
     @property
     def graphs(self) -> GraphStepCosts | None:

@@ -3,7 +3,7 @@ import pytest
 from gimbal.core.queue.budget import (
     PrefillCandidate,
     StepCost,
-    protected_prefill_tokens,
+    bounded_prefill_tokens,
     share_prefill_budget,
 )
 
@@ -29,35 +29,43 @@ def test_share(running, waiting, budget, expected):
     assert share_prefill_budget(candidates(*running), candidates(*waiting), budget) == expected
 
 
-def protect(base=25_000.0, per_token=500.0, budget=512, decoding=4, backlog=0, **change):
-    options = {"tpot_factor": 3.0, "patience_steps": 8.0, "min_tokens": 16} | change
-    cost = StepCost(base, per_token)
-    return protected_prefill_tokens(cost, budget, decoding, backlog, **options)
+def bounded(base=25_000.0, per_token=500.0, budget=512, backlog=0, **targets):
+    options = {"min_tokens": 16} | targets
+    return bounded_prefill_tokens(StepCost(base, per_token), budget, backlog, **options)
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, 100),  # (3 - 1) * 25 ms / 0.5 ms
-        ({"decoding": 0}, 512),
+        ({}, 75),  # (2.5 - 1) * 25 ms / 0.5 ms
         ({"per_token": 0.0}, 512),
-        ({"backlog": 800}, 100),
-        ({"backlog": 1600}, 200),
-        ({"backlog": 1600, "patience_steps": 4.0}, 400),
+        ({"base": 0.0}, 512),
+        ({"backlog": 140}, 75),
+        ({"backlog": 600}, 300),
         ({"backlog": 10**6}, 512),
-        ({"tpot_factor": 1.0}, 16),
-        ({"tpot_factor": 50.0}, 512),
-        ({"tpot_factor": 1.0, "min_tokens": 0}, 1),
+        ({"tpot_us": 50_000.0}, 50),
+        ({"tpot_us": 1.0}, 16),
+        ({"tpot_us": 1.0, "min_tokens": 0, "backlog": 1}, 0),
+        ({"tpot_us": 1e12}, 75),
+        # 300 tokens take 150 ms and three quarters of a second is left: 300 * 25 / (800 - 150).
+        ({"backlog": 300, "ttft_us": 1e6, "tpot_us": 1.0, "min_tokens": 1}, 11),
+        ({"backlog": 300, "ttft_us": 1e6, "waited_us": 6e5, "tpot_us": 1.0}, 150),
+        ({"backlog": 300, "ttft_us": 1e6, "waited_us": 7e5, "tpot_us": 1.0}, 512),
+        ({"backlog": 300, "ttft_us": 1e6}, 75),  # less would help nobody
     ],
 )
-def test_protected_prefill(arguments, expected):
-    assert protect(**arguments) == expected
+def test_prefill_beside_decodes(arguments, expected):
+    assert bounded(**arguments) == expected
 
 
-def test_a_backlog_is_cleared_in_patience_steps_or_at_the_whole_budget():
-    backlog, steps = 3000, 0
-    while backlog > 800:  # below that the factor alone allows more
-        backlog -= protect(backlog=backlog)
-        steps += 1
-    # A share of what is left, step after step: 3000 * (7/8)**n <= 800.
-    assert steps == 10
+def test_a_backlog_is_cleared_in_time_in_steps_that_are_as_even_as_can_be():
+    """Prompts that came together meet their target, and no step is larger than the first."""
+    backlog, waited, sizes = 3000, 0.0, []
+    while backlog > 0:
+        sizes.append(
+            min(backlog, bounded(budget=8192, backlog=backlog, waited_us=waited, ttft_us=3e6))
+        )
+        backlog -= sizes[-1]
+        waited += 25_000.0 + 500.0 * sizes[-1]
+    assert waited <= 0.8 * 3e6 + 25_000.0
+    assert max(sizes) <= sizes[0] + 1

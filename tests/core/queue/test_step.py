@@ -22,6 +22,9 @@ from gimbal.core.queue.traits import lacking, usable
 LONG, SHORT = PrefillCandidate(900.0, 3000), PrefillCandidate(100.0, 200)
 
 
+BESIDE_DECODES = {"decoding": 4, "decode_tokens": 4, "cost": StepCost(25_000.0, 500.0)}
+
+
 def graphs(tokens=128, pays=True, exploring=False):
     return SimpleNamespace(
         graph_tokens=tokens, exploring=exploring, small_steps_pay=lambda backlog: pays
@@ -64,27 +67,12 @@ TABLE = {
     "an interval holds prefill back beside decodes": (
         {"running": (LONG,), "decoding": 1, "decode_tokens": 1, "held_back": True},
         {},
-        StepDecision(512, False, False),
+        StepDecision(512, False),
     ),
-    "until somebody was left waiting": (
-        {"held_back": True, "capacity_bound": True, "decoding": 1, "decode_tokens": 1},
+    "but not where nothing decodes": (
+        {"running": (LONG,), "held_back": True},
         {},
-        StepDecision(512, True, True),
-    ),
-    "or the fullest engine has so many full steps": (
-        {"held_back": True, "decoding": 1, "group_backlog_tokens": 4097.0},
-        {"interval_backlog_steps": 8.0},
-        StepDecision(512, True, True),
-    ),
-    "and not before": (
-        {
-            "held_back": True,
-            "capacity_bound": True,
-            "decoding": 1,
-            "group_backlog_tokens": 4096.0,
-        },
-        {"interval_backlog_steps": 8.0},
-        StepDecision(512, False, False),
+        StepDecision(512),
     ),
     "a backlog of two graphs is prefilled in graphs": (
         {"backlog_tokens": 240, "decoding": 1, "decode_tokens": 1, "graphs": graphs()},
@@ -116,19 +104,49 @@ TABLE = {
         {},
         StepDecision(512, asked_graphs=True),
     ),
-    "protected decodes bound prefill": (
-        {"decoding": 4, "decode_tokens": 4, "cost": StepCost(25_000.0, 500.0)},
-        {"protect_decodes": True, "tpot_factor": 3.0},
-        StepDecision(104),
+    "decodes bear a step of two and a half times their own": (
+        BESIDE_DECODES | {"group_backlog_tokens": 140.0},
+        {},
+        StepDecision(79),
+    ),
+    "half of a large backlog goes into one step": (
+        BESIDE_DECODES | {"group_backlog_tokens": 600.0},
+        {},
+        StepDecision(304),
+    ),
+    "nothing is bounded where nothing decodes": (
+        BESIDE_DECODES | {"decoding": 0, "group_backlog_tokens": 200.0},
+        {},
+        StepDecision(512),
+    ),
+    "nor where it is switched off": (
+        BESIDE_DECODES | {"group_backlog_tokens": 140.0},
+        {"step_budget": False},
+        StepDecision(512),
     ),
     "but not whole prompts": (
-        {
-            "decoding": 4,
-            "decode_tokens": 4,
-            "cost": StepCost(25_000.0, 500.0),
-            "chunked": False,
-        },
-        {"protect_decodes": True},
+        BESIDE_DECODES | {"group_backlog_tokens": 140.0, "chunked": False},
+        {},
+        StepDecision(512),
+    ),
+    "what a graph covers is prefilled at once": (
+        BESIDE_DECODES | {"group_backlog_tokens": 140.0, "graphs": graphs()},
+        {},
+        StepDecision(128),
+    ),
+    "a target of TPOT says what decodes bear": (
+        BESIDE_DECODES | {"group_backlog_tokens": 140.0},
+        {"slo_tpot_ms": 45.0},
+        StepDecision(74),
+    ),
+    "a target of TTFT says what prompts need": (
+        BESIDE_DECODES | {"group_backlog_tokens": 300.0, "oldest_wait_us": 50_000.0},
+        {"slo_ttft_ms": 300.0},
+        StepDecision(191, admit=True),
+    ),
+    "all that there is once it is too late": (
+        BESIDE_DECODES | {"group_backlog_tokens": 300.0, "oldest_wait_us": 250_000.0},
+        {"slo_ttft_ms": 300.0},
         StepDecision(512),
     ),
 }
@@ -153,7 +171,6 @@ views = st.builds(
     st.integers(1, 9000),
     chunked=st.booleans(),
     held_back=st.booleans(),
-    capacity_bound=st.booleans(),
     decoding=st.integers(0, 50),
     decode_tokens=st.integers(0, 600),
     running=candidates,
@@ -164,14 +181,16 @@ views = st.builds(
     group_backlog_tokens=st.floats(0.0, 1e6),
     group_decode_tokens=st.floats(0.0, 1e3),
     cost=st.builds(StepCost, st.floats(0.0, 1e6), st.floats(0.0, 1e4)),
+    oldest_wait_us=st.floats(0.0, 1e9),
     graphs=st.builds(graphs, st.integers(0, 1000), st.booleans(), st.booleans()) | st.none(),
 )
 configs = st.builds(
     QueueConfig,
     in_batch=st.booleans(),
     graph_steps=st.floats(0.0, 8.0),
-    interval_backlog_steps=st.sampled_from([0.0, 2.0]),
-    protect_decodes=st.booleans(),
+    step_budget=st.booleans(),
+    slo_ttft_ms=st.sampled_from([0.0, 1e-3, 300.0, 1e9]),
+    slo_tpot_ms=st.sampled_from([0.0, 1e-3, 50.0, 1e9]),
 )
 
 
@@ -180,6 +199,11 @@ def test_what_holds_for_every_step(view, config):
     decision = decide(view, config)
     assert 1 <= decision.budget_tokens <= view.budget_tokens
     assert decision.admit or view.held_back
+    # Prefill moves on whatever bounds it: a block, or all that is left beside decodes.
+    left = min(view.block_tokens, max(1, view.budget_tokens - view.decode_tokens))
+    assert decision.budget_tokens >= min(view.budget_tokens, view.decode_tokens + left) or (
+        decision.cut
+    )
     if decision.caps is not None:
         left = max(0, decision.budget_tokens - view.decode_tokens)
         assert len(decision.caps) == len(view.running)
@@ -216,6 +240,7 @@ def test_an_ordering_goes_without_what_it_does_not_declare():
         "pass_steps (passes_blocked)",
         "room_tokens (passes_blocked)",
         "graph_steps (sizes_steps)",
+        "step_budget (sizes_steps)",
     ]
     able = OrderingTraits(False, True, True, True, True)
     assert usable(config, able) == config

@@ -56,7 +56,7 @@ AS_JSON = {"Content-Type": "application/json"}
         ({"queue": {"options": 3}}, "queue.options: a mapping is expected"),
         ({"queue": 3}, "queue: a mapping is expected"),
         ({"queue": {"max_wait": 3}}, "did you mean 'max_wait_s'?"),
-        ({"queue": {"tpot_factor": "x"}}, "queue.tpot_factor"),
+        ({"queue": {"slo_tpot_ms": "x"}}, "queue.slo_tpot_ms"),
         ({"queue": {"priority_tokens": 3}}, "priority_tokens cannot be changed"),
         ({"levels": "queue"}, "a list is expected"),
         ({"levels": ["que", "placement"]}, "unknown 'que'"),

@@ -69,10 +69,10 @@ def test_a_short_newcomer_takes_budget_from_a_running_long_prefill(build):
     assert plain[2] == {"long": 512}
 
 
-@pytest.mark.parametrize("protect", [False, True])
-def test_who_was_admitted_past_a_long_prefill_goes_on_decoding(build, protect):
+@pytest.mark.parametrize("bounded", [False, True])
+def test_who_was_admitted_past_a_long_prefill_goes_on_decoding(build, bounded):
     """vLLM serves its running list in order: the long prefill stands before the newcomer there."""
-    scheduler = build({"queue": {"protect_decodes": protect}})
+    scheduler = build({"queue": {"step_budget": bounded}})
     requests = [(0, real.request("long", 4000, 4)), (2, real.request("short", 200, 20))]
     counts = run(scheduler, requests)
     first = next(i for i, step in enumerate(counts) if "short" in step)
@@ -390,23 +390,21 @@ def test_under_fcfs_equals_go_by_the_time_that_vllm_goes_by(build, policy, expec
     assert first_steps(run(scheduler, [])) == expected
 
 
-def test_decode_protection_bounds_prefill_beside_decodes(build):
-    options = {"protect_decodes": True, "tpot_factor": 3.0}
-    scheduler = build({"queue": options})
+def test_the_budget_bounds_prefill_beside_decodes(build):
+    scheduler = build({"queue": {"slo_tpot_ms": 50.0, "slo_ttft_ms": 1e6}})
     learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
     scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
-    requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 600))]
+    requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 190))]
     counts = run(scheduler, requests)
-    # (3 - 1) * 25 ms / 0.5 ms beside a decode; everything without one.
+    # (50 - 25) ms / 0.5 ms beside a decode; everything without one.
     assert counts[0] == {"decodes": 50}
-    assert counts[2] == {"decodes": 1, "long": 100}
+    assert counts[2] == {"decodes": 1, "long": 50}
     assert scheduler.max_num_scheduled_tokens == 512
 
 
-def test_decode_protection_leaves_whole_prompts_alone(build):
+def test_the_budget_leaves_whole_prompts_alone(build):
     """Without chunked prefill vLLM stops at a prompt that is longer than the step's budget."""
-    options = {"protect_decodes": True, "tpot_factor": 3.0}
-    scheduler = build({"queue": options}, budget=8192, enable_chunked_prefill=False)
+    scheduler = build({}, budget=8192, enable_chunked_prefill=False)
     learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
     scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
     requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 600))]
@@ -425,18 +423,36 @@ def test_a_request_that_left_the_queue_is_not_held_by_its_place(build):
     assert request._gimbal_place.item is None
 
 
-def test_decode_protection_goes_by_the_fullest_engine_of_the_group(build):
+def test_the_budget_goes_by_the_fullest_engine_of_the_group(build):
     from gimbal.core.snapshot import ROW_WIDTH, Field
 
-    scheduler = build({"queue": {"protect_decodes": True, "tpot_factor": 3.0}})
+    scheduler = build({})
     learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
     scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
     rows = np.zeros((2, ROW_WIDTH))
-    rows[1, Field.WAITING_PREFILL_TOKENS] = rows[1, Field.RUNNING_PREFILL_TOKENS] = 800.0
+    rows[1, Field.WAITING_PREFILL_TOKENS] = rows[1, Field.RUNNING_PREFILL_TOKENS] = 350.0
     scheduler.gimbal_state.group = SimpleNamespace(read=rows.copy)
     requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 600))]
-    # The other engine has 1,600 tokens: an eighth of them, where its own 600 would give 100.
-    assert run(scheduler, requests)[2] == {"decodes": 1, "long": 200}
+    # The other engine has 700 tokens: half of them, where its own 600 would give 300.
+    assert run(scheduler, requests)[2] == {"decodes": 1, "long": 350}
+
+
+def test_the_budget_knows_how_long_a_prompt_has_waited(build):
+    scheduler = build({"queue": {"slo_ttft_ms": 1000.0}}, seats=2)
+    now, view = [10.0], scheduler.gimbal_queue.view
+    scheduler.gimbal_queue.queue.clock = lambda: now[0]
+    assert view.oldest_wait_us == 0.0
+    scheduler.add_request(real.request("long", 900, 3))
+    now[0] = 10.5
+    real.finish_step(scheduler, scheduler.schedule())
+    assert view.oldest_wait_us == 500_000.0, "it runs, and has no token yet"
+    real.finish_step(scheduler, scheduler.schedule())
+    scheduler.add_request(real.request("next", 10, 3))
+    now[0] = 10.75
+    assert view.oldest_wait_us == 250_000.0
+
+
+GRAPHS_ALONE = {"step_budget": False}
 
 
 def with_graphs(scheduler, pays=True, tokens=128):
@@ -463,7 +479,7 @@ def with_graphs(scheduler, pays=True, tokens=128):
     ],
 )
 def test_a_backlog_of_two_graphs_is_prefilled_in_graphs(build, pays, most_steps, prompt, expected):
-    scheduler = with_graphs(build({"queue": {"graph_steps": most_steps}}), pays)
+    scheduler = with_graphs(build({"queue": GRAPHS_ALONE | {"graph_steps": most_steps}}), pays)
     counts = run(scheduler, [(0, real.request("decodes", 50, 30)), (2, real.request("p", prompt))])
     assert [sum(step.values()) for step in counts[2 : 2 + len(expected)]] == expected
     assert scheduler.gimbal_queue.memory.graph_steps == len(expected) - 1 or prompt == 120
@@ -474,7 +490,7 @@ def test_graphs_go_by_the_fullest_engine_of_the_group(build):
     from gimbal.core.snapshot import ROW_WIDTH, Field
 
     def tokens_in_step_2(backlog, decodes):
-        scheduler = with_graphs(build({}))
+        scheduler = with_graphs(build({"queue": GRAPHS_ALONE}))
         rows = np.zeros((2, ROW_WIDTH))
         rows[1, Field.WAITING_PREFILL_TOKENS], rows[1, Field.DECODING_REQUESTS] = backlog, decodes
         scheduler.gimbal_state.group = SimpleNamespace(read=rows.copy)
@@ -556,11 +572,8 @@ def test_without_decodes_a_step_is_as_large_as_it_can_be(build):
     assert run(scheduler, [(0, real.request("p", 200))])[0] == {"p": 200}
 
 
-@pytest.mark.parametrize(
-    ("most_steps", "expected"), [(0.0, [300, 0]), (4.0, [0, 0]), (0.5, [300, 0])]
-)
-def test_the_prefill_interval_is_kept_up_to_a_backlog(build, most_steps, expected):
-    scheduler = build({"queue": {"interval_backlog_steps": most_steps}}, seats=2)
+def test_the_prefill_interval_is_vllms(build):
+    scheduler = build({}, seats=2)
     scheduler.add_request(real.request("decoding", 16, 50))
     real.finish_step(scheduler, scheduler.schedule())
     scheduler.add_request(real.request("a", 300, 50))
@@ -571,7 +584,7 @@ def test_the_prefill_interval_is_kept_up_to_a_backlog(build, most_steps, expecte
         output = scheduler.schedule(throttled)
         prefilled.append(sum(n for n in output.num_scheduled_tokens.values() if n > 1))
         real.finish_step(scheduler, output)
-    assert prefilled == expected
+    assert prefilled == [300, 0]
 
 
 def test_counters_travel_with_the_snapshot(build):
@@ -617,11 +630,11 @@ def test_control_message_switches_ordering_and_level(build):
 def test_control_message_changes_the_queue_section_and_takes_it_back(build):
     scheduler = build({})
     level, board = scheduler.gimbal_queue, scheduler.gimbal_state.board
-    board.write_control({"queue": {"options": {"overtake_factor": 3.0}, "protect_decodes": True}})
+    board.write_control({"queue": {"options": {"overtake_factor": 3.0}, "step_budget": False}})
     scheduler.schedule()
     assert level.queue.heap.ordering.overtake_factor == 3.0
-    assert level.config.protect_decodes
-    assert level.usable.protect_decodes
+    assert not level.config.step_budget
+    assert not level.usable.step_budget
     board.write_control(
         {"queue": {"options": {"overtake_factor": 0.5}}}
     )  # refused: the last one stays
@@ -630,7 +643,7 @@ def test_control_message_changes_the_queue_section_and_takes_it_back(build):
     board.write_control({})
     scheduler.schedule()
     assert level.queue.heap.ordering.overtake_factor == 10.0
-    assert not level.config.protect_decodes
+    assert level.config.step_budget
 
 
 @pytest.mark.parametrize("field", ["data_parallel_size", "data_parallel_index"])

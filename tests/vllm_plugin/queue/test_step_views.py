@@ -57,7 +57,7 @@ def workload(seed, count=40):
         (1, {}, 256),
         (2, {"options": {"overtake_factor": 2.0}}, 256),
         (3, {"in_batch": False}, 256),
-        (4, {"protect_decodes": True, "tpot_factor": 3.0}, 256),
+        (4, {"slo_ttft_ms": 400.0, "slo_tpot_ms": 90.0}, 256),
         (5, {"graph_steps": 0.0, "pass_steps": 0}, 256),
         (6, {}, 64),
     ],
