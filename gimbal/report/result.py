@@ -59,6 +59,7 @@ class _Balance:
 @dataclass(frozen=True)
 class _Backlog:
     bounded: bool
+    falls: bool
     growth: Number
     residence_p99_s: Number | None
 

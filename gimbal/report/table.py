@@ -65,7 +65,9 @@ def backlog_text(arm: dict[str, Any]) -> str:
     backlog = arm.get("backlog")
     if not backlog:
         return "-"
-    return "bounded" if backlog["bounded"] else f"grows {backlog['growth']:.0%}"
+    if not backlog["bounded"]:
+        return f"grows {backlog['growth']:.0%}"
+    return f"falls {-backlog['growth']:.0%}" if backlog["falls"] else "bounded"
 
 
 def _ratio_cell(values: dict[str, Any], lower_is_better: bool) -> Text:
@@ -190,6 +192,11 @@ def _why_unsteady(backlog: dict[str, Any], window: Window) -> list[str]:
         return [
             f"not in steady state: {backlog['growth']:.0%} of what arrives piles up, and the "
             "longer it is measured the longer its latencies are"
+        ]
+    if backlog["falls"]:
+        return [
+            f"not in steady state: {-backlog['growth']:.0%} more ends than arrives: what came "
+            "before is still being worked off (--settle)"
         ]
     stays_s = backlog["residence_p99_s"]
     if stays_s is None or stays_s > LONG_STAY * window.begin_s:

@@ -103,12 +103,19 @@ class Backlog:
         """The larger share of the two."""
         return max(self.requests.share, self.waiting_tokens.share)
 
+    @property
+    def falls(self) -> bool:
+        """Whether what came before the window is still being worked off in it."""
+        own = self.requests
+        return not Growth(-own.share, own.error, own.mean).bounded(MOST_OF_MEAN["requests"])
+
     def to_json(self) -> dict[str, Any]:
         """For reports."""
         stays = self.residence_s
         return {
             "bounded": self.bounded,
-            "growth": self.growth,
+            "falls": self.falls,
+            "growth": self.requests.share if self.falls else self.growth,
             "residence_p99_s": stays if np.isfinite(stays) else None,
         }
 

@@ -54,6 +54,17 @@ def test_a_ramp_is_no_steady_state() -> None:
     assert backlog_of([rows], Window(500.0, 690.0)).bounded
 
 
+def test_a_backlog_that_is_worked_off_is_no_steady_state() -> None:
+    rows = [record(i, 0.0, 1.0, 200.0 + i) for i in range(400)]
+    rows += [record(400 + i, i, i + 0.1, i + 2.0) for i in range(700)]
+    found = backlog_of([rows], WINDOW)
+    assert found.bounded
+    assert found.falls
+    assert found.to_json()["growth"] == pytest.approx(-1.0, abs=0.05)
+    rng = np.random.default_rng(5)
+    assert sum(backlog_of([queue(rng, 0.7)], WINDOW).falls for _ in range(20)) <= 1
+
+
 def test_how_long_requests_stay_counts_those_that_never_end() -> None:
     rows = [record(i, 200.0 + i, 200.5 + i, 203.0 + i) for i in range(98)]
     assert backlog_of([rows], WINDOW).residence_s == pytest.approx(3.0)
@@ -81,4 +92,9 @@ def test_latencies_are_of_arrivals_and_rates_of_ends() -> None:
 def test_nothing_is_no_growth() -> None:
     found = backlog_of([[]], WINDOW)
     assert found.bounded
-    assert found.to_json() == {"bounded": True, "growth": 0.0, "residence_p99_s": 0.0}
+    assert found.to_json() == {
+        "bounded": True,
+        "falls": False,
+        "growth": 0.0,
+        "residence_p99_s": 0.0,
+    }
