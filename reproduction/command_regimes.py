@@ -50,9 +50,10 @@ from reproduction.command_live import parse_loads, resumable
 def regimes(**values: Any) -> None:
     """Conversations, agents, long answers with scarce KV memory, bursts: simulated, steady state.
 
-    Arms vllm, gimbal-dp and the peers lmetric, llm-d and dynamo. Writes regimes.md and
-    regimes.json: ratios to vllm and to the best peer of each cell with intervals over seeds, losses
-    first. Every finished cell is a file: interrupted and started again, it continues.
+    Arms vllm, gimbal-dp, the peers lmetric, llm-d and dynamo, and ideal-pool. Writes regimes.md and
+    regimes.json: ratios to vllm and to the best peer of each cell with intervals over seeds, shares
+    of what can be won, losses first. Every finished cell is a file: interrupted and started again,
+    it continues.
     """
     from gimbal.records.environment import describe_environment
     from reproduction.regimes import run_regimes

@@ -29,9 +29,9 @@ from reproduction.kept import digest, kept
 
 FORMAT = 1
 """Of a cell's file; raise it when what is measured changes."""
-BASE, OURS = "vllm", "gimbal-dp"
+BASE, OURS, IDEAL = "vllm", "gimbal-dp", "ideal-pool"
 PEERS = ("lmetric", "llm-d", "dynamo")
-ARMS = (BASE, OURS, *PEERS)
+ARMS = (BASE, OURS, *PEERS, IDEAL)
 FIRST_SEED = 11
 """Seeds below have been tuned on."""
 

@@ -11,7 +11,7 @@ from gimbal.report.simulated import report_of
 from gimbal.report.table import backlog_text, unsteady
 from reproduction.paper import LOSS
 from reproduction.paper_markdown import table, wrapped
-from reproduction.regimes import ARMS, BASE, OURS, PEERS, Group, Plan
+from reproduction.regimes import ARMS, BASE, IDEAL, OURS, PEERS, Group, Plan
 
 METRICS = {
     "ttft_ms.mean": "mean TTFT",
@@ -22,6 +22,8 @@ METRICS = {
     "throughput_rps": "requests/s",
 }
 PREEMPTIONS = "preemptions"
+LEAST_HEADROOM = 0.02
+"""By how much the ideal must be better than vLLM for a share of it to mean something."""
 
 
 def group_report(group: Group, plan: Plan) -> dict[str, Any]:
@@ -65,7 +67,8 @@ def group_report(group: Group, plan: Plan) -> dict[str, Any]:
         "best_peer": best,
         "to_best_peer": {metric: against[best[metric]][metric].to_json() for metric in METRICS},
     }
-    return own | {"behind": _behind(own)}
+    won = {metric: _won(own, metric) for metric in METRICS}
+    return own | {"won": won, "behind": _behind(own)}
 
 
 def _ratios(report: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -91,6 +94,15 @@ def _best(values: Mapping[str, Mapping[str, float | None]], metric: str) -> str:
         return float("inf") if value is None else sign * value
 
     return min(PEERS, key=height)
+
+
+def _won(own: Mapping[str, Any], metric: str) -> float | None:
+    """What `OURS` wins over `BASE`, as a share of what `IDEAL` does; None where that is little."""
+    ours, ideal = (own["to_vllm"][name][metric]["ratio"] for name in (OURS, IDEAL))
+    headroom = None if ideal is None else (ideal - 1 if metric in RATES else 1 - ideal)
+    if ours is None or headroom is None or headroom < LEAST_HEADROOM:
+        return None
+    return float((1 - ours) / (1 - ideal))
 
 
 def _behind(own: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -144,7 +156,9 @@ def render(report: Mapping[str, Any]) -> str:
         f"`{OURS}` against `{BASE}` and against the best of {', '.join(PEERS)}, in steady state, "
         f"seeds {seeds[0]} to {seeds[-1]}, by `gimbal reproduce regimes` (code "
         f"{', '.join(report['code'])}). The best peer is the one with the best value of that "
-        "metric in that cell. Ratios below 1 are better, of requests/s above 1."
+        "metric in that cell. Ratios below 1 are better, of requests/s above 1. What can be won is "
+        f"the distance from `{BASE}` to `{IDEAL}`, all engines one perfectly balanced pool under "
+        f"Gimbal's queue; shares of it are given where it is {LEAST_HEADROOM:.0%} or more."
     )
     if len(seeds) < LEAST_TURNS:
         text += f" Fewer than {LEAST_TURNS} seeds say nothing of noise: there are no intervals."
@@ -194,7 +208,8 @@ def _short(groups: Sequence[Mapping[str, Any]]) -> list[str]:
             own["regime"],
             f"{own['load']:g}",
             *(
-                f"{_two(own['to_vllm'][OURS][metric])} / {_two(own['to_best_peer'][metric])}"
+                f"{_two(own['to_vllm'][OURS][metric])} / {_two(own['to_best_peer'][metric])} / "
+                f"{_share(own['won'][metric])}"
                 for metric in METRICS
             ),
             " / ".join(
@@ -205,7 +220,8 @@ def _short(groups: Sequence[Mapping[str, Any]]) -> list[str]:
         for own in groups
     ]
     head = ("regime", "load", *METRICS.values(), "preemptions: ours / vllm / least of peers")
-    return ["## In short: ratio to vllm / to the best peer", "", *table(head, body)]
+    title = "## In short: ratio to vllm / to the best peer / share of what can be won"
+    return [title, "", *table(head, body)]
 
 
 def _group(own: Mapping[str, Any]) -> list[str]:
@@ -222,12 +238,13 @@ def _group(own: Mapping[str, Any]) -> list[str]:
     ]
     for text in own["unsteady"]:
         lines += [f"**{text}**", ""]
-    head = ("", BASE, *(f"{name} / {BASE}" for name in own["to_vllm"]), f"{OURS} / best peer")
+    to_vllm = [f"{name} / {BASE}" for name in own["to_vllm"]]
+    head = ("", BASE, *to_vllm, f"{OURS} / best peer", f"{OURS}: won of what can be")
     body = [_metric_row(own, metric) for metric in METRICS]
     arms = [own["arms"][name] for name in (BASE, *own["to_vllm"])]
     counts = [f"{arm['values'][PREEMPTIONS]:,.0f}" for arm in arms]
-    body.append([PREEMPTIONS, *counts, f"({own['best_peer'][PREEMPTIONS]})"])
-    body.append(["backlog", *(arm["backlog"] for arm in arms), ""])
+    body.append([PREEMPTIONS, *counts, f"({own['best_peer'][PREEMPTIONS]})", ""])
+    body.append(["backlog", *(arm["backlog"] for arm in arms), "", ""])
     return [*lines, *table(head, body)]
 
 
@@ -238,6 +255,7 @@ def _metric_row(own: Mapping[str, Any], metric: str) -> list[str]:
         _number(own["arms"][BASE]["values"][metric]),
         *(ratio_text(ratios[metric]) for ratios in own["to_vllm"].values()),
         f"{ratio_text(own['to_best_peer'][metric])} ({own['best_peer'][metric]})",
+        _share(own["won"][metric]),
     ]
 
 
@@ -246,6 +264,10 @@ def ratio_text(values: Mapping[str, Any]) -> str:
     if values["ratio"] is None or values["low"] is None:
         return _two(values)
     return f"{values['ratio']:.2f} [{values['low']:.2f}, {values['high']:.2f}]"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _two(values: Mapping[str, Any]) -> str:

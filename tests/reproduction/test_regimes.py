@@ -64,8 +64,8 @@ def test_a_stopped_run_continues_and_gives_the_same(plan, tmp_path, monkeypatch)
     assert again == whole
     after = files(tmp_path / "cut")
     assert {name: after[name] for name in kept} == kept
-    assert seen[0] == (4, 20)
-    assert seen[-1] == (20, 20)
+    assert seen[0] == (4, 24)
+    assert seen[-1] == (24, 24)
     more = dataclasses.replace(plan, seeds=3)
     reports(more, tmp_path / "cut")
     assert {name: files(tmp_path / "cut")[name] for name in after} == after
@@ -111,7 +111,14 @@ def group(ttft_s, preemptions=None, seeds=5):
     return Group(own, 0.9, 2.0, 1.8, "c", Window(10.0, 50.0), results, ("c0de",))
 
 
-TTFT_S = {"vllm": 0.4, "gimbal-dp": 0.3, "lmetric": 0.35, "llm-d": 0.2, "dynamo": 0.6}
+TTFT_S = {
+    "vllm": 0.4,
+    "gimbal-dp": 0.3,
+    "lmetric": 0.35,
+    "llm-d": 0.2,
+    "dynamo": 0.6,
+    "ideal-pool": 0.15,
+}
 
 
 def test_the_best_peer_is_found_for_each_metric_and_losses_lead():
@@ -130,8 +137,18 @@ def test_the_best_peer_is_found_for_each_metric_and_losses_lead():
     assert text.index("Where Gimbal loses: 3 of 12") < text.index("## In short")
     assert "| made | 0.9 | mean TTFT | llm-d | 1.50 [1.50, 1.50]* |" in text
     assert "| made | 0.9 | preemptions | vllm | 35 instead of 15 |" in text
-    assert "0.75 / 1.50" in text
+    assert "0.75 / 1.50 / 40%" in text
     assert "| backlog | bounded | bounded |" in text
+
+
+def test_a_share_of_what_can_be_won_is_given_where_there_is_something_to_win():
+    own = group_report(group(TTFT_S), Plan(seeds=5))
+    assert own["won"]["ttft_ms.mean"] == pytest.approx((0.4 - 0.3) / (0.4 - 0.15))
+    assert own["won"]["tpot_ms.mean"] is None, "all are alike"
+    worse = group_report(group({**TTFT_S, "gimbal-dp": 0.45}), Plan(seeds=5))
+    assert worse["won"]["ttft_ms.mean"] == pytest.approx(-0.2)
+    behind = group_report(group({**TTFT_S, "ideal-pool": 0.41}), Plan(seeds=5))
+    assert behind["won"]["ttft_ms.mean"] is None
 
 
 def test_throughput_is_better_when_it_is_higher():
@@ -146,7 +163,7 @@ def test_few_seeds_give_no_interval_and_lose_nothing():
     own = group_report(group(TTFT_S, seeds=2), plan)
     assert [row["lost"] for row in own["behind"] if row["metric"] == "ttft_ms.mean"] == [False]
     text = render(whole_report([(("c0de",), own)], plan, {}))
-    assert "there are no intervals" in text
+    assert "there are no intervals" in " ".join(text.split())
     assert "Where Gimbal loses: 0 of 12" in text
 
 
