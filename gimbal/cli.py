@@ -18,7 +18,7 @@ COMMANDS = {
     "bench": "replay a trace against live servers and compare arms in turns",
     "simulate": "answer 'what would it do on my cluster and trace?' offline",
     "goodput": "find the highest rate at which requests keep their targets, simulated",
-    "reproduce": "repeat the paper's evaluation, simulated or live",
+    "reproduce": "repeat evaluations: the paper's, simulated or live, and other regimes",
     "place": "plan an expert placement from recorded routing",
     "top": "watch a running server in the terminal",
     "stats": "show or save a running server's routing statistics",

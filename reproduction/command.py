@@ -18,14 +18,16 @@ from gimbal.core.files import write_text, writing
 from gimbal.core.json_text import to_json
 from gimbal.core.numbers import MOST_REQUESTS
 from reproduction.command_live import live, resumable
+from reproduction.command_regimes import regimes
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Repeat a published evaluation."""
+    """Repeat an evaluation."""
 
 
 command.add_command(live)
+command.add_command(regimes)
 
 
 @command.command()

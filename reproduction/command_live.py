@@ -117,6 +117,11 @@ def resumable(out: Path, console: Console) -> Iterator[None]:
         sys.exit(1)
 
 
+def parse_loads(text: str) -> tuple[float, ...]:
+    """Of ``--loads``; raises InputError."""
+    return tuple(real(part.strip(), "--loads ", most=1000.0, above=0.0) for part in text.split(","))
+
+
 def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:
     """What is measured, and what each run says of itself; raises InputError."""
     from dataclasses import asdict
@@ -129,10 +134,7 @@ def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:
     from gimbal.workloads import WorkloadOptions, load_trace
     from reproduction.live import ARMS, LiveMatrix
 
-    loads = tuple(
-        real(text.strip(), "--loads ", most=1000.0, above=0.0)
-        for text in values["loads"].split(",")
-    )
+    loads = parse_loads(values["loads"])
     names = (
         tuple(n.strip() for n in values["arm_names"].split(",")) if values["arm_names"] else ARMS
     )

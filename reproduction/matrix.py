@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,17 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from gimbal.core.files import writing
-from gimbal.core.json_text import read_json, to_json
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.report.arms import get_arm
-from gimbal.sim.capacity import arm_definition, code_digest, find_capacity
+from gimbal.sim.capacity import arm_definition, find_capacity
 from gimbal.sim.cells import POPULATION_SEED, CellResult, cell_result, completed
 from gimbal.sim.probes import Bed
 from gimbal.sim.routing import make_population
 from gimbal.sim.run import SimResult, Simulation
 from gimbal.workloads import Trace, build_workload, load_trace
 from gimbal.workloads.distributions import DISTRIBUTIONS
+from reproduction.kept import digest, kept
 from reproduction.scenarios import SCENARIOS, built
 
 FORMAT = 3
@@ -113,10 +110,8 @@ class Task:
     @property
     def path(self) -> Path:
         """Where the result is kept."""
-        text = json.dumps(self.definition(), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:24]
-        kind = self.arm or "capacity"
-        name = f"{self.scenario}-{self.distribution}-{kind}-{self.load:g}-{self.seed}-{digest}.json"
+        kind, own = self.arm or "capacity", digest(self.definition())
+        name = f"{self.scenario}-{self.distribution}-{kind}-{self.load:g}-{self.seed}-{own}.json"
         return Path(self.directory) / "cells" / name
 
 
@@ -132,24 +127,8 @@ def _trace_digest(name: str) -> str:
 
 
 def run_task(task: Task) -> dict[str, Any]:
-    """Runs one task and keeps its result; a kept one is read back instead.
-
-    The file appears whole or not at all, so a run may be stopped at any moment.
-    """
-    path = task.path
-    if path.exists():
-        kept: dict[str, Any] = read_json(path)
-        return kept
-    result = _capacity(task) if not task.arm else _cell(task)
-    result["code"] = code_digest()
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    text = to_json(result)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    written: dict[str, Any] = json.loads(text)  # as it is read back: keys have become text
-    return written
+    """Runs one task and keeps its result; a kept one is read back instead."""
+    return kept(task.path, lambda: _cell(task) if task.arm else _capacity(task))
 
 
 def _workload(task: Task, rate_rps: float | None, domains: tuple[str, ...]) -> Trace:

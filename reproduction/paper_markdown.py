@@ -27,17 +27,17 @@ def render(report: Mapping[str, Any]) -> str:
     lines += _losses(report) + _short(report)
     for name, tables in report["scenarios"].items():
         lines += _scenario(report, name, tables)
-    return "\n".join(map(_wrapped, lines)) + "\n"
+    return "\n".join(map(wrapped, lines)) + "\n"
 
 
-def _wrapped(line: str) -> str:
+def wrapped(line: str) -> str:
     """`line` with prose broken at `WIDTH`; headings and tables stay whole."""
     if line.startswith(("#", "|")):
         return line
     return textwrap.fill(line, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return [*out, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
@@ -82,7 +82,7 @@ def _losses(report: Mapping[str, Any]) -> list[str]:
         for row in rows[:MOST_LOSSES]
     ]
     head = ["scenario", "lengths", "load", "baseline", "metric", "change"]
-    lines += _table(head, body) if body else ["None.", ""]
+    lines += table(head, body) if body else ["None.", ""]
     if len(rows) > MOST_LOSSES:
         lines += [f"{len(rows) - MOST_LOSSES} smaller ones are in `result.json`.", ""]
     return lines
@@ -98,7 +98,7 @@ def _short(report: Mapping[str, Any]) -> list[str]:
     ]
     paper = report["paper"]["gimbal/vllm-legacy"]
     rows.append(["the paper", "", "its vLLM", *(_percent(paper.get(m)) for m in METRICS)])
-    return lines + _table(["scenario", "load", "against", *METRICS.values()], rows)
+    return lines + table(["scenario", "load", "against", *METRICS.values()], rows)
 
 
 def _scenario(report: Mapping[str, Any], name: str, tables: Mapping[str, Any]) -> list[str]:
@@ -113,7 +113,7 @@ def _scenario(report: Mapping[str, Any], name: str, tables: Mapping[str, Any]) -
         rows.append([f"gimbal / {base}", *_cells(values)])
     for pair, values in paper.items():
         rows.append([f"paper: {pair}", *(_percent(values.get(m)) for m in METRICS)])
-    lines += _table(["", *METRICS.values()], rows)
+    lines += table(["", *METRICS.values()], rows)
     lines += [
         "Ablation at that load, against vllm-legacy; the paper's in the last columns:",
         "",
@@ -128,17 +128,17 @@ def _scenario(report: Mapping[str, Any], name: str, tables: Mapping[str, Any]) -
         ]
         for arm in ABLATION
     ]
-    lines += _table(["arm", *METRICS.values(), "paper TTFT", "paper TPOT"], rows)
+    lines += table(["arm", *METRICS.values(), "paper TTFT", "paper TPOT"], rows)
     lines += ["Gimbal against today's vLLM by load:", ""]
     rows = [[load, *_cells(t["vllm"]["gimbal"])] for load, t in tables["by_load"].items()]
-    lines += _table(["load", *METRICS.values()], rows)
+    lines += table(["load", *METRICS.values()], rows)
     lines += ["What the loop adds (against gimbal-no-feedback, all loads):", ""]
     rows = [[arm, *_cells(values)] for arm, values in tables["feedback_adds"].items()]
-    lines += _table(["arm", *METRICS.values()], rows)
+    lines += table(["arm", *METRICS.values()], rows)
     if tables["graphs_add"]:
         lines += ["What staying within CUDA graphs adds (against gimbal-no-graphs):", ""]
         rows = [[load, *_cells(values)] for load, values in tables["graphs_add"].items()]
-        lines += _table(["load", *METRICS.values()], rows)
+        lines += table(["load", *METRICS.values()], rows)
     lines += _absolute(tables)
     return lines
 
@@ -167,7 +167,7 @@ def _absolute(tables: Mapping[str, Any]) -> list[str]:
     return [
         f"Absolute figures at load {knee}, rearrangements over all loads:",
         "",
-        *_table(head, rows),
+        *table(head, rows),
     ]
 
 

@@ -28,11 +28,15 @@ class Simulated:
         affinity: ``local`` prices the pairs that leave an engine in dispatch, ``home`` sends a
             domain to its home engine as Sem-MoE does, ``none`` neither.
         oracle: the placer plans once, before the run, on the run's own expected routing.
+        pool: all engines are one, perfectly balanced: one queue, one KV pool and one prefix cache
+            of everything they have, and each step's work spread evenly over them. Nothing is left
+            to dispatch. Records name engines in turn.
     """
 
     pressure: Literal["sending", "owner"] = "sending"
     affinity: Literal["none", "local", "home"] = "none"
     oracle: bool = False
+    pool: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,12 @@ ARMS = {
             "gimbal-affinity",
             "Gimbal with the bytes that leave an engine priced in dispatch",
             simulated=Simulated(affinity="local"),
+        ),
+        Arm(
+            "ideal-pool",
+            "Gimbal's queue with all engines one perfectly balanced pool: what dispatch could win",
+            {"levels": ["queue"]},
+            simulated=Simulated(pool=True),
         ),
         _oracle("moe-tuner", "MoE-Tuner's placement, told the run's routing beforehand"),
         _oracle("sem-moe", "Sem-MoE's placement and home engines, told the same", "home"),

@@ -173,13 +173,14 @@ def _positive(value: Any) -> float:
 
 def _digest(bed: Bed, source: Trace, workload: Any) -> str:
     """Of everything that a capacity depends on."""
-    rows = hashlib.sha256()
-    for r in source.requests:
-        row = (r.arrival_s, r.prompt_tokens, r.output_tokens, r.session, r.domain, r.prefix_blocks)
-        rows.update(repr(row).encode())
-    values = {
+    values = {"code": code_digest(), **capacity_definition(bed, source, workload)}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def capacity_definition(bed: Bed, source: Trace, workload: Any) -> dict[str, Any]:
+    """Everything that a capacity depends on, but for the code."""
+    return {
         "format": FORMAT,
-        "code": code_digest(),
         "cluster": dataclasses.asdict(bed.cluster),
         "profile": dataclasses.asdict(bed.profile),
         "routing": hashlib.sha256(bed.population.share.tobytes()).hexdigest(),
@@ -188,9 +189,17 @@ def _digest(bed: Bed, source: Trace, workload: Any) -> str:
         "workload": dataclasses.asdict(workload),
         "block": source.prefix_block_tokens,
         "scenario": repr(source.scenario),
-        "rows": rows.hexdigest(),
+        "rows": rows_digest(source),
     }
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def rows_digest(trace: Trace) -> str:
+    """Of a trace's requests, all that a simulation reads of them."""
+    rows = hashlib.sha256()
+    for r in trace.requests:
+        row = (r.arrival_s, r.prompt_tokens, r.output_tokens, r.session, r.domain, r.prefix_blocks)
+        rows.update(repr(row).encode())
+    return rows.hexdigest()
 
 
 def arm_definition(arm: Arm) -> dict[str, Any]:

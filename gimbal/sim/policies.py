@@ -40,6 +40,10 @@ def policies_of(arm: Arm, cluster: Cluster) -> SimPolicies:
     """What decides when `arm` runs on `cluster`; raises InputError for a bad configuration."""
     config, simulated = arm.gimbal_config(), arm.simulated or Simulated()
     levels = config.levels if config.enabled else ()
+    if simulated.pool and (simulated.affinity != "none" or {"dispatch", "feedback"} & {*levels}):
+        raise InputError(
+            f"arm {arm.name}: a pool leaves nothing to dispatch, feedback and affinity"
+        )
     dispatch, queue, placement = config.dispatch, config.queue, config.placement
     if "dispatch" not in levels:
         dispatch = replace(dispatch, policy="vllm", options={})

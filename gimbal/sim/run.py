@@ -15,23 +15,20 @@ from gimbal.core.contracts import (
     DispatchRequest,
     FloatArray,
     TimedPolicy,
-    traits_of,
 )
 from gimbal.core.cost.profile import Profile
 from gimbal.core.cost.step import pack
 from gimbal.core.dispatch.dispatcher import Dispatcher
 from gimbal.core.errors import InputError
 from gimbal.core.feedback.affinity import AffinityPolicy, HomePolicy, home_engines
-from gimbal.core.queue import ORDERINGS
 from gimbal.core.queue.graph_steps import GraphStepCosts
-from gimbal.core.queue.traits import usable
 from gimbal.core.snapshot import Field
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.report.arms import Arm
 from gimbal.report.window import Window
 from gimbal.sim import kernels
 from gimbal.sim.cluster import Cluster
-from gimbal.sim.engine import Engine
+from gimbal.sim.engines import engines_of
 from gimbal.sim.experts import Experts
 from gimbal.sim.policies import policies_of, with_flags
 from gimbal.sim.requests import NEVER, SimRequest, StepBatch, check_lengths, requests_of
@@ -111,15 +108,13 @@ class Simulation:
         self._late: list[SimRequest] = []
         self._awaited, self._missing = range(0), 0  # requests that matter, and of them open ones
         self.group = Group()
-        self.engines = [
-            _engine(index, cluster, policies.queue, kv_tokens, len(domains), self.group)
-            for index in range(cluster.dp)
-        ]
+        self.engines = engines_of(cluster, policies, kv_tokens, len(domains), self.group)
+        self._pooled = cluster.dp // len(self.engines)  # DP ranks that each of them stands for
         for engine in self.engines:
             engine.set_prefix_block_tokens(trace.prefix_block_tokens)
         self.group.graphs = self._graph_costs(self.engines[0].queue)
         weight = 0.0 if policies.feedback is None else policies.feedback.weight
-        self.dispatcher = Dispatcher(cluster.dp, policies.dispatch, feedback_weight=weight)
+        self.dispatcher = Dispatcher(len(self.engines), policies.dispatch, feedback_weight=weight)
         compile_kernels()
         self._domains = population.names
         homes = self._use_affinity(domains)
@@ -130,10 +125,10 @@ class Simulation:
         self.experts = Experts(cluster, profile, population, policies, seed, expected)
         self._update_affinity()
         self._packed = pack(profile)
-        self._shape: FloatArray = np.zeros((cluster.dp, 5))
+        self._shape: FloatArray = np.zeros((len(self.engines), 5))
         # Engines count their tokens by domain in the very rows that a step is priced from.
-        self._tokens: FloatArray = np.zeros((cluster.dp, len(domains)))
-        self._decodes: FloatArray = np.zeros((cluster.dp, len(domains)))
+        self._tokens: FloatArray = np.zeros((len(self.engines), len(domains)))
+        self._decodes: FloatArray = np.zeros((len(self.engines), len(domains)))
         for engine, tokens, decodes in zip(self.engines, self._tokens, self._decodes, strict=True):
             engine.domain_tokens, engine.domain_decodes = tokens, decodes
         self._step_us: list[float] = []
@@ -146,7 +141,7 @@ class Simulation:
         # Under a prefill interval a server cuts nothing either.
         if queue.graph_steps <= 0.0 or self.cluster.prefill_schedule_interval > 1:
             return None
-        graph_tokens = self.profile.graph_tokens
+        graph_tokens = self.profile.graph_tokens * self._pooled
         return GraphStepCosts(graph_tokens) if graph_tokens else None
 
     def _use_affinity(self, domains: dict[str, int]) -> dict[str, int]:
@@ -260,18 +255,24 @@ class Simulation:
         shape = self._shape
         for row, batch in zip(shape, batches, strict=True):
             row[:] = (
-                batch.tokens or 1,  # a rank without tokens runs a dummy batch of one
+                # A rank without tokens runs a dummy batch of one.
+                max(batch.tokens, self._pooled),
                 batch.kv_tokens,
                 batch.prefill_pairs,
                 batch.prefill_kv_tokens,
                 batch.sampled,
             )
-        experts_us = self.experts.step_us(self._tokens, self._decodes)
+        shape, tokens = self._by_rank(shape), self._by_rank(self._tokens)
+        experts_us = self.experts.step_us(tokens, self._by_rank(self._decodes))
         duration_us = kernels.device_us(shape, experts_us, self._packed)
-        before_us = self.experts.step_before_us(self._tokens)
+        before_us = self.experts.step_before_us(tokens)
         if before_us is not None:
             self.experts.note_saved(kernels.device_us(shape, before_us, self._packed) - duration_us)
         return duration_us
+
+    def _by_rank(self, rows: FloatArray) -> FloatArray:
+        """[dp, ...] of [engines, ...]: a pool's work is spread evenly over its ranks."""
+        return rows if self._pooled == 1 else np.repeat(rows / self._pooled, self._pooled, axis=0)
 
     def _dispatch_until(self, end_us: float) -> None:
         """Sends every request that reaches the front end before `end_us` to an engine."""
@@ -352,33 +353,9 @@ class Simulation:
             expected_output_tokens=request.output_tokens,
             first_token_s=request.first_token_us / 1e6 + api_s if begun else None,
             last_token_s=request.last_token_us / 1e6 + api_s if done else None,
-            engine=request.engine,
+            engine=request.engine if self._pooled == 1 else request.index % self._pooled,
             session=request.session,
             domain=source.domain,
             status="ok" if done else "aborted",
             index=request.index,
         )
-
-
-def _engine(
-    index: int,
-    cluster: Cluster,
-    queue: QueueConfig,
-    kv_tokens: int,
-    domains: int,
-    group: Group,
-) -> Engine:
-    ordering = ORDERINGS.build(queue.ordering, queue.options)
-    return Engine(
-        index,
-        cluster.max_num_batched_tokens,
-        cluster.max_num_seqs,
-        kv_tokens // cluster.block_size,
-        cluster.block_size,
-        ordering,
-        cluster.enable_prefix_caching,
-        cluster.long_prefill_token_threshold,
-        domains,
-        usable(queue, traits_of(ordering)),
-        group,
-    )

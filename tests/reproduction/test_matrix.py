@@ -138,7 +138,7 @@ def test_one_seed_gives_no_verdict():
 
 def test_the_interval_is_students():
     low, high = paper.paired_interval(np.array([1.0, 2.0, 3.0]))
-    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert (low, high) == pytest.approx((2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), rel=1e-5)
 
 
 def test_change_is_the_geometric_mean_over_pairs():

@@ -1,0 +1,107 @@
+"""``gimbal reproduce regimes``: where users lose most, against vLLM and the best peer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gimbal.commands.options import OutFolder, Whole
+from gimbal.commands.output import echo_json, notes, progress_bar
+from gimbal.commands.workload_options import TURNS
+from gimbal.core.files import write_text, writing
+from gimbal.core.json_text import to_json
+from gimbal.core.numbers import MOST_REQUESTS
+from reproduction.command_live import parse_loads, resumable
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--regimes", "names", help="comma-separated (default: all whose traces are here; see README)"
+)
+@click.option(
+    "--loads", default="0.7,0.9", show_default=True, help="shares of the regime's capacity"
+)
+@click.option("--seeds", type=TURNS, default=5, show_default=True, help="runs of every arm")
+@click.option(
+    "--first-seed",
+    type=Whole(),
+    default=11,
+    show_default=True,
+    help="of the first run; the next has the next one",
+)
+@click.option(
+    "--requests",
+    type=Whole(10, MOST_REQUESTS),
+    help="measured ones of a run (default: as many as the trace has, and for twice as long as 99 % "
+    "of them stay)",
+)
+@click.option("--jobs", type=Whole(1, 1024), help="processes (default: all CPUs)")
+@click.option(
+    "--out",
+    type=OutFolder(),
+    default=Path("runs/regimes"),
+    show_default=True,
+    help="directory of finished cells and the tables; a stopped run continues from it",
+)
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
+def regimes(**values: Any) -> None:
+    """Conversations, agents, long answers with scarce KV memory, bursts: simulated, steady state.
+
+    Arms vllm, gimbal-dp, the peers lmetric, llm-d and dynamo, and ideal-pool. Writes regimes.md and
+    regimes.json: ratios to vllm and to the best peer of each cell with intervals over seeds, shares
+    of what can be won, losses first. Every finished cell is a file: interrupted and started again,
+    it continues.
+    """
+    from gimbal.records.environment import describe_environment
+    from reproduction.regimes import run_regimes
+    from reproduction.regimes_report import group_report, render, whole_report
+
+    console = notes()
+    plan = _plan(values, lambda text: console.print(text, highlight=False, soft_wrap=True))
+    out: Path = values["out"]
+    jobs = values["jobs"] or len(os.sched_getaffinity(0))
+    with writing(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+    with progress_bar(console) as bar, resumable(out, console):
+        groups = run_regimes(plan, out, jobs, bar.update, bar.say)
+        # Each is reported as it ends: all runs together may not fit into memory.
+        found = [(group.code, group_report(group, plan)) for group in groups]
+    report = whole_report(found, plan, describe_environment())
+    text = render(report)
+    write_text(out / "regimes.md", text)
+    write_text(out / "regimes.json", to_json(report, indent=1))
+    if len(report["code"]) > 1:
+        click.echo(f"warning: cells come from {len(report['code'])} versions of the code", err=True)
+    if values["as_json"]:
+        echo_json(report)
+        return
+    click.echo(text)
+
+
+def _plan(values: dict[str, Any], say: Any) -> Any:
+    """What is run; raises InputError for a regime that is not known, or asked for without trace."""
+    from gimbal.core.errors import InputError, nearest
+    from gimbal.workloads import load_trace
+    from reproduction.regimes import REGIMES, Plan, available
+
+    names = list(REGIMES) if values["names"] is None else values["names"].split(",")
+    chosen = []
+    for name in dict.fromkeys(part.strip() for part in names):
+        if name not in REGIMES:
+            raise InputError(f"--regimes: unknown regime {name!r}{nearest(name, REGIMES)}")
+        chosen.append(REGIMES[name])
+    plan = Plan(
+        tuple(chosen),
+        tuple(dict.fromkeys(parse_loads(values["loads"]))),
+        values["seeds"],
+        values["first_seed"],
+        values["requests"],
+    )
+    if values["names"] is None:
+        return available(plan, say)
+    for regime in chosen:
+        load_trace(regime.trace)
+    return plan
