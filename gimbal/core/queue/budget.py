@@ -22,7 +22,9 @@ HOLD_STEPS = 8
 DECODE_FACTOR = 2.5
 """How much longer than a step without prefill one with prefill may be, as far as decodes go."""
 PATIENCE_STEPS = 2.0
-"""Steps in which a backlog is prefilled whatever that takes: the last of it waits a few more."""
+"""Steps in which a backlog is prefilled if that needs no larger ones than `STRETCH` does."""
+STRETCH = 0.125
+"""How much longer a backlog's prefill may last than in steps of any size."""
 TTFT_MARGIN = 0.2
 """Share of a TTFT target that is left to what no step decides: the API, a step under way."""
 _CLASS_TOKENS = 1e12
@@ -159,7 +161,8 @@ def bounded_prefill_tokens(
       tokens take ``B * (base / s + c)``, so that within T it is ``B * base / (T - c * B)``, T being
       what `waited_us` leaves of `ttft_us`, less `TTFT_MARGIN`. Without that target it is
       ``B / PATIENCE_STEPS``: a burst is cleared in large steps, not held back to protect few
-      decodes.
+      decodes. But steps of ``base / (STRETCH * c)`` are large enough whatever B: the whole of it
+      then takes ``1 + STRETCH`` times ``c * B``, and larger ones stall decodes for little.
 
     Where a step costs the same per token whatever its size, no size saves decodes anything, and the
     factor only keeps one step from stalling them for long.
@@ -186,5 +189,5 @@ def bounded_prefill_tokens(
         left_us = (1.0 - TTFT_MARGIN) * ttft_us - waited_us - token_us * backlog_tokens
         needed = backlog_tokens * base_us / left_us if left_us > 0.0 else budget_tokens
     else:
-        needed = backlog_tokens / PATIENCE_STEPS
+        needed = min(backlog_tokens / PATIENCE_STEPS, base_us / (STRETCH * token_us))
     return int(min(max(allowed, needed), budget_tokens))
