@@ -62,7 +62,8 @@ def why_dispatch_cannot_act(vllm_config: Any, client_count: int = 1) -> str | No
     if parallel.data_parallel_external_lb:
         return "an external load balancer chooses the engine (--data-parallel-external-lb)"
     if client_count > MAX_FRONT_ENDS:
-        return f"{client_count} API servers: signals tell at most {MAX_FRONT_ENDS} apart"
+        said = f"{client_count} API servers: signals tell at most {MAX_FRONT_ENDS} apart"
+        return f"{said} (--api-server-count {MAX_FRONT_ENDS})"
     return too_many_engines(vllm_config)
 
 

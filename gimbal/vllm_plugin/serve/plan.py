@@ -118,19 +118,23 @@ def plan_server(
     assert flags.model is not None
     warnings = checks.check_model(flags, install.version)
     checks.check_engines(flags, config.levels)
+    checks.check_headless(flags)
     if not install.cpu:
         checks.check_devices(flags, checks.visible_gpus())
     checks.check_address(flags)
+    rust = rust_front_end(environment)
+    added, said = checks.few_api_servers(flags, config.levels, rust)
+    warnings += said
     extra = dict(flags.additional_config or {})
     extra["gimbal"] = to_mapping(config)
     plan = ServePlan(
-        arguments=(*flags.rest, "--additional-config", json.dumps(extra)),
+        arguments=(*flags.rest, *added, "--additional-config", json.dumps(extra)),
         environment=_environment(flags, install.cpu, demo, environment),
         config=config,
         address=address_of(flags),
         model=flags.served_name or flags.model,
         headless=flags.headless,
-        page=bool(config.levels) and not rust_front_end(environment),
+        page=bool(config.levels) and not rust,
         eplb=flags.eplb,
     )
     if plan.idle_levels:
@@ -184,7 +188,8 @@ def _demo_flags(flags: VllmFlags, version: str, demo_dir: Path | None) -> VllmFl
         raise InputError("--demo-dir makes a demo model, but a model was given as well")
     added: list[str] = []
     for name, value in _DEMO_VALUES:
-        if _name(name) not in flags.given:
+        on_the_head = flags.headless and _name(name) == "api_server_count"
+        if _name(name) not in flags.given and not on_the_head:
             added += [name, value]
     added += [switch for switch in _DEMO_SWITCHES if _name(switch) not in flags.given]
     # Dotted keys are put together; a whole option would be replaced by them.

@@ -164,7 +164,9 @@ class Supervisor:
         failed = server.family.first_failure(code)
         if failed is None:
             # A server that nobody asked to stop did not do its job, however politely it left.
-            return (0 if self.plan.headless else 1), Ended("API server", server.child.pid, code)
+            # Engines without API servers end politely too, when their head has gone.
+            role = "headless node" if self.plan.headless else "API server"
+            return 1, Ended(role, server.child.pid, code)
         # vLLM's own parser ends with 2 for a flag it refuses, and so does Gimbal.
         refused = failed.pid == server.child.pid and code == 2 and not self.ready
         return (2 if refused else 1), failed
