@@ -1,18 +1,21 @@
-"""Pages about deployments: flags, metrics and plugins that they name are there."""
+"""Pages about deployments: what they name is there, and the tables say something of every shape."""
 
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 
 import yaml
 
 from gimbal.commands.serve import command
 from gimbal.vllm_plugin.dispatch.row_metrics import ENGINE
 from gimbal.vllm_plugin.serve.command_line import vllm_table
-from tests.test_docs import ROOT
+from tests.test_docs import ROOT, TEST, defines_test
 from tests.test_docs_commands import VLLM
 
 ROUTERS = ROOT / "docs" / "routers.md"
+DEPLOYMENT = ROOT / "docs" / "deployment.md"
+LEVELS = ["dispatch", "queue", "placement", "feedback"]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 OF_ROUTERS = {
     "--intra-node-data-parallel-size",
@@ -29,6 +32,7 @@ def test_flags_are_vllms_gimbals_or_a_routers() -> None:
     known = {name for flag in vllm_table(VLLM)["flags"] for name in flag["flags"]}
     known |= {name for option in command.params for name in option.opts}
     named = set(FLAG.findall(ROUTERS.read_text(encoding="utf-8")))
+    assert set(FLAG.findall(DEPLOYMENT.read_text(encoding="utf-8"))) <= known
     assert named - known == OF_ROUTERS
     assert len(named & known) >= 5
 
@@ -49,3 +53,38 @@ def test_the_pickers_configuration_names_what_it_declares() -> None:
     (engine,) = extractor["engineConfigs"]
     (metric,) = engine["customMetrics"]
     assert metric["attributeKey"] == scorer["attributeKey"]
+
+
+CELL = re.compile(r"(acts|steps aside and says so)(?: \((read)\)| \(tested: `([^`]+)`\))?")
+
+
+def shapes(text: str) -> dict[str, list[str]]:
+    """Shape -> its cells, of the table of levels in `text`."""
+    table = text.partition("| shape |")[2].splitlines()
+    assert [word.strip() for word in table[0].strip("|").split("|")] == LEVELS
+    lines = takewhile(lambda line: line.startswith("|"), table[2:])
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {shape: rest for shape, *rest in cells}
+
+
+def test_every_shape_and_level_has_a_word_and_its_test_is_there() -> None:
+    found = shapes(DEPLOYMENT.read_text(encoding="utf-8"))
+    assert len(found) >= 15
+    for shape, cells in found.items():
+        assert len(cells) == len(LEVELS), shape
+        for cell in cells:
+            match = CELL.fullmatch(cell)
+            assert match is not None, (shape, cell)
+            word, read, test = match.groups()
+            assert word != "acts" or read or test, (shape, cell)
+            if test is not None:
+                named = TEST.fullmatch(test)
+                assert named is not None, cell
+                assert defines_test(ROOT / named[1], named[2]), cell
+
+
+def test_the_readmes_table_is_the_long_one_in_short() -> None:
+    short = shapes((ROOT / "README.md").read_text(encoding="utf-8"))
+    long = shapes(DEPLOYMENT.read_text(encoding="utf-8"))
+    kinds = {"acts (t": "acts (tested)", "acts (r": "acts (read)", "steps a": "steps aside"}
+    assert short == {shape: [kinds[cell[:7]] for cell in cells] for shape, cells in long.items()}
