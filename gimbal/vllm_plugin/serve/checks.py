@@ -150,6 +150,16 @@ def check_headless(flags: VllmFlags) -> None:
         raise InputError("--data-parallel-size-local 0: --headless needs an engine to start")
 
 
+def dispatches(flags: VllmFlags, rust: bool) -> bool:
+    """Whether level dispatch can act, as far as flags say (`why_dispatch_cannot_act`)."""
+    # With one engine of its own, vLLM takes a host of hybrid balancing for external balancing.
+    alone = flags.balancing == "external" or (
+        flags.balancing == "hybrid" and flags.local_engines == 1
+    )
+    few = (flags.api_servers or 1) <= MAX_FRONT_ENDS
+    return flags.dp > 1 and few and not alone and not rust
+
+
 def few_api_servers(
     flags: VllmFlags, levels: Collection[str], rust: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:

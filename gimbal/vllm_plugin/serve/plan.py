@@ -61,6 +61,7 @@ class ServePlan:
             a Unix socket, gRPC).
         model: name to ask for in requests.
         eplb: vLLM's expert parallel load balancing is on.
+        dispatches: there is something for a front end of Gimbal's to choose between.
         warnings: what is worth saying before the start.
         page: the server answers below ``/gimbal``.
     """
@@ -73,6 +74,7 @@ class ServePlan:
     headless: bool = False
     page: bool = True
     eplb: bool = False
+    dispatches: bool = True
     warnings: tuple[str, ...] = ()
 
     @property
@@ -83,7 +85,8 @@ class ServePlan:
     @property
     def idle_levels(self) -> tuple[str, ...]:
         """Levels that are on and can do nothing with these flags."""
-        return ("placement",) if "placement" in self.config.levels and not self.eplb else ()
+        can = {"dispatch": self.dispatches, "placement": self.eplb}
+        return tuple(level for level in self.config.levels if not can.get(level, True))
 
     @property
     def command(self) -> list[str]:
@@ -136,8 +139,9 @@ def plan_server(
         headless=flags.headless,
         page=bool(config.levels) and not rust,
         eplb=flags.eplb,
+        dispatches=checks.dispatches(flags, rust),
     )
-    if plan.idle_levels:
+    if "placement" in plan.idle_levels:  # of dispatch the server's own log tells, with the reason
         warnings += ("level placement stays idle: it needs --enable-eplb (and -ep)",)
     return _keeping_compiled_code(replace(plan, warnings=warnings))
 

@@ -235,7 +235,10 @@ class Supervisor:
     def _announce(self) -> None:
         took_s = time.monotonic() - self.started_s
         memory_gib = processes.resident_bytes(processes.descendants()) / 2**30
-        levels = ", ".join(self.plan.config.levels) or "none"
+        idle = self.plan.idle_levels
+        acting = [level for level in self.plan.config.levels if level not in idle]
+        levels = ", ".join(acting) or "none"
+        levels += f"; idle: {', '.join(idle)}" if idle else ""
         address = self.plan.address
         assert address is not None
         self._say(

@@ -82,10 +82,10 @@ def test_a_plugin_list_without_gimbal_is_refused(model: str) -> None:
 @pytest.mark.parametrize(
     ("words", "levels", "idle"),
     [
-        ([], None, ("placement",)),
-        (["--enable-eplb"], None, ()),
-        (["--enable_eplb"], None, ()),
-        ([], "dispatch,queue", ()),
+        (["-dp", "2"], None, ("placement",)),
+        (["-dp", "2", "--enable-eplb"], None, ()),
+        (["-dp", "2", "--enable_eplb"], None, ()),
+        (["-dp", "2"], "dispatch,queue", ()),
     ],
 )
 def test_placement_without_eplb_is_known_to_be_idle(
@@ -95,6 +95,29 @@ def test_placement_without_eplb_is_known_to_be_idle(
     assert made.idle_levels == idle
     assert made.places_experts is ("--enable" in "".join(words))
     assert made.warnings == tuple(f"level {name} stays idle: {IDLE}" for name in idle)
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "idle"),
+    [
+        ([], {}, True),
+        (["-dp", "4"], {}, False),
+        (["-dp", "4"], {"VLLM_USE_RUST_FRONTEND": "1"}, True),
+        (["-dp", "4", "-dph", "-dpl", "2"], {}, False),
+        (["-dp", "4", "-dph", "-dpl", "1"], {}, True),
+        (["-dp", "4", "-dpe", "-dpn", "1"], {}, True),
+        (["-dp", "4", "-dpn", "1"], {}, True),
+        (["-dp", "4", "-dpm", "-dpl", "4"], {}, True),
+        (["-dp", "4", "-asc", "17"], {}, True),
+        (["-dp", "32"], {}, False),
+    ],
+)
+def test_where_there_is_nothing_to_dispatch_between_the_level_is_idle(
+    model: str, words: list[str], environment: dict[str, str], idle: bool
+) -> None:
+    made = plan.plan_server([model, *words], environment=environment)
+    assert ("dispatch" in made.idle_levels) is idle
+    assert made.idle_levels[-1:] == ("placement",)
 
 
 def test_demo_defaults_give_way_to_flags(model: str) -> None:

@@ -73,6 +73,8 @@ def test_phases_ready_line_and_a_clean_stop(number: int) -> None:
     text = "".join(seen)
     assert process.returncode == 0, errors
     assert text.index("importing vLLM") < text.index("building the engine") < text.index("ready in")
+    # Of this plan vLLM's load balancing of experts is off.
+    assert "; levels: dispatch, queue, feedback; idle: placement; " in text
     assert re.search(r"watch it: http://\S+/gimbal\n", text)
     assert "stopped; no process and no shared memory left" in rest
 
