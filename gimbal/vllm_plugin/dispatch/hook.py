@@ -65,6 +65,7 @@ class FrontEnd:
         enabled: whether the level is on (an operator may switch it off and on).
         decision: the latest decision of a policy; `recent` are the last ones.
         receiver: brings the rows of engines on other hosts; None where there are none.
+        first_rows: says which of those are never heard of; None likewise.
         kv_events: keeps the prefix index in step with the engines' caches; None without events.
     """
 
@@ -97,6 +98,7 @@ class FrontEnd:
         )
         compile_in_background()
         self.receiver: remote.RowReceiver | None = None
+        self.first_rows: remote.FirstRows | None = None
         self.kv_events: kv_events.KvEvents | None = None
         self._control = self.reader.look(), board.generation
         self._resets = 0
@@ -274,6 +276,8 @@ class FrontEnd:
         if client is not None:
             ledger.unfinished(client.reqs_in_flight)
         ledger.observe(rows, now_us())
+        if self.first_rows is not None:
+            self.first_rows.look(rows, ledger.unacked[0], time.monotonic())
         self.settle()
         self.dispatcher.fit_prefix_index(rows)
         self.metrics.refresh(self.first, rows, ledger.unacked[1], ledger.inflight[1], self.decision)
@@ -322,8 +326,12 @@ def attach(client: Any) -> FrontEnd | None:
         logger.info("Gimbal: the prefix index follows KV events of %s", list(sources.values()))
     if client.client_index == 0 and remote.spans_hosts(client.vllm_config):
         port = remote.board_port(client.vllm_config, config.board_port)
-        host = client.vllm_config.parallel_config.data_parallel_master_ip
-        front_end.receiver = remote.RowReceiver(front_end.board, f"tcp://{host}:{port}")
+        parallel = client.vllm_config.parallel_config
+        address = f"tcp://{parallel.data_parallel_master_ip}:{port}"
+        front_end.receiver = remote.RowReceiver(front_end.board, address)
+        front_end.first_rows = remote.FirstRows(
+            front_end.receiver.address, parallel.data_parallel_size_local
+        )
         logger.info("Gimbal: engines of other hosts publish to %s", front_end.receiver.address)
     logger.info(
         "Gimbal: front end %d of %d dispatches to %d engines by policy %s",

@@ -3,7 +3,8 @@
 vLLM gives no identity that every process of a server knows (with several API servers each makes
 its own ``VllmConfig``). The process that launches the engines is the parent of them all, so it
 draws a run id there and leaves it in the environment, which engines and API servers inherit. Ray
-starts engines elsewhere and hands on one ``VllmConfig``; its ``instance_id`` serves then.
+starts engines elsewhere and gives them the variables that vLLM is asked to copy. Where nobody drew
+a run id, the ``instance_id`` of the ``VllmConfig`` serves.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ RUN_ID = "GIMBAL_RUN_ID"
 """Environment variable with the server's run id; set by the launcher, never by a user."""
 TRACE_SALT = "GIMBAL_TRACE_SALT"
 """Environment variable with the secret that the traces of a server's API servers share."""
+RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+"""vLLM's: comma-separated names of environment variables that Ray's actors get as well."""
 
 
 def server_identity(vllm_config: Any) -> str:
@@ -59,7 +62,8 @@ def why_dispatch_cannot_act(vllm_config: Any, client_count: int = 1) -> str | No
     if parallel.data_parallel_external_lb:
         return "an external load balancer chooses the engine (--data-parallel-external-lb)"
     if client_count > MAX_FRONT_ENDS:
-        return f"{client_count} API servers: signals tell at most {MAX_FRONT_ENDS} apart"
+        said = f"{client_count} API servers: signals tell at most {MAX_FRONT_ENDS} apart"
+        return f"{said} (--api-server-count {MAX_FRONT_ENDS})"
     return too_many_engines(vllm_config)
 
 
@@ -77,6 +81,8 @@ def launch_board(vllm_config: Any) -> None:
     """Draws a run id and makes the board before the engines start; this process removes it."""
     os.environ[RUN_ID] = f"{os.getpid()}-{time.time_ns()}"
     os.environ[TRACE_SALT] = secrets.token_hex(32)
+    copied = [name for name in os.environ.get(RAY_COPIES, "").split(",") if name.strip()]
+    os.environ[RAY_COPIES] = ",".join(dict.fromkeys([*copied, RUN_ID]))
     for path in sweep():
         logger.info("Gimbal: removed the board %s of a server that is gone", path)
     board = Board(server_board_path(vllm_config))
@@ -116,10 +122,11 @@ def _prepare(vllm_config: Any) -> None:
 
 
 def install() -> None:
-    """Hooks the start of the engine processes."""
-    from vllm.v1.engine.utils import CoreEngineProcManager
+    """Hooks the start of the engine processes, and of the actors of Ray's that are engines."""
+    from vllm.v1.engine.utils import CoreEngineActorManager, CoreEngineProcManager
 
     CoreEngineProcManager.__init__ = _after_the_board(CoreEngineProcManager.__init__)
+    CoreEngineActorManager.__init__ = _after_the_board(CoreEngineActorManager.__init__)
 
 
 def _after_the_board(init: Any) -> Any:

@@ -37,6 +37,7 @@ _LARGEST_MESSAGE = 1 << 16
 _PAUSE_S = 0.02
 """After a failure: a board that cannot be made is not tried at the rate of rows."""
 CLOSE_S = 2.0
+FIRST_ROW_S = 5.0
 _IPV4 = re.compile(r"[\d.]+|\*")
 
 
@@ -196,6 +197,47 @@ class RowReceiver:
         if (engine, kind) not in self._said:
             self._said.add((engine, kind))
             logger.warning("Gimbal: %s; counted from now on, not logged again", said)
+
+
+class FirstRows:
+    """Which engines of other hosts owe an answer and have never said anything.
+
+    An engine without work says nothing, and what it said before somebody listened is lost. So an
+    engine is missed once it has owed an answer for `FIRST_ROW_S`.
+
+    Args:
+        address: where their rows are awaited, ``tcp://host:port``.
+        local: engines of this host; theirs are the first ranks.
+    """
+
+    def __init__(self, address: str, local: int) -> None:
+        self.address = address
+        self.local = local
+        self._since_s: dict[int, float] = {}
+        self._said: set[int] = set()
+
+    def look(self, rows: FloatArray, owed: FloatArray, now_s: float) -> None:
+        """Says once of each engine that its rows do not come.
+
+        Args:
+            rows: [engines, ROW_WIDTH] the newest, zeros where there is none.
+            owed: [engines] requests that were sent there and are not acknowledged.
+            now_s: of a clock that only goes on.
+        """
+        silent = np.flatnonzero((rows[:, Field.SEQUENCE] == 0.0) & (owed > 0.0)).tolist()
+        since = self._since_s
+        self._since_s = {e: since.get(e, now_s) for e in silent if e >= self.local}
+        for engine, since_s in self._since_s.items():
+            if now_s - since_s >= FIRST_ROW_S and engine not in self._said:
+                self._said.add(engine)
+                logger.error(
+                    "Gimbal: engine %d has work and no row of it has come to %s in %.0f s: that "
+                    "port must be open to its host, and board_port the same on all hosts; until "
+                    "then tokens in flight decide",
+                    engine,
+                    self.address,
+                    now_s - since_s,
+                )
 
 
 class RefusedRow(ValueError):

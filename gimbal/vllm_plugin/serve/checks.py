@@ -14,6 +14,7 @@ from gimbal.board.layout import MAX_ENGINES
 from gimbal.core.errors import InputError
 from gimbal.core.model import ModelConfig, count_experts, read_config
 from gimbal.core.model.config import HUGGING_FACE, MISTRAL
+from gimbal.core.snapshot import MAX_FRONT_ENDS
 from gimbal.vllm_plugin.serve.command_line import vllm_table
 from gimbal.vllm_plugin.serve.flags import VllmFlags
 from gimbal.vllm_plugin.versions import check_version
@@ -130,6 +131,54 @@ def check_engines(flags: VllmFlags, levels: Collection[str]) -> None:
             f"--data-parallel-size {flags.dp}: levels {', '.join(need)} serve at most "
             f"{MAX_ENGINES} engines; --levels placement, or none, has no such limit"
         )
+
+
+def check_headless(flags: VllmFlags) -> None:
+    """Raises InputError for what vLLM refuses beside ``--headless`` once it has been imported."""
+    if not flags.headless:
+        return
+    if flags.api_servers:
+        raise InputError(
+            f"--api-server-count {flags.api_servers}: --headless starts engines only; "
+            "API servers run on the head"
+        )
+    if flags.balancing == "hybrid" and "data_parallel_hybrid_lb" in flags.given:
+        raise InputError(
+            "--data-parallel-hybrid-lb: every host has API servers, so none is --headless"
+        )
+    if flags.dp_local == 0:
+        raise InputError("--data-parallel-size-local 0: --headless needs an engine to start")
+
+
+def dispatches(flags: VllmFlags, rust: bool) -> bool:
+    """Whether level dispatch can act, as far as flags say (`why_dispatch_cannot_act`)."""
+    # With one engine of its own, vLLM takes a host of hybrid balancing for external balancing.
+    alone = flags.balancing == "external" or (
+        flags.balancing == "hybrid" and flags.local_engines == 1
+    )
+    few = (flags.api_servers or 1) <= MAX_FRONT_ENDS
+    return flags.dp > 1 and few and not alone and not rust
+
+
+def few_api_servers(
+    flags: VllmFlags, levels: Collection[str], rust: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Flags to add so that dispatch can tell the API servers apart, and what to say of it.
+
+    Without a number vLLM starts as many API servers as there are engines to choose between.
+    """
+    if "dispatch" not in levels or flags.headless or flags.grpc or rust:
+        return (), ()
+    if flags.api_servers is not None:
+        if flags.api_servers <= MAX_FRONT_ENDS:
+            return (), ()
+        said = f"--api-server-count {flags.api_servers}: level dispatch stays off: it tells at most"
+        return (), (f"{said} {MAX_FRONT_ENDS} API servers apart",)
+    by_vllm = {"internal": flags.dp, "hybrid": flags.dp_local or 1}.get(flags.balancing, 1)
+    if by_vllm <= MAX_FRONT_ENDS:
+        return (), ()
+    said = f"{MAX_FRONT_ENDS} API servers in place of vLLM's {by_vllm}, so that dispatch acts"
+    return ("--api-server-count", str(MAX_FRONT_ENDS)), (f"{said} (--api-server-count)",)
 
 
 def check_devices(flags: VllmFlags, gpus: int | None) -> None:

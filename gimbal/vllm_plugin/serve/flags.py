@@ -23,6 +23,8 @@ class VllmFlags:
         given: names of what is set, as vLLM has them (``data_parallel_size``).
         host: None: every address.
         dp_local: DP engines of this machine where that is said or follows from ``--nnodes``.
+        api_servers: API servers asked for.
+        balancing: who chooses the engine: ``internal``, ``hybrid`` or ``external``.
         pcp: ranks of prefill context parallelism.
         eplb_config, additional_config: vLLM's, as mappings.
     """
@@ -45,6 +47,8 @@ class VllmFlags:
     expert_parallel: bool = False
     eplb: bool = False
     headless: bool = False
+    api_servers: int | None = None
+    balancing: str = "internal"
     eplb_config: dict[str, Any] | None = None
     additional_config: dict[str, Any] | None = None
 
@@ -103,6 +107,8 @@ def read_flags(arguments: Sequence[str], version: str) -> VllmFlags:
         expert_parallel=found.get("enable_expert_parallel", False),
         eplb=found.get("enable_eplb", False),
         headless=found.get("headless", False),
+        api_servers=found.get("api_server_count"),
+        balancing=_balancing(found),
         eplb_config=_json_option(found, "eplb_config"),
         additional_config=_json_option(found, "additional_config"),
     )
@@ -117,6 +123,16 @@ def _local_engines(found: dict[str, Any], size: Callable[..., int]) -> int | Non
     if (nodes := size("nnodes")) > 1:
         return max(size("data_parallel_size") // nodes, 1)
     return None
+
+
+def _balancing(found: dict[str, Any]) -> str:
+    """As ``vllm serve`` has it."""
+    names = ("external_lb", "multi_port_external_lb")
+    alone = any(found.get(f"data_parallel_{name}") for name in names)
+    if alone or found.get("data_parallel_rank") is not None:
+        return "external"
+    hybrid = found.get("data_parallel_hybrid_lb")
+    return "hybrid" if hybrid or found.get("data_parallel_start_rank") is not None else "internal"
 
 
 def _json_option(found: dict[str, Any], name: str) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class ServePlan:
             a Unix socket, gRPC).
         model: name to ask for in requests.
         eplb: vLLM's expert parallel load balancing is on.
+        dispatches: there is something for a front end of Gimbal's to choose between.
         warnings: what is worth saying before the start.
         page: the server answers below ``/gimbal``.
     """
@@ -73,6 +74,7 @@ class ServePlan:
     headless: bool = False
     page: bool = True
     eplb: bool = False
+    dispatches: bool = True
     warnings: tuple[str, ...] = ()
 
     @property
@@ -83,7 +85,8 @@ class ServePlan:
     @property
     def idle_levels(self) -> tuple[str, ...]:
         """Levels that are on and can do nothing with these flags."""
-        return ("placement",) if "placement" in self.config.levels and not self.eplb else ()
+        can = {"dispatch": self.dispatches, "placement": self.eplb}
+        return tuple(level for level in self.config.levels if not can.get(level, True))
 
     @property
     def command(self) -> list[str]:
@@ -118,22 +121,27 @@ def plan_server(
     assert flags.model is not None
     warnings = checks.check_model(flags, install.version)
     checks.check_engines(flags, config.levels)
+    checks.check_headless(flags)
     if not install.cpu:
         checks.check_devices(flags, checks.visible_gpus())
     checks.check_address(flags)
+    rust = rust_front_end(environment)
+    added, said = checks.few_api_servers(flags, config.levels, rust)
+    warnings += said
     extra = dict(flags.additional_config or {})
     extra["gimbal"] = to_mapping(config)
     plan = ServePlan(
-        arguments=(*flags.rest, "--additional-config", json.dumps(extra)),
+        arguments=(*flags.rest, *added, "--additional-config", json.dumps(extra)),
         environment=_environment(flags, install.cpu, demo, environment),
         config=config,
         address=address_of(flags),
         model=flags.served_name or flags.model,
         headless=flags.headless,
-        page=bool(config.levels) and not rust_front_end(environment),
+        page=bool(config.levels) and not rust,
         eplb=flags.eplb,
+        dispatches=checks.dispatches(flags, rust),
     )
-    if plan.idle_levels:
+    if "placement" in plan.idle_levels:  # of dispatch the server's own log tells, with the reason
         warnings += ("level placement stays idle: it needs --enable-eplb (and -ep)",)
     return _keeping_compiled_code(replace(plan, warnings=warnings))
 
@@ -184,7 +192,8 @@ def _demo_flags(flags: VllmFlags, version: str, demo_dir: Path | None) -> VllmFl
         raise InputError("--demo-dir makes a demo model, but a model was given as well")
     added: list[str] = []
     for name, value in _DEMO_VALUES:
-        if _name(name) not in flags.given:
+        on_the_head = flags.headless and _name(name) == "api_server_count"
+        if _name(name) not in flags.given and not on_the_head:
             added += [name, value]
     added += [switch for switch in _DEMO_SWITCHES if _name(switch) not in flags.given]
     # Dotted keys are put together; a whole option would be replaced by them.

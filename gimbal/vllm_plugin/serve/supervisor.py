@@ -164,7 +164,9 @@ class Supervisor:
         failed = server.family.first_failure(code)
         if failed is None:
             # A server that nobody asked to stop did not do its job, however politely it left.
-            return (0 if self.plan.headless else 1), Ended("API server", server.child.pid, code)
+            # Engines without API servers end politely too, when their head has gone.
+            role = "headless node" if self.plan.headless else "API server"
+            return 1, Ended(role, server.child.pid, code)
         # vLLM's own parser ends with 2 for a flag it refuses, and so does Gimbal.
         refused = failed.pid == server.child.pid and code == 2 and not self.ready
         return (2 if refused else 1), failed
@@ -233,7 +235,10 @@ class Supervisor:
     def _announce(self) -> None:
         took_s = time.monotonic() - self.started_s
         memory_gib = processes.resident_bytes(processes.descendants()) / 2**30
-        levels = ", ".join(self.plan.config.levels) or "none"
+        idle = self.plan.idle_levels
+        acting = [level for level in self.plan.config.levels if level not in idle]
+        levels = ", ".join(acting) or "none"
+        levels += f"; idle: {', '.join(idle)}" if idle else ""
         address = self.plan.address
         assert address is not None
         self._say(

@@ -15,7 +15,7 @@ from vllm import SamplingParams
 
 from gimbal.vllm_plugin.dispatch import hook, user_session
 from gimbal.vllm_plugin.dispatch.request import describe, session_of
-from gimbal.vllm_plugin.engine import identity
+from gimbal.vllm_plugin.engine import identity, remote
 from tests.vllm_plugin.dispatch.fakes import ORIGINAL, Client, Server, request
 from tests.vllm_plugin.exposition import samples
 
@@ -100,6 +100,22 @@ def test_an_old_snapshot_falls_back_to_inflight_tokens(server: Server) -> None:
     server.publish()
     server.send("d", 10)
     assert server.front_end.guard.counts == {"stale": 3}
+
+
+def test_an_engine_elsewhere_that_says_nothing_is_missed(
+    server: Server, monkeypatch: Any, caplog: Any
+) -> None:
+    front_end = server.front_end
+    front_end.first_rows = remote.FirstRows("tcp://[::1]:29551", local=1)
+    monkeypatch.setattr(remote, "FIRST_ROW_S", 0.0)
+    rows = front_end.reader.read().copy()
+    rows[1] = 0.0
+    monkeypatch.setattr(front_end.reader, "read", lambda: rows)
+    front_end.refresh()
+    assert "no row of it" not in caplog.text, "it owes nothing"
+    server.send("a", data_parallel_rank=1)
+    front_end.refresh()
+    assert "engine 1 has work and no row of it has come to tcp://[::1]:29551" in caplog.text
 
 
 def test_an_idle_engine_that_said_so_long_ago_is_trusted(server: Server) -> None:

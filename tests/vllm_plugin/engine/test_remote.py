@@ -323,6 +323,29 @@ def test_a_sender_refuses_what_a_receiver_would() -> None:
     sender.close()
 
 
+def test_an_engine_that_is_never_heard_of_is_named_once(caplog: Any) -> None:
+    first_rows = remote.FirstRows("tcp://10.0.0.1:29551", local=1)
+    rows, owed = np.zeros((4, ROW_WIDTH)), np.array([1.0, 1.0, 0.0, 1.0])
+    rows[3, Field.SEQUENCE] = 7.0
+
+    def said_at(now_s: float) -> list[str]:
+        caplog.clear()
+        first_rows.look(rows, owed, now_s)
+        return [record.message for record in caplog.records if record.levelname == "ERROR"]
+
+    assert said_at(100.0) == said_at(104.9) == []
+    (line,) = said_at(105.0)  # engine 0 is of this host, 2 owes nothing, 3 has been heard of
+    assert "engine 1 has work and no row of it has come to tcp://10.0.0.1:29551" in line
+    assert said_at(200.0) == []
+    owed[2] = 1.0
+    assert said_at(300.0) == []
+    rows[2, Field.SEQUENCE] = 1.0
+    assert said_at(304.0) == []
+    rows[2, Field.SEQUENCE] = 0.0  # a new board: it is awaited anew
+    assert said_at(306.0) == []
+    assert len(said_at(311.0)) == 1
+
+
 @pytest.mark.parametrize(
     ("size", "local", "local_only", "expected"),
     [(4, 2, False, True), (4, 4, False, False), (4, 2, True, False), (1, 1, False, False)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -343,7 +344,37 @@ def test_two_launches_have_two_boards(monkeypatch: Any) -> None:
     monkeypatch.delenv(identity.RUN_ID)
 
 
-def test_ray_engines_find_the_board_by_instance(monkeypatch: Any) -> None:
+def test_rays_actors_are_given_the_name_of_the_board(monkeypatch: Any) -> None:
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    config = SimpleNamespace(instance_id="abc")
+    monkeypatch.setenv(identity.RUN_ID, "")
+    monkeypatch.setenv(identity.RAY_COPIES, "MINE, OURS")
+    for _ in range(2):
+        identity.launch_board(config)
+        path = identity.server_board_path(config)
+        Board(path).close()
+    copied = get_env_vars_to_copy(destination="an engine")
+    assert {"MINE", "OURS", identity.RUN_ID} <= copied
+    assert os.environ[identity.RAY_COPIES].count(identity.RUN_ID) == 1
+    # What another front end of this server, or an actor with these variables, makes of it.
+    for other in ("abc", "def_dp3"):
+        assert identity.server_board_path(SimpleNamespace(instance_id=other)) == path
+
+
+def test_the_actors_of_ray_are_engines_that_a_board_is_made_for(monkeypatch: Any) -> None:
+    from vllm.v1.engine import utils
+
+    made: list[Any] = []
+    monkeypatch.setattr(identity, "_prepare", made.append)
+    for manager in (utils.CoreEngineProcManager, utils.CoreEngineActorManager):
+        monkeypatch.setattr(manager, "__init__", lambda self, vllm_config, addresses: None)
+    identity.install()
+    utils.CoreEngineActorManager("configuration", addresses=None)
+    assert made == ["configuration"]
+
+
+def test_without_a_name_engines_find_the_board_by_instance(monkeypatch: Any) -> None:
     monkeypatch.delenv(identity.RUN_ID, raising=False)
     front_end, engine = SimpleNamespace(instance_id="abc"), SimpleNamespace(instance_id="abc_dp3")
     assert identity.server_board_path(front_end) == identity.server_board_path(engine)

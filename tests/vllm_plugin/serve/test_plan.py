@@ -82,10 +82,10 @@ def test_a_plugin_list_without_gimbal_is_refused(model: str) -> None:
 @pytest.mark.parametrize(
     ("words", "levels", "idle"),
     [
-        ([], None, ("placement",)),
-        (["--enable-eplb"], None, ()),
-        (["--enable_eplb"], None, ()),
-        ([], "dispatch,queue", ()),
+        (["-dp", "2"], None, ("placement",)),
+        (["-dp", "2", "--enable-eplb"], None, ()),
+        (["-dp", "2", "--enable_eplb"], None, ()),
+        (["-dp", "2"], "dispatch,queue", ()),
     ],
 )
 def test_placement_without_eplb_is_known_to_be_idle(
@@ -95,6 +95,29 @@ def test_placement_without_eplb_is_known_to_be_idle(
     assert made.idle_levels == idle
     assert made.places_experts is ("--enable" in "".join(words))
     assert made.warnings == tuple(f"level {name} stays idle: {IDLE}" for name in idle)
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "idle"),
+    [
+        ([], {}, True),
+        (["-dp", "4"], {}, False),
+        (["-dp", "4"], {"VLLM_USE_RUST_FRONTEND": "1"}, True),
+        (["-dp", "4", "-dph", "-dpl", "2"], {}, False),
+        (["-dp", "4", "-dph", "-dpl", "1"], {}, True),
+        (["-dp", "4", "-dpe", "-dpn", "1"], {}, True),
+        (["-dp", "4", "-dpn", "1"], {}, True),
+        (["-dp", "4", "-dpm", "-dpl", "4"], {}, True),
+        (["-dp", "4", "-asc", "17"], {}, True),
+        (["-dp", "32"], {}, False),
+    ],
+)
+def test_where_there_is_nothing_to_dispatch_between_the_level_is_idle(
+    model: str, words: list[str], environment: dict[str, str], idle: bool
+) -> None:
+    made = plan.plan_server([model, *words], environment=environment)
+    assert ("dispatch" in made.idle_levels) is idle
+    assert made.idle_levels[-1:] == ("placement",)
 
 
 def test_demo_defaults_give_way_to_flags(model: str) -> None:
@@ -201,6 +224,56 @@ def test_more_engines_than_the_board_holds_are_refused_in_one_line(model: str) -
     )
     assert plan.plan_server(words, levels="placement", environment={})
     assert plan.plan_server([model, "-dp", "256"], environment={})
+
+
+@pytest.mark.parametrize(
+    ("words", "added", "said"),
+    [
+        (["-dp", "17"], "16", "16 API servers in place of vLLM's 17, so that dispatch acts"),
+        (["-dp", "64", "-dph", "-dpl", "32"], "16", "16 API servers in place of vLLM's 32"),
+        (["-dp", "64", "-dpr", "8", "-dpl", "8"], None, None),
+        (["-dp", "16"], None, None),
+        (["-dp", "64", "-asc", "4"], None, None),
+        (["-dp", "64", "-asc", "17"], None, "--api-server-count 17: level dispatch stays off"),
+        (["-dp", "64", "-dpe", "-dpn", "3"], None, None),
+        (["-dp", "64", "-dpm", "-dpl", "32"], None, None),
+        (["-dp", "64", "--headless", "-dpl", "32"], None, None),
+    ],
+)
+def test_no_more_api_servers_than_dispatch_tells_apart(
+    model: str, words: list[str], added: str | None, said: str | None
+) -> None:
+    made = plan.plan_server([model, *words], environment={})
+    assert options(made).get("--api-server-count") == added
+    warned = [line for line in made.warnings if "API servers" in line]
+    assert (warned == []) if said is None else (len(warned) == 1 and warned[0].startswith(said))
+    without = plan.plan_server([model, *words], levels="queue", environment={})
+    assert "--api-server-count" not in without.arguments
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--api-server-count", "2"], "--api-server-count 2: --headless starts engines only"),
+        (["--data-parallel-hybrid-lb", "-dpl", "2"], "--data-parallel-hybrid-lb: every host has"),
+        (["-dpl", "0"], "--data-parallel-size-local 0: --headless needs an engine"),
+    ],
+)
+def test_what_vllm_refuses_beside_headless_is_refused_at_once(
+    model: str, words: list[str], said: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        plan.plan_server([model, "-dp", "4", "--headless", *words], environment={})
+    assert str(refused.value).startswith(said)
+
+
+def test_a_headless_node_takes_no_flag_of_the_heads(model: str) -> None:
+    words = ["--headless", "-dp", "4", "-dpl", "2", "-dpr", "2"]
+    made = plan.plan_server(words, demo=True, environment={})
+    assert made.headless
+    assert "--api-server-count" not in made.arguments
+    head = plan.plan_server(["-dp", "4"], demo=True, environment={})
+    assert "--api-server-count" in head.arguments
 
 
 def test_no_model() -> None:

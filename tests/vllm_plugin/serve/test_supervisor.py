@@ -35,8 +35,9 @@ class Plan(ServePlan):
     __slots__ = ()
     command = property(lambda self: [sys.executable, "-u", "-c", self.arguments[0]])
 
-address = Address("127.0.0.1", int(sys.argv[2]))
-plan = Plan((sys.argv[1],), {}, GimbalConfig(), address, "m")
+headless = sys.argv[1].startswith("# headless")
+address = None if headless else Address("127.0.0.1", int(sys.argv[2]))
+plan = Plan((sys.argv[1],), {}, GimbalConfig(), address, "m", headless)
 supervisor.LOST_GRACE_S = 1.0
 sys.exit(Supervisor(plan, verbose=False, console=Console(soft_wrap=True)).run())
 """
@@ -72,6 +73,8 @@ def test_phases_ready_line_and_a_clean_stop(number: int) -> None:
     text = "".join(seen)
     assert process.returncode == 0, errors
     assert text.index("importing vLLM") < text.index("building the engine") < text.index("ready in")
+    # Of this plan vLLM's load balancing of experts is off.
+    assert "; levels: dispatch, queue, feedback; idle: placement; " in text
     assert re.search(r"watch it: http://\S+/gimbal\n", text)
     assert "stopped; no process and no shared memory left" in rest
 
@@ -92,6 +95,25 @@ def test_a_server_that_ends_by_itself_is_an_error(server: str, code: int, messag
     assert process.returncode == code
     assert message in errors
     assert re.fullmatch(r"gimbal: API server \(process \d+\) ended [^\n]*\n", errors)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_headless_node_whose_head_has_gone_is_an_error(code: int) -> None:
+    process = start(f"# headless\nprint('GPU KV cache size: x'); raise SystemExit({code})")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    ended = rf"ended while reserving KV cache: exit code {code}"
+    assert re.fullmatch(rf"gimbal: \S+ \S+ \(process \d+\) {ended}\n", errors), errors
+
+
+def test_a_headless_node_that_is_asked_to_stop_is_none() -> None:
+    process = start("# headless\nimport time; print('KV cache size', flush=True); time.sleep(60)")
+    assert process.stdout is not None
+    while "reserving KV cache" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
 
 
 # A server whose processes have vLLM's names. `worker` is what the worker of engine 1 does.
