@@ -236,6 +236,7 @@ class Engine:
         self.remaining_prefill_tokens += request.target - request.computed
         if self._cache is not None and request.prefix_blocks:
             self.used_blocks += self._cache.take(request)
+            self.used_blocks += self.blocks_for(request.computed) - request.shared_blocks
 
     def _prefill(self, request: SimRequest, budget: int, batch: StepBatch) -> int:
         """Gives `request` its chunk; returns the tokens taken (0 when blocks ran out)."""

@@ -51,9 +51,8 @@ class PrefixCache:
         return tokens // self._block_tokens * self._block_tokens
 
     def shared_blocks(self, request: SimRequest) -> int:
-        """Of the KV blocks under `request.computed`, those that others use already."""
-        used = sum(self._blocks(name) for name in self._found(request) if name in self._users)
-        return min(used, request.computed // self._block_tokens)
+        """Of the KV blocks that `request` finds, those that others use already."""
+        return sum(self._blocks(name) for name in self._found(request) if name in self._users)
 
     def take(self, request: SimRequest) -> int:
         """`request` starts, `request.computed` tokens found; returns KV blocks this occupies."""
@@ -67,7 +66,7 @@ class PrefixCache:
             occupied += self._blocks(name)
         self.idle_blocks -= occupied
         request.held = list(names)
-        request.shared_blocks = request.computed // self._block_tokens
+        request.shared_blocks = sum(map(self._blocks, names))
         request.named_places = request.computed // self._place_tokens
         return occupied
 
@@ -138,9 +137,16 @@ class PrefixCache:
             del self._tokens[name]
 
     def _found(self, request: SimRequest) -> Sequence[int]:
-        """Names under `request.computed`."""
-        places = -(-request.computed // self._place_tokens)
-        return self._names(request.prefix_blocks)[:places]
+        """Names under `request.computed` of which it uses every block.
+
+        Of the last one it may use a part, where the end of a prompt is computed again; the request
+        is then taken to have a copy.
+        """
+        names = self._names(request.prefix_blocks)
+        places, rest = divmod(request.computed, self._place_tokens)
+        if rest and self._blocks(names[places]) == rest // self._block_tokens:
+            places += 1
+        return names[:places]
 
     def _names(self, names: tuple[int, ...]) -> tuple[int, ...]:
         return names if self._together == 1 else names[self._together - 1 :: self._together]

@@ -53,3 +53,14 @@ def test_what_runs_is_found_by_the_next_one_and_counted_once():
         engine.add(SimRequest(index, str(index), 0.0, 41, 9, prefix_blocks=(1, 2, 3, 4, 5, 6)), 0.0)
     assert engine.schedule(0.0).prefill_tokens == 41 + 1
     assert engine.used_blocks == 10 + 1 + 1
+
+
+def test_a_prompt_of_the_whole_cache_that_is_found_whole_is_admitted():
+    engine = Engine(0, 64, 4, 6, 4, ORDERINGS.build("fcfs"))
+    engine.set_prefix_block_tokens(8)
+    for index in range(2):
+        engine.add(SimRequest(index, str(index), 0.0, 24, 1, prefix_blocks=(1, 2, 3)), 0.0)
+        computed = engine.schedule(0.0)
+        assert computed.prefill_tokens == (4 if index else 24)
+        assert len(engine.finish_step(computed, 0.0)) == 1
+    assert engine.used_blocks == 0
