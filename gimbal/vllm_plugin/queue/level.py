@@ -216,6 +216,7 @@ class GimbalQueueMixin:
     gimbal_state: EngineState
     gimbal_queue: QueueLevel | None = None
     max_num_scheduled_tokens: int
+    kv_cache_manager: Any
     waiting: Any
     _reserve_prefill_lookahead: Any
 
@@ -237,11 +238,16 @@ class GimbalQueueMixin:
         if level is None or level.over:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
         guard, whole = level.guard, self.max_num_scheduled_tokens
+        manager = self.kv_cache_manager
+        watermark = manager.watermark_blocks
         if guard.disabled:
             guard.run("leave", level.leave)
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
         throttled = bool(args[0] if args else kwargs.get("throttle_prefills", False))
-        budget, caps = guard.run("plan", level.begin_step, throttled) or (whole, {})
+        plan = guard.run("plan", level.begin_step, throttled)
+        if plan is None:
+            manager.watermark_blocks = watermark  # a failed plan may have raised it
+        budget, caps = plan or (whole, {})
         self.max_num_scheduled_tokens = budget
         if caps:
             self._reserve_prefill_lookahead = _capped(self._reserve_prefill_lookahead, caps)
@@ -249,7 +255,7 @@ class GimbalQueueMixin:
             output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.max_num_scheduled_tokens = whole
-            level.facts.keep_free(0)
+            manager.watermark_blocks = watermark
             if caps:
                 del self._reserve_prefill_lookahead
         guard.run("step", level.end_step, output.total_num_scheduled_tokens)
