@@ -22,7 +22,7 @@ from typing import Any
 FUNCTIONS = {
     "gimbal.core.dispatch.dispatcher": ("Dispatcher.dispatch", "Dispatcher.finished"),
     "gimbal.vllm_plugin.dispatch.request": ("describe", "left_to_vllm"),
-    "gimbal.vllm_plugin.dispatch.hook": ("FrontEnd._count", "FrontEnd._note", "FrontEnd.refresh"),
+    "gimbal.vllm_plugin.dispatch.hook": ("FrontEnd._count", "FrontEnd._placed", "FrontEnd.refresh"),
     "gimbal.vllm_plugin.engine.signals": (
         "SchedulerSignals.accepted",
         "SchedulerSignals.enqueued",
