@@ -189,5 +189,5 @@ def bounded_prefill_tokens(
         left_us = (1.0 - TTFT_MARGIN) * ttft_us - waited_us - token_us * backlog_tokens
         needed = backlog_tokens * base_us / left_us if left_us > 0.0 else budget_tokens
     else:
-        needed = min(backlog_tokens / PATIENCE_STEPS, base_us / (STRETCH * token_us))
+        needed = min(backlog_tokens / PATIENCE_STEPS, base_us / STRETCH / token_us)
     return int(min(max(allowed, needed), budget_tokens))

@@ -44,6 +44,7 @@ def bounded(base=25_000.0, per_token=500.0, budget=512, backlog=0, **targets):
         ({"backlog": 600}, 300),
         ({"backlog": 10**6}, 400),  # 25 ms / (0.125 * 0.5 ms): an eighth longer than at once
         ({"backlog": 10**6, "base": 250_000.0}, 512),
+        ({"backlog": 10**6, "per_token": 5e-324}, 512),
         ({"tpot_us": 50_000.0}, 50),
         ({"tpot_us": 1.0}, 16),
         ({"tpot_us": 1.0, "min_tokens": 0, "backlog": 1}, 0),

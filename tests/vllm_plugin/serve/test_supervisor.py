@@ -56,7 +56,14 @@ http.server.HTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
 def start(server: str, port: int = 1, *before: str) -> subprocess.Popen[str]:
     server = server.replace("PORT", str(port))
     command = [*before, sys.executable, "-u", "-c", RUN, server, str(port)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Under nohup it is ignored, and stays so.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
