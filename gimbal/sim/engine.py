@@ -210,11 +210,14 @@ class Engine:
         All of its prompt (``scheduler_reserve_full_isl``) but what others use already, and beside
         running requests the room that the step's decision leaves them.
         """
-        self._look_up(item)
         return self.own_blocks(item) + (self.kept_blocks if self.running else 0)
 
     def own_blocks(self, item: SimRequest) -> int:
-        """KV blocks of all that is to be prefilled, but those that others use already."""
+        """KV blocks of all that is to be prefilled, but those that others use already.
+
+        What it found when it was queued may have been evicted since.
+        """
+        self._look_up(item)
         blocks = self.blocks_for(item.target)
         if item.computed and self._cache is not None:
             blocks -= self._cache.shared_blocks(item)

@@ -3,8 +3,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gimbal.core.config import QueueConfig
 from gimbal.core.queue import ORDERINGS
-from gimbal.sim.engine import Engine
+from gimbal.sim.engine import PLAIN, Engine
 from gimbal.sim.requests import SimRequest
 
 requests = st.lists(
@@ -19,9 +20,17 @@ requests = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(requests, st.integers(40, 90), st.sampled_from([2, 4, 8, 10]), st.integers(4, 64))
-def test_every_block_comes_back(rows, blocks, place_tokens, budget):
-    engine = Engine(0, budget, 4, blocks, 4, ORDERINGS.build("fcfs"))
+@given(
+    requests,
+    st.integers(40, 90),
+    st.sampled_from([2, 4, 8, 10]),
+    st.integers(4, 64),
+    st.booleans(),
+)
+def test_every_block_comes_back(rows, blocks, place_tokens, budget, decides):
+    queue = QueueConfig() if decides else PLAIN
+    ordering = ORDERINGS.build("gimbal" if decides else "fcfs")
+    engine = Engine(0, budget, 4, blocks, 4, ordering, queue=queue)
     engine.set_prefix_block_tokens(place_tokens)
     due, done = sorted(rows), []
     for step in range(3000):
