@@ -186,12 +186,15 @@ class WaitingHeap(Generic[T]):
         """A request turned out to take other prefill work than it was queued with.
 
         It keeps its age and its lane, waiting or taken. A key that counts tokens moves by the
-        difference; others are computed anew. Raises PolicyError, as `add`.
+        difference, a dynamic ordering's is left to `refresh`, others are computed anew. Raises
+        PolicyError, as `add`.
         """
         more = uncached_tokens - entry.request.uncached_tokens
         request = replace(entry.request, uncached_tokens=uncached_tokens)
         if traits_of(self.ordering).shares_steps:
             key = entry.key + more
+        elif self._dynamic is not None:
+            key = entry.key
         else:
             then = replace(state, now_s=min(entry.queued_s, state.now_s))
             key = self._key(self.ordering, request, then)

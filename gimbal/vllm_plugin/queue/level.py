@@ -156,9 +156,9 @@ class QueueLevel:
             throttled: vLLM holds prefills back in this step (``prefill_schedule_interval``).
         """
         self._follow()
-        self.queue.begin_step()
         for request in self.state.waiting.take_resized():
             self.queue.resized(request)
+        self.queue.begin_step()
         view, config = self.view, self.usable
         if view.step % PUBLISH_STEPS == 0:
             self.publish()
@@ -238,11 +238,11 @@ class GimbalQueueMixin:
         if level is None or level.over:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
         guard, whole = level.guard, self.max_num_scheduled_tokens
-        manager = self.kv_cache_manager
-        watermark = manager.watermark_blocks
         if guard.disabled:
             guard.run("leave", level.leave)
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        manager = self.kv_cache_manager
+        watermark = manager.watermark_blocks
         throttled = bool(args[0] if args else kwargs.get("throttle_prefills", False))
         plan = guard.run("plan", level.begin_step, throttled)
         if plan is None:

@@ -197,6 +197,14 @@ def test_work_that_turns_out_otherwise_moves_the_key_and_not_the_age():
     assert shortest.pop(9.0).item == 0
 
 
+def test_a_dynamic_ordering_gives_new_keys_itself():
+    heap = filled(4, ORDERINGS.build("hrrn"))
+    last = list(heap)[-1]
+    before = [e.item for e in heap]
+    heap.resize(last, 1, QueueState(9.0, 100.0, 4, 0))
+    assert [e.item for e in heap] == before
+
+
 def test_a_place_from_before_a_change_of_ordering_is_the_first():
     heap = filled(4, SjfOrdering())
     running = heap.pop(4.0)
