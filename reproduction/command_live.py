@@ -13,7 +13,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from gimbal.commands.options import OutFolder
+from gimbal.commands.options import OutFolder, parse_loads
 from gimbal.commands.output import echo_json, notes, tables
 from gimbal.commands.workload_options import (
     MAX_OUTPUT,
@@ -25,7 +25,6 @@ from gimbal.commands.workload_options import (
     TURNS,
 )
 from gimbal.core.files import writing
-from gimbal.core.numbers import real
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -115,11 +114,6 @@ def resumable(out: Path, console: Console) -> Iterator[None]:
     except KeyboardInterrupt:
         console.print(f"interrupted: the same command continues from {out}", highlight=False)
         sys.exit(1)
-
-
-def parse_loads(text: str) -> tuple[float, ...]:
-    """Of ``--loads``; raises InputError."""
-    return tuple(real(part.strip(), "--loads ", most=1000.0, above=0.0) for part in text.split(","))
 
 
 def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:

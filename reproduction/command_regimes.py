@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from gimbal.commands.options import OutFolder, Whole
+from gimbal.commands.options import OutFolder, Whole, parse_loads
 from gimbal.commands.output import echo_json, notes, progress_bar
 from gimbal.commands.workload_options import TURNS
 from gimbal.core.files import write_text, writing
 from gimbal.core.json_text import to_json
 from gimbal.core.numbers import MOST_REQUESTS
-from reproduction.command_live import parse_loads, resumable
+from reproduction.command_live import resumable
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,4 +1,4 @@
-"""The options of ``gimbal simulate`` that say what is simulated: a cluster, or a model on GPUs."""
+"""The options that say what is simulated: a cluster, or a model on GPUs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from gimbal.commands.arm_options import read_arm_options
 from gimbal.commands.options import Whole
+from gimbal.commands.workload_options import read_trace_options
 from gimbal.core.errors import InputError
 from gimbal.core.model.architecture import KV_DTYPES
 from gimbal.core.numbers import MOST_RANKS
@@ -15,6 +17,8 @@ from gimbal.core.placement.backends import BACKENDS
 
 if TYPE_CHECKING:
     from gimbal.sim.cluster import Cluster
+    from gimbal.sim.comparison import ComparisonOptions
+    from gimbal.workloads import WorkloadOptions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -67,3 +71,21 @@ def read_cluster_options(values: dict[str, Any]) -> str | Cluster:
     if "gpus_per_node" in given:
         given["ranks_per_node"] = given.pop("gpus_per_node")
     return model_cluster(values["model"], **given)
+
+
+def comparison_options(values: dict[str, Any], workload: WorkloadOptions) -> ComparisonOptions:
+    """What a command's options ask for, `workload` among it; raises InputError."""
+    from gimbal.report.metrics import parse_slo
+    from gimbal.sim.comparison import ComparisonOptions
+
+    return ComparisonOptions(
+        cluster=read_cluster_options(values),
+        trace=read_trace_options(values),
+        workload=workload,
+        arms=tuple(read_arm_options(values)),
+        repeats=values["repeat"],
+        seed=values["seed"],
+        load=values.get("load"),
+        settle_s=values["settle"],
+        slo=parse_slo(values["slo"]),
+    )

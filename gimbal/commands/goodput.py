@@ -7,27 +7,21 @@ from typing import Any
 
 import click
 
-from gimbal.commands.arm_options import arm_options, list_arms, read_arm_options
-from gimbal.commands.options import OutFile, Real, Whole
+from gimbal.commands.arm_options import arm_options, list_arms
+from gimbal.commands.cluster_options import cluster_options, comparison_options
+from gimbal.commands.options import OutFile, Real, Whole, parse_loads
 from gimbal.commands.output import echo_json, notes, progress_bar, tables
 from gimbal.commands.workload_options import (
     list_scenarios,
-    read_trace_options,
     read_workload_options,
     workload_options,
 )
 from gimbal.core.errors import InputError
-from gimbal.core.numbers import real
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @workload_options
-@click.option(
-    "--cluster",
-    default="h100x4-paper",
-    show_default=True,
-    help="named cluster, or a YAML file",
-)
+@cluster_options
 @arm_options
 @click.option("--slo", default="", help="limits of a good request: ttft_ms=2000,tpot_ms=50,...")
 @click.option(
@@ -54,25 +48,14 @@ def command(**values: Any) -> None:
     from gimbal.report.goodput import goodput_chart, goodput_table
     from gimbal.report.metrics import parse_slo
     from gimbal.report.svg import standalone
-    from gimbal.sim.comparison import ComparisonOptions
     from gimbal.sim.goodput import goodput
 
     workload = read_workload_options(values)
     if workload.rate_rps is not None:
         raise InputError("--rate: rates are shares of the capacity, see --loads")
-    slo = parse_slo(values["slo"])
-    if not slo.limits():
+    if not parse_slo(values["slo"]).limits():
         raise InputError("--slo: say what a good request is, such as ttft_ms=1000,tpot_ms=50")
-    options = ComparisonOptions(
-        cluster=values["cluster"],
-        trace=read_trace_options(values),
-        workload=workload,
-        arms=tuple(read_arm_options(values)),
-        repeats=values["repeat"],
-        seed=values["seed"],
-        settle_s=values["settle"],
-        slo=slo,
-    )
+    options = comparison_options(values, workload)
     loads, jobs = _loads(values["loads"]), values["jobs"] or len(os.sched_getaffinity(0))
     with progress_bar(notes()) as bar:
         report = goodput(options, loads, jobs, bar.update, bar.say)
@@ -85,7 +68,7 @@ def command(**values: Any) -> None:
 
 
 def _loads(text: str) -> list[float]:
-    loads = [real(part.strip(), "--loads ", above=0.0, most=1000.0) for part in text.split(",")]
+    loads = list(parse_loads(text))
     if loads != sorted(set(loads)):
         raise InputError(f"--loads {text}: expected ascending numbers")
     return loads

@@ -90,6 +90,11 @@ class OutFolder(click.Path):
         return path
 
 
+def parse_loads(text: str) -> tuple[float, ...]:
+    """Of ``--loads``: shares of a capacity; raises InputError."""
+    return tuple(real(part.strip(), "--loads ", most=1000.0, above=0.0) for part in text.split(","))
+
+
 def _require_folder(folder: Path, name: str) -> None:
     if not folder.is_dir():
         kind = "is no folder" if folder.exists() else "does not exist"

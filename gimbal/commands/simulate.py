@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from gimbal.commands.arm_options import arm_options, list_arms, read_arm_options
-from gimbal.commands.cluster_options import cluster_options, read_cluster_options
+from gimbal.commands.arm_options import arm_options, list_arms
+from gimbal.commands.cluster_options import cluster_options, comparison_options
 from gimbal.commands.options import OutFolder, Real, Whole
 from gimbal.commands.output import echo_json, notes, progress_bar, tables
 from gimbal.commands.workload_options import (
     LOAD,
     check_run_options,
     list_scenarios,
-    read_trace_options,
     read_workload_options,
     workload_options,
 )
-
-if TYPE_CHECKING:
-    from gimbal.sim.comparison import ComparisonOptions
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,7 +55,9 @@ def command(**values: Any) -> None:
     from gimbal.report.table import print_report
     from gimbal.sim.comparison import keep_run, run_comparison
 
-    options = _options(values)
+    workload = read_workload_options(values)
+    check_run_options(values, workload)
+    options = comparison_options(values, workload)
     if values["out"] is not None:
         require_no_run(values["out"])  # what cannot be kept is not simulated
     console = notes()
@@ -73,22 +71,3 @@ def command(**values: Any) -> None:
         echo_json(report)
         return
     print_report(report, tables())
-
-
-def _options(values: dict[str, Any]) -> ComparisonOptions:
-    from gimbal.report.metrics import parse_slo
-    from gimbal.sim.comparison import ComparisonOptions
-
-    workload = read_workload_options(values)
-    check_run_options(values, workload)
-    return ComparisonOptions(
-        cluster=read_cluster_options(values),
-        trace=read_trace_options(values),
-        workload=workload,
-        arms=tuple(read_arm_options(values)),
-        repeats=values["repeat"],
-        seed=values["seed"],
-        load=values["load"],
-        settle_s=values["settle"],
-        slo=parse_slo(values["slo"]),
-    )
