@@ -16,7 +16,7 @@ import numpy as np
 from gimbal.core.config import QueueConfig
 from gimbal.core.contracts import NO_TRAITS, QueuedRequest, QueueOrdering, QueueState
 from gimbal.core.queue.admission import BlockedHeadGate, next_entry, room_blocks
-from gimbal.core.queue.heap import Entry, WaitingHeap
+from gimbal.core.queue.heap import WaitingHeap
 from gimbal.core.queue.step import StepDecision, decide, leaves_to_vllm
 from gimbal.core.queue.traits import usable
 from gimbal.sim.prefix_cache import PrefixCache
@@ -172,7 +172,7 @@ class Engine:
         if self.waiting.is_dynamic:
             self.waiting.refresh(self._queue_state(now_s))
         while self._left > 0 and len(self.running) < self.seats and self.waiting:
-            entry = self._next(now_s)
+            entry = next_entry(self.waiting, self._gate, self, self.step, now_s)
             request = entry.item
             free = self.free_blocks()
             if self.blocks_needed(request, free) > free:
@@ -193,12 +193,6 @@ class Engine:
         self.kept_blocks = room_blocks(view, self.queue.room_tokens)
         view.now_s, view.held_back = now_s, not (due or self.capacity_bound)
         return decide(view, self.queue)
-
-    def _next(self, now_s: float) -> Entry[SimRequest]:
-        """The waiting request to admit next."""
-        if self._gate is None:
-            return self.waiting.peek(now_s)
-        return next_entry(self.waiting, self._gate, self, self.step, now_s)
 
     def free_blocks(self) -> int:
         """KV blocks that can be allocated now."""

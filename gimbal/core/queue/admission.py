@@ -143,8 +143,10 @@ def next_entry(
     if gate is None:
         return head
     free = room.free_blocks()
-    if room.blocks_needed(head.item, free) <= free:
+    head_needs = room.blocks_needed(head.item, free)
+    if head_needs <= free:
         return head
-    entries = [head, *(e for e in heap.first(PASS_CANDIDATES) if e is not head)]
-    needs = [KvNeed(e.request.request_id, room.blocks_needed(e.item, free)) for e in entries]
-    return entries[gate.choose(needs, free, step, now_s)]
+    behind = [e for e in heap.first(PASS_CANDIDATES) if e is not head]
+    needs = [KvNeed(e.request.request_id, room.blocks_needed(e.item, free)) for e in behind]
+    needs.insert(0, KvNeed(head.request.request_id, head_needs))
+    return [head, *behind][gate.choose(needs, free, step, now_s)]

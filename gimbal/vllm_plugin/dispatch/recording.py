@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import time
-from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from gimbal.core.guard import LevelGuard
 from gimbal.vllm_plugin import bridge
 from gimbal.vllm_plugin.dispatch.metrics import dispatch_metrics
 from gimbal.vllm_plugin.dispatch.request import describe
-from gimbal.vllm_plugin.engine.identity import TRACE_SALT
+from gimbal.vllm_plugin.engine.identity import TRACE_SALT, close_at_exit
 from gimbal.workloads.recorder import TraceRecorder
 
 logger = logging.getLogger("vllm.gimbal")
@@ -67,7 +66,7 @@ def _recorder(client: Any, config: GimbalConfig) -> TraceRecorder:
     salt = bytes.fromhex(os.environ.get(TRACE_SALT) or secrets.token_hex(32))
     block_tokens, most_mb = client.vllm_config.cache_config.block_size, config.trace_records_mb
     recorder = TraceRecorder(path, block_tokens, most_mb * 1_000_000, salt)
-    Finalize(None, recorder.close, exitpriority=0)
+    close_at_exit(recorder)
     logger.info("Gimbal: requests are recorded in %s, at most %d MB", path, most_mb)
     return recorder
 

@@ -56,17 +56,21 @@ def session_of(request: Any) -> str | None:
     """``session_id``, ``X-Session-ID``, ``vllm_xargs.session_id`` or, over HTTP, ``user``."""
     if request.session_id:
         return str(request.session_id)
-    sampling = request.sampling_params
-    extra = sampling.extra_args if sampling is not None else None
+    extra = _extra(request)
     session = extra.get("session_id") if extra else None
     return session if isinstance(session, str) and session else None
 
 
 def _prefilled_elsewhere(request: Any) -> bool:
     """As vLLM's engine will read it off the request."""
-    sampling = request.sampling_params
-    extra = sampling.extra_args if sampling is not None else None
+    extra = _extra(request)
     return prefilled_elsewhere(extra.get("kv_transfer_params")) if extra else False
+
+
+def _extra(request: Any) -> Any:
+    """``vllm_xargs`` and what vLLM puts beside them; None without."""
+    sampling = request.sampling_params
+    return sampling.extra_args if sampling is not None else None
 
 
 def left_to_vllm(request: Any) -> str | None:

@@ -90,10 +90,10 @@ def launch_board(vllm_config: Any) -> None:
     logger.info("Gimbal: signal board at %s", board.path)
 
 
-def close_at_exit(board: Any) -> None:
+def close_at_exit(what: Any) -> None:
     """Calls its ``close``, also where a process ends without atexit handlers, as children of
     multiprocessing do."""
-    Finalize(None, board.close, exitpriority=0)
+    Finalize(None, what.close, exitpriority=0)
 
 
 def _prepare(vllm_config: Any) -> None:

@@ -153,9 +153,8 @@ class GimbalSchedulerMixin:
         outputs = super().update_from_output(  # type: ignore[misc]
             scheduler_output, *args, **kwargs
         )
-        for answer in args:
-            if self._gimbal_guard.run("loads", loads_failed, answer):
-                self._gimbal_report(SchedulerSignals.loads_failed)
+        if len(args) > 0 and self._gimbal_guard.run("loads", loads_failed, args[0]):
+            self._gimbal_report(SchedulerSignals.loads_failed)
         self._gimbal_report(SchedulerSignals.completed, scheduler_output)
         if self.gimbal_signals is not None and args:
             self._gimbal_guard.run("news", self._gimbal_heard, self.gimbal_signals, args[0])

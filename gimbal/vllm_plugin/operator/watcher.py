@@ -11,7 +11,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,11 +126,8 @@ class Watcher:
     def _all_latencies(self) -> dict[str, latency.Buckets]:
         parts = [self._latencies]
         for other in self._others:
-            try:
-                with structured("another API server"):
-                    parts.append(latency.from_lists(other["latency"]))
-            except InputError:
-                continue
+            with _left_out_where_wrong():
+                parts.append(latency.from_lists(other["latency"]))
         return latency.added(parts)
 
     def _dispatch(self) -> dict[str, Any] | None:
@@ -139,11 +137,8 @@ class Watcher:
             return None
         total = front_end.status()
         for other in self._others:
-            try:
-                with structured("another API server"):
-                    total = _together(total, other["dispatch"])
-            except InputError:
-                continue
+            with _left_out_where_wrong():
+                total = _together(total, other["dispatch"])
         return total
 
     def _events(self, off: bool) -> list[str]:
@@ -214,11 +209,8 @@ class Watcher:
         front_end = self.operator.front_end
         found = [] if front_end is None else front_end.recent.explained(front_end.first)
         for other in self._others:
-            try:
-                with structured("another API server"):
-                    found += sorted(other.get("recent", []), key=_time)[-KEPT:]
-            except InputError:
-                continue
+            with _left_out_where_wrong():
+                found += sorted(other.get("recent", []), key=_time)[-KEPT:]
         return sorted(found, key=_time, reverse=True)[:KEPT]
 
     def _queue(self, rows: FloatArray) -> dict[str, Any]:
@@ -244,6 +236,13 @@ class Watcher:
             "levels": [level for level in LEVELS if level in operator.switchable],
             "now": document["control"],
         }
+
+
+@contextmanager
+def _left_out_where_wrong() -> Iterator[None]:
+    """What another API server says counts where it is what it should be."""
+    with suppress(InputError), structured("another API server"):
+        yield
 
 
 def _time(explained: Mapping[str, Any]) -> float:

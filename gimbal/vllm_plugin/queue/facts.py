@@ -9,7 +9,7 @@ from gimbal.vllm_plugin.engine.state import EngineState
 
 
 class EngineFacts:
-    """Implements `waiting_queue.QueueFacts`; only reads.
+    """Implements `waiting_queue.QueueFacts`; writes the KV blocks that a step keeps free.
 
     Args:
         scheduler: vLLM's scheduler.
@@ -19,9 +19,8 @@ class EngineFacts:
     def __init__(self, scheduler: Any, state: EngineState) -> None:
         self.scheduler = scheduler
         self.state = state
-        self.pool = scheduler.kv_cache_manager.block_pool
         self._manager = scheduler.kv_cache_manager
-        self._watermark = int(self._manager.watermark_blocks)
+        self.pool = self._manager.block_pool
         # Most tokens that must fit at once, read once: this is asked at every admission.
         self._most_tokens = int(
             scheduler.max_model_len
@@ -54,8 +53,11 @@ class EngineFacts:
         return int(self.field(Field.RUNNING_PREFILL_TOKENS))
 
     def keep_free(self, blocks: int) -> None:
-        """Has vLLM admit nobody beside running requests into the last `blocks` free KV blocks."""
-        self._manager.watermark_blocks = max(self._watermark, blocks)
+        """Has vLLM admit nobody beside running requests into the last `blocks` free KV blocks.
+
+        Until the step has been scheduled: `level` puts vLLM's own number back.
+        """
+        self._manager.watermark_blocks = max(self._manager.watermark_blocks, blocks)
 
     def keep_more_free(self, blocks: int) -> None:
         """A request was admitted: so many blocks more."""
@@ -82,6 +84,6 @@ class EngineFacts:
         tokens = min(item.num_tokens, self._most_tokens)
         needed: int = -(-tokens // self._block_tokens)
         if needed > free and item.num_computed_tokens == 0:
-            groups = self.scheduler.kv_cache_manager.get_computed_blocks(item)[0].blocks
+            groups = self._manager.get_computed_blocks(item)[0].blocks
             needed -= sum(block.ref_cnt > 0 for group in groups[:1] for block in group)
         return needed

@@ -149,7 +149,7 @@ class SchedulerView:
         self.prefills = [
             r for r in scheduler.running if r.is_prefill_chunk and not r.has_encoder_inputs
         ]
-        return [self._candidate(r) for r in self.prefills]
+        return self._candidates(self.prefills)
 
     @property
     def may_yield(self) -> bool:
@@ -167,19 +167,17 @@ class SchedulerView:
         seats -= len(scheduler.running) + len(come)
         if seats <= 0:
             return come
-        facts, strict, found = self.facts, self._strict(), come
+        facts, strict = self.facts, self._strict()
         free = facts.free_blocks() - facts.kept_blocks()
         for entry in self.queue.heap.first(min(seats, NEWCOMERS)):
             request = entry.item
-            if request.status not in _PLAIN:
-                continue
-            if facts.loads(request):
-                continue  # nothing is computed for it in this step
+            if request.status not in _PLAIN or facts.loads(request):
+                continue  # of what is loaded nothing is computed in this step
             free -= facts.own_blocks(request, free)
             if free < 0:
                 break
-            found.append(waiting_candidate(entry, strict))
-        return found
+            come.append(waiting_candidate(entry, strict))
+        return come
 
     def _come(self) -> list[PrefillCandidate]:
         """Requests whose KV has come, which vLLM admits before all others."""
@@ -187,13 +185,21 @@ class SchedulerView:
         ids = scheduler.finished_recving_kv_req_ids
         if not ids:
             return []
-        return [self._candidate(r) for r in map(scheduler.requests.get, ids) if r is not None]
+        return self._candidates([r for r in map(scheduler.requests.get, ids) if r is not None])
 
-    def _candidate(self, request: Any) -> PrefillCandidate:
-        """The claim of one that has left the queue: by the key it had there."""
-        place, queue = getattr(request, PLACE, None), self.queue
-        left = max(1, request.num_tokens - request.num_computed_tokens)
-        return running_candidate(place, queue.heap, queue.clock(), left, self._strict())
+    def _candidates(self, requests: Sequence[Any]) -> list[PrefillCandidate]:
+        """The claims of those that have left the queue: by the keys they had there."""
+        heap, now_s, strict = self.queue.heap, self.queue.clock(), self._strict()
+        return [
+            running_candidate(
+                getattr(r, PLACE, None),
+                heap,
+                now_s,
+                max(1, r.num_tokens - r.num_computed_tokens),
+                strict,
+            )
+            for r in requests
+        ]
 
     @property
     def longest_chunk_tokens(self) -> int:

@@ -57,7 +57,7 @@ class Client:
 
 
 def begin(folder: Path | None, monkeypatch: Any, **gimbal: Any) -> Any:
-    monkeypatch.setattr(recording, "Finalize", lambda *_, **__: None)
+    monkeypatch.setattr(recording, "close_at_exit", lambda *_, **__: None)
     made = hook._with_front_end(Client.__init__)
     client = Client.__new__(Client)
     made(client, configured(folder, **gimbal))
