@@ -45,16 +45,24 @@ class Address:
     def is_healthy(self, timeout_s: float = 2.0) -> bool:
         """Whether ``/health`` answers; never through a proxy, with whatever certificate."""
         connection = self._connection(timeout_s)
+        greeted = False
         try:
             if self.uds is not None:
                 connection.sock = socket.socket(socket.AF_UNIX)
                 connection.sock.settimeout(timeout_s)
                 connection.sock.connect(self.uds)
+            else:
+                connection.connect()
+                greeted = self.tls
             connection.request("GET", "/health")
             return connection.getresponse().status == 200
         except ssl.SSLError as error:
             # It serves, but not us: it wants a certificate of its clients.
-            return "ALERT" in (error.reason or "")
+            return greeted or "ALERT" in (error.reason or "")
+        except ConnectionError:
+            # TLS 1.3 ends our handshake before the server has missed the certificate, and its
+            # reset may overtake its alert.
+            return greeted
         except (OSError, http.client.HTTPException):
             return False
         finally:

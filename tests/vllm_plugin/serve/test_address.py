@@ -7,6 +7,7 @@ import shutil
 import socket
 import socketserver
 import ssl
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -87,16 +88,22 @@ def test_ipv6() -> None:
         assert Address("::1", server.server_address[1]).is_healthy()
 
 
-@pytest.mark.parametrize("demand", [ssl.CERT_NONE, ssl.CERT_REQUIRED])
-@pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_tls(tmp_path: Path, demand: ssl.VerifyMode, newest: ssl.TLSVersion) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+def context_of(folder: Path) -> ssl.SSLContext:
+    """A server's side of TLS: its certificate names another host, and nobody vouches for it."""
+    key, certificate = folder / "key.pem", folder / "cert.pem"
     command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=elsewhere -keyout"
     subprocess.run([*command.split(), key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     context.load_verify_locations(certificate)
+    return context
+
+
+@pytest.mark.parametrize("demand", [ssl.CERT_NONE, ssl.CERT_REQUIRED])
+@pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_tls(tmp_path: Path, demand: ssl.VerifyMode, newest: ssl.TLSVersion) -> None:
+    context = context_of(tmp_path)
     context.verify_mode, context.maximum_version = demand, newest
     server = Server(("127.0.0.1", 0), Handler)
     server.socket = context.wrap_socket(
@@ -104,9 +111,27 @@ def test_tls(tmp_path: Path, demand: ssl.VerifyMode, newest: ssl.TLSVersion) -> 
     )
     with serving(server):
         port = server.server_address[1]
-        # It names another host, nobody vouches for it, and it may want one of ours.
+        # It may want a certificate of ours.
         assert Address("127.0.0.1", port, tls=True).is_healthy()
         assert not Address("127.0.0.1", port).is_healthy()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_a_reset_after_the_handshake_is_an_answer(tmp_path: Path) -> None:
+    """A server that misses our certificate resets us, and its alert may be lost with it."""
+    context = context_of(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse() -> None:
+            bare, _ = listener.accept()
+            bare.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with context.wrap_socket(bare, server_side=True) as greeted:
+                greeted.recv(1)
+
+        refusing = threading.Thread(target=refuse)
+        refusing.start()
+        assert Address("127.0.0.1", listener.getsockname()[1], tls=True).is_healthy()
+        refusing.join()
 
 
 def test_a_unix_socket(tmp_path: Path) -> None:
