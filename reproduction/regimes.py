@@ -63,6 +63,7 @@ REGIMES = {
     regime.name: regime
     for regime in (
         Regime("chat", "chat", "h100x8-dp8"),
+        Regime("mooncake", "mooncake", "h100x8-dp8"),
         Regime("agent", "agent", "h100x8-dp8"),
         Regime("reasoning", "reasoning", "h100x8-dp8", kv_share=0.2),
         Regime("burst", "burst", "h100x4-paper"),
