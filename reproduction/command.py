@@ -51,6 +51,8 @@ def paper(**values: Any) -> None:
     arms (ten in scenario `routed`), under named conditions. Every finished cell is a file:
     interrupted and started again, it continues. Writes report.md, result.json and, for
     `gimbal report`, one run per scenario.
+
+    Example: gimbal reproduce paper --quick --out runs/paper
     """
     from gimbal.records.environment import describe_environment
     from reproduction import matrix as reproduce

@@ -64,6 +64,8 @@ def live(**values: Any) -> None:
     BurstGPT's lengths, gamma arrivals. A turn ends with its longest request: cut outputs make turns
     of a few seconds comparable. Finished turns are kept: interrupted and started again, it
     continues. Each load is a run for `gimbal report OUT/live-LOAD`.
+
+    Example: gimbal reproduce live --loads 0.7,0.9 --max-output 64 --duration 20
     """
     from gimbal.bench.run import check_vocabulary
     from gimbal.bench.servers import ServerPool

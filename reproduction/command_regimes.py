@@ -54,6 +54,8 @@ def regimes(**values: Any) -> None:
     regimes.json: ratios to vllm and to the best peer of each cell with intervals over seeds, shares
     of what can be won, losses first. Every finished cell is a file: interrupted and started again,
     it continues.
+
+    Example: gimbal reproduce regimes --loads 0.9 --seeds 2
     """
     from gimbal.records.environment import describe_environment
     from reproduction.regimes import run_regimes

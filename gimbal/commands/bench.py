@@ -92,6 +92,8 @@ def command(**values: Any) -> None:
 
     Servers are started with `gimbal serve SERVER_ARGUMENTS` (a model and vLLM flags, after
     `--`), with the demo model (--demo), or not at all (--url).
+
+    Example: gimbal bench --demo --trace burstgpt --load 0.9 --repeat 5 --out runs/mine
     """
     if values["list_names"]:
         list_scenarios()

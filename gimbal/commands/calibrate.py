@@ -87,6 +87,8 @@ def command(**values: Any) -> None:
     Either drive a server (--demo, or a model and vLLM flags after `--`), or fit records that a
     server has written already (--from-steps DIR --model-dir MODEL), or estimate without any
     machine (--estimate GPU --model-dir MODEL).
+
+    Example: gimbal calibrate --estimate h100 --model-dir path/to/model --dp 8 --name mine
     """
     from gimbal.core.cost.calibrate import fit_steps, profile_from_fit
     from gimbal.core.cost.profile import Layout

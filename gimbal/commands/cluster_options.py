@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from gimbal.commands.arm_options import read_arm_options
-from gimbal.commands.options import Whole
+from gimbal.commands.options import NameOrFile, Whole
 from gimbal.commands.workload_options import read_trace_options
 from gimbal.core.errors import InputError
+from gimbal.core.model import model_names
 from gimbal.core.model.architecture import KV_DTYPES
 from gimbal.core.numbers import MOST_RANKS
 from gimbal.core.placement.backends import BACKENDS
@@ -22,12 +23,27 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+def _clusters() -> list[str]:
+    from gimbal.sim.cluster import cluster_names
+
+    return cluster_names()
+
+
 DEFAULT_CLUSTER = "h100x4-paper"
 _RANKS = Whole(1, MOST_RANKS)
 _OPTIONS = [
-    click.option("--cluster", help=f"named cluster, or a YAML file (default: {DEFAULT_CLUSTER})"),
     click.option(
-        "--model", help="instead of a cluster: packaged model, model folder or config.json"
+        "--cluster",
+        type=NameOrFile(_clusters),
+        metavar="NAME|FILE",
+        help=f"named cluster, or a YAML file (default: {DEFAULT_CLUSTER})",
+    ),
+    click.option(
+        "--model",
+        type=NameOrFile(model_names),
+        metavar="NAME|FILE",
+        help="instead of a cluster: packaged model, model folder or config.json",
     ),
     click.option("--gpu", help="of --model: a100, h100, h200, b200 or l40s"),
     click.option("--dp", type=_RANKS, help="of --model: data-parallel engines"),

@@ -26,6 +26,8 @@ def command(file: Path | None, levels: str | None, as_json: bool) -> None:
     """Print the effective configuration with defaults and descriptions.
 
     The output is itself a valid --gimbal-config file.
+
+    Example: gimbal config --levels dispatch,queue
     """
     sources = []
     if file is not None:

@@ -28,7 +28,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 @click.command()
 @click.option(
     "--vllm-source",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=click.Path(path_type=Path),
     help="check only the symbols of this unpacked vLLM wheel, without importing it",
 )
 @click.option("--json", "as_json", is_flag=True, help="one JSON object")
@@ -36,6 +36,8 @@ def command(vllm_source: Path | None, as_json: bool) -> None:
     """Check Python, vLLM, every symbol Gimbal relies on, and the machine.
 
     Exit code 1 when a check failed; warnings do not count.
+
+    Example: gimbal doctor --json
     """
     if vllm_source is not None:
         root = source_root(vllm_source)

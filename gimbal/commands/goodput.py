@@ -39,6 +39,8 @@ def command(**values: Any) -> None:
 
     The arms run the same requests at several rates; with --repeat 5 or more the rates, and their
     ratios to the base arm's, have 95 % intervals over repeats.
+
+    Example: gimbal goodput --cluster h100x4-paper --slo ttft_ms=2000,tpot_ms=50 --repeat 5
     """
     if values["list_names"]:
         list_scenarios()

@@ -56,7 +56,10 @@ def command() -> None:
 @click.option("--out", type=OutFolder(), required=True, help="folder to write")
 @_size_options
 def demo(out: Path, **sizes: Any) -> None:
-    """Writes a tiny Qwen3-MoE whose routing depends on the prompt's domain."""
+    """Writes a tiny Qwen3-MoE whose routing depends on the prompt's domain.
+
+    Example: gimbal model demo --out demo-model --experts 32
+    """
     from gimbal.demo.model import make_demo_model
 
     made = make_demo_model(out, DemoSizes(**sizes))
@@ -78,7 +81,10 @@ def demo(out: Path, **sizes: Any) -> None:
     "--continuation-tokens", type=TOKENS, default=64, show_default=True, help="greedy tokens each"
 )
 def stats(model: Path, as_json: bool, **options: Any) -> None:
-    """Runs the demo model over prompts of each domain and prints how its tokens route."""
+    """Runs the demo model over prompts of each domain and prints how its tokens route.
+
+    Example: gimbal model stats demo-model --prompts 4
+    """
     from gimbal.vllm_plugin.cpu_backend.model_stats import measure
 
     measured = measure(model, **options)

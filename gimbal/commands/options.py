@@ -6,10 +6,12 @@ A bad value is `InputError`, one line as everywhere, and not click's usage error
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from gimbal.core.errors import InputError
 from gimbal.core.files import writing
@@ -49,6 +51,25 @@ class Real(click.FloatRange):
         number = as_real(value)
         shown = value if number is None else number
         return real(shown, _name(param), self._least, self._most, self._above)
+
+
+class NameOrFile(click.types.StringParamType):
+    """What has a packaged name or is a file; a shell completes both.
+
+    Args:
+        names: gives those names when a shell asks for them.
+    """
+
+    name = "name or file"
+
+    def __init__(self, names: Callable[[], Iterable[str]] = tuple) -> None:
+        self._names = names
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        named = [CompletionItem(n) for n in self._names() if n.startswith(incomplete)]
+        return [*named, CompletionItem(incomplete, type="file")]
 
 
 class OutFile(click.Path):

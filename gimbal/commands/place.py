@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from gimbal.commands.options import FIGURES, OutFile, Real, Whole
+from gimbal.commands.options import FIGURES, NameOrFile, OutFile, Real, Whole
 from gimbal.commands.output import echo_json
+from gimbal.core.cost.profile import profile_names
 from gimbal.core.numbers import (
     MOST_EXPERTS,
     MOST_LAYERS,
@@ -41,7 +42,14 @@ FACTOR = Real(0.0, MOST_MULTIPLIER)
 @click.option("--current", type=FILE, help="physical_to_logical [layer, slot], .npz")
 @click.option("--next", "next_file", type=FILE, help="counts of a later window to score on")
 @click.option("--history", type=FILE, multiple=True, help="earlier windows, oldest first: forecast")
-@click.option("--profile", default="h100-qwen3-30b-a3b", show_default=True, help="cost profile")
+@click.option(
+    "--profile",
+    type=NameOrFile(profile_names),
+    metavar="NAME|FILE",
+    default="h100-qwen3-30b-a3b",
+    show_default=True,
+    help="cost profile",
+)
 @click.option("--model-dir", type=FILE, help="model routed: its bytes and top-k, not the profile's")
 @click.option(
     "--backend",
@@ -89,6 +97,8 @@ def command(**values: Any) -> None:
 
     Costs are microseconds per step over all layers. The lower bound holds for every placement;
     the gap is the plan's distance from it.
+
+    Example: gimbal place --routing routing.npz --ranks 8 --slots-per-rank 17 --out plan.npz
     """
     problem, following = _read(values)
     plan, cpu_ms = _plan(problem, values)

@@ -17,6 +17,8 @@ def command(directory: Path, out: Path | None) -> None:
 
     DIRECTORY is what `gimbal bench` or `gimbal simulate` wrote with --out, or the one of
     `gimbal reproduce`. The charts also go to `plots` beside the page, each as an SVG file.
+
+    Example: gimbal report runs/mine --out report.html
     """
     from gimbal.report.report import write_report
 

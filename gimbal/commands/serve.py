@@ -43,6 +43,8 @@ def command(
     ARGUMENTS are MODEL and any flags of `vllm serve`, passed on untouched. Gimbal's settings come
     from --gimbal-config, then vLLM's --additional-config '{"gimbal": {...}}', then --levels;
     later ones win.
+
+    Example: gimbal serve Qwen/Qwen3-30B-A3B -dp 2 -ep
     """
     from gimbal.vllm_plugin.placement import compiling
     from gimbal.vllm_plugin.serve.plan import plan_server

@@ -41,6 +41,8 @@ def command(**values: Any) -> None:
     The policies are the ones that run in the server, and an arm is the one that `gimbal bench`
     runs; of its vLLM flags the simulator understands a few. With the same seed the output is the
     same, byte for byte.
+
+    Example: gimbal simulate --cluster h100x4-paper --load 0.9 --repeat 5 --slo ttft_ms=2000
     """
     if values["list_names"]:
         from gimbal.core.model import model_names

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import numpy as np
 
-from gimbal.commands.options import OutFile, Real, Whole
+from gimbal.commands.options import NameOrFile, OutFile, Real, Whole
 from gimbal.commands.output import echo_json
 from gimbal.commands.server_routes import ask
 from gimbal.core.contracts import Topology
@@ -20,7 +20,7 @@ MOST_REPLY_BYTES = 1 << 30
 
 
 @click.command()
-@click.argument("source", nargs=-1, required=True)
+@click.argument("source", nargs=-1, required=True, type=NameOrFile())
 @click.option("--out", type=OutFile(), help="write the recording as .npz")
 @click.option(
     "--ranks",
@@ -53,6 +53,8 @@ def command(
     SOURCE is a server's address (http://localhost:8000, served with the level placement and
     --enable-eplb) or files: .npz of this command, recorded choices (.npz, .npy), SGLang's .pt.
     Several files are several sources.
+
+    Example: gimbal stats http://localhost:8000 --out routing.npz
     """
     if len(source) == 1 and source[0].startswith(("http://", "https://")):
         recording = fetch(source[0], timeout)

@@ -45,7 +45,9 @@ def command(url: str, once: bool, as_json: bool, interval: float, timeout: float
     """Watch a server: levels, engines by backlog, decisions, what rearrangements did.
 
     URL is its address (http://localhost:8000). One API server answers; decisions are its own.
-    Ctrl-C ends. Example: gimbal top http://localhost:8000 --interval 5
+    Ctrl-C ends.
+
+    Example: gimbal top http://localhost:8000 --interval 5
     """
     status = fetch(url, timeout)
     if as_json:

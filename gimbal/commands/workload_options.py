@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from gimbal.commands.options import Real, Whole
+from gimbal.commands.options import NameOrFile, Real, Whole
 from gimbal.core.errors import InputError
 from gimbal.core.numbers import MOST_REQUESTS, MOST_TOKENS
 from gimbal.workloads import BUILTIN_TRACES, Trace, TraceOptions, WorkloadOptions, load_trace
@@ -38,6 +38,8 @@ _OPTIONS = [
     click.option(
         "--trace",
         "trace_name",
+        type=NameOrFile(lambda: [*scenario_names(), *BUILTIN_TRACES]),
+        metavar="NAME|FILE",
         default=DEFAULT_SCENARIO,
         show_default=True,
         help=f"scenario ({', '.join(scenario_names())}), trace file, or one of "

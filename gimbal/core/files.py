@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gimbal.core.errors import InputError, with_type
+
+MOST_BYTES = 1 << 32
+"""Of a text file: what is longer would fill the memory of many machines."""
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 
@@ -64,7 +68,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def read_text(path: Path, name: str | Path | None = None, most_bytes: int | None = None) -> str:
+def read_text(path: Path, name: str | Path | None = None, most_bytes: int = MOST_BYTES) -> str:
     """The text of a file (UTF-8, a byte order mark is dropped).
 
     Args:
@@ -77,8 +81,9 @@ def read_text(path: Path, name: str | Path | None = None, most_bytes: int | None
     with reading(name):
         require_file(path, name)
         with path.open("rb") as file:
-            content = file.read() if most_bytes is None else file.read(most_bytes + 1)
-        if most_bytes is not None and len(content) > most_bytes:
+            size = os.fstat(file.fileno()).st_size  # of a pipe it is 0
+            content = b"" if size > most_bytes else file.read(most_bytes + 1)
+        if max(size, len(content)) > most_bytes:
             raise InputError(f"{name}: longer than {most_bytes} bytes")
         text = content.decode("utf-8-sig")
     if "\0" in text:

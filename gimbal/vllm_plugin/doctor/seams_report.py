@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gimbal.core.config import LEVELS
 from gimbal.core.errors import InputError
+from gimbal.core.files import read_text
 from gimbal.vllm_plugin.doctor.findings import Finding
 from gimbal.vllm_plugin.seams import SEAMS, bodies, check_seams
 from gimbal.vllm_plugin.versions import check_version, supported_text
@@ -30,7 +31,7 @@ def source_version(root: Path) -> str | None:
     path = root / "_version.py"
     if not path.exists():
         return None
-    match = re.search(r"^__version__ = .*?'([^'\n]+)'", path.read_text(), re.MULTILINE)
+    match = re.search(r"^__version__ = .*?'([^'\n]+)'", read_text(path), re.MULTILINE)
     return match[1] if match else None
 
 
