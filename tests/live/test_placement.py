@@ -101,7 +101,7 @@ def complete(server: Any, prompt: list[int], engine: int, tokens: int) -> dict[s
         "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,
-        "logprobs": 2,
+        "logprobs": 1,
     }
     request = urllib.request.Request(
         f"{server.url}/completions",
@@ -120,25 +120,6 @@ def load(server: Any, manifest: DemoManifest, rng: np.random.Generator) -> None:
     ]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda job: complete(server, *job, 24), jobs))
-
-
-def like_each_other(old: dict[str, Any], new: dict[str, Any]) -> int:
-    """Up to which token two answers are one; their log-probabilities are then alike.
-
-    bf16 activations: other batch shapes alone change a log-probability by up to 0.05.
-    """
-    pairs = zip(old["tokens"], new["tokens"], strict=True)
-    same = next((i for i, (one, other) in enumerate(pairs) if one != other), len(old["tokens"]))
-    one, other = (np.array(c["token_logprobs"][:same]) for c in (old, new))
-    assert np.abs(one - other).max(initial=0.0) < 0.15
-    assert same == 0 or np.abs(one - other).mean() < 0.02
-    return same
-
-
-def tied(logprobs: dict[str, Any], index: int) -> bool:
-    """Whether two tokens were so close there that rounding chooses."""
-    best, second, *_ = sorted(logprobs["top_logprobs"][index].values(), reverse=True)
-    return bool(best - second < 0.15)
 
 
 def judged(case: ServerCase) -> list[RebalanceRecord]:
@@ -190,8 +171,11 @@ def test_experts_move_to_who_asks_and_texts_stay(server: Any, case: ServerCase) 
     shares = [r.local_share_before for r in since_first_commit(records)]
     assert max(shares[1:]) > shares[0], shares
     for old, new in zip(before, after, strict=True):
-        same = like_each_other(old["logprobs"], new["logprobs"])
-        assert same == 16 or tied(old["logprobs"], same), (same, old, new)
+        assert old["text"] == new["text"]
+        # bf16 activations: other batch shapes alone change a log-probability by up to 0.05.
+        one, other = (np.array(c["logprobs"]["token_logprobs"]) for c in (old, new))
+        assert np.abs(one - other).max() < 0.15
+        assert np.abs(one - other).mean() < 0.02
     assert live.counts.shape == (2, 4, 32)
     assert live.metadata["committed"] == len(committed)
     assert live.metadata["fallbacks"] == {}
