@@ -87,6 +87,15 @@ def test_every_command_has_a_row() -> None:
     assert set(WITH) <= named
 
 
+def given(path: str, parameter: click.Parameter, file: str | Path) -> list[str | Path]:
+    """The words of a command to which `parameter` is `file`."""
+    option = parameter.opts[0] if isinstance(parameter, click.Option) else ""
+    words: list[str | Path] = [*path.split(), *WITH.get((path, option), GOOD[path]).split()]
+    if option in words and not parameter.multiple:
+        del words[words.index(option) : words.index(option) + 2]
+    return [*words, *([option] if option else []), file]
+
+
 def make(kind: str, ending: str) -> str:
     """Writes the file of that kind into the current folder; returns its name."""
     name = f"{kind}.{ending}"
@@ -134,15 +143,11 @@ def test_what_is_no_such_file(
     parameter: click.Parameter,
     kind: str,
 ) -> None:
-    option = parameter.opts[0] if isinstance(parameter, click.Option) else ""
-    words = [*path.split(), *WITH.get((path, option), GOOD[path]).split()]
-    if option in words and not parameter.multiple:
-        del words[words.index(option) : words.index(option) + 2]
-    if kind == "empty" and option in MAY_BE_EMPTY:
+    if kind == "empty" and parameter.opts[0] in MAY_BE_EMPTY:
         pytest.skip("an empty YAML file asks for nothing")
     for ending in ENDINGS if kind in ("nan", "column") else ("csv", "npz"):
         name = make(kind, ending)
-        outcome = run(*words, *([option] if option else []), name)
+        outcome = run(*given(path, parameter, name))
         refused(outcome)
         assert kind in outcome.err, outcome.err
 
@@ -152,14 +157,10 @@ def test_what_is_no_such_file(
 def test_a_model_s_folder_with_bad_files(run: Run, path: str) -> None:
     """Folders that are given hold files: those, too, may be anything."""
     for parameter in filter(reads, LEAVES[path].params):
-        option = parameter.opts[0] if isinstance(parameter, click.Option) else ""
         for kind in KINDS[1:]:
             directory = Path(f"{kind}-{parameter.name}")
             directory.mkdir()
             for name in ("config.json", "tokenizer.json", "run.json", "steps-0.jsonl"):
                 made = Path(make(kind, name.rpartition(".")[2]))
                 made.rename(directory / name)
-            words = [*path.split(), *WITH.get((path, option), GOOD[path]).split()]
-            if option in words and not parameter.multiple:
-                del words[words.index(option) : words.index(option) + 2]
-            refused(run(*words, *([option] if option else []), directory))
+            refused(run(*given(path, parameter, directory)))
