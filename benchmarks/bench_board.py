@@ -49,6 +49,7 @@ def waiting_scheduler(waiting: int) -> Any:
         block_size=16,
         num_spec_tokens=0,
         enable_kv_cache_events=False,
+        connector=None,
         requests={},
         running=[],
         waiting=list(range(waiting)),
