@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
 
 import numpy as np
@@ -127,7 +128,9 @@ class BoardReader:
         self.engines = engines
         self._rows: FloatArray = np.zeros((engines, ROW_WIDTH))
         self._words = self._rows.view(np.uint64)
+        self._shown = self._rows.copy()
         self._head_words = NEWEST_AT + self.first + engines
+        self._head_bytes = 8 * self._head_words
         self._ring = np.arange(engines, dtype=np.uint64) * _RING
         self._records = np.zeros((engines * RECORDS, RECORD_WORDS), dtype=np.uint64)
         self._bytes = self._records.reshape(-1).view(np.uint8).data
@@ -143,12 +146,13 @@ class BoardReader:
         self._numbers: WordArray = np.zeros(self.engines, dtype=np.uint64)
 
     def read(self, now_s: float | None = None) -> FloatArray:
-        """[engines, ROW_WIDTH] a fresh copy of every engine's newest row; zeros before its first.
+        """[engines, ROW_WIDTH] every engine's newest row; zeros before its first.
 
+        The array is not written to again, and is the same one until an engine has news.
         Never raises: while the file is damaged, an engine has the row that was read last.
         """
         self.look(now_s)
-        return self.rows()
+        return self.rows() if self._head != self._seen else self._shown
 
     def look(self, now_s: float | None = None) -> int:
         """Sees how far the engines are, for `rows`; the number of the newest control message.
@@ -162,13 +166,15 @@ class BoardReader:
             self.board.look()
         if self._generation != self.board.generation:
             self._bind()
+        storage = self.board.storage
         try:
-            head = self.board.storage.head(self._head_words)
+            # In this frame, not by `Storage.head`: every request waits for it, mostly for no news.
+            head = os.pread(storage.fd, self._head_bytes, 0)
+            if head != self._head:
+                storage.check_head(head, self._head_words)
+                self._head, self._control_version = head, control_version(head)
         except OSError:
             self._forget()
-        else:
-            if head != self._head:
-                self._head, self._control_version = head, control_version(head)
         return self._control_version
 
     def rows(self) -> FloatArray:
@@ -178,7 +184,8 @@ class BoardReader:
                 self._take(self._head)
             except OSError:
                 self._forget()
-        return self._rows.copy()
+            self._shown = self._rows.copy()
+        return self._shown
 
     def _take(self, head: bytes) -> None:
         """Brings the rows up to the newest records, whose numbers end `head`.
@@ -205,6 +212,8 @@ class BoardReader:
 
         Returns how many records were not whole.
         """
+        if stop == start + 1:
+            return self._take_slot(newest, start)
         wanted = newest[start:stop]
         rows, sums = self._copy(self.board.storage, wanted, start)
         numbers = wanted.tolist()
@@ -217,6 +226,18 @@ class BoardReader:
         self._numbers = self._numbers.copy()
         self._numbers[start:stop][good] = wanted[good]
         return int(np.count_nonzero(~good & (wanted > 0)))
+
+    def _take_slot(self, newest: WordArray, slot: int) -> int:
+        """`_take_slots` of one: a step of one engine is the common news."""
+        number = newest.item(slot)
+        place = (self.first + slot) * RECORDS + number % RECORDS
+        data = self.board.storage.read(RECORDS_AT + place * RECORD_WORDS, RECORD_WORDS)
+        record = np.frombuffer(data, np.uint64)
+        if number == 0 or int(record.dot(_WEIGHTS)) != number:
+            return int(number > 0)
+        self._words[slot] = record[_ROW:_CHECK]
+        self._numbers = newest
+        return 0
 
     def _copy(
         self, storage: Storage, newest: WordArray, start: int = 0

@@ -91,9 +91,13 @@ class Storage:
     def head(self, words: int) -> bytes:
         """The first `words` words. Raises OSError when this is no board any more."""
         data = os.pread(self.fd, 8 * words, 0)
+        self.check_head(data, words)
+        return data
+
+    def check_head(self, data: bytes, words: int) -> None:
+        """Raises OSError when `data` are not the first `words` words of a board."""
         if len(data) != 8 * words or not is_header(data):
             raise OSError(errno.EIO, "the board's header is gone", str(self.path))
-        return data
 
     def control_version(self) -> int:
         """Number of the newest control message. Raises OSError when this is no board any more."""

@@ -29,6 +29,7 @@ from gimbal.core.dispatch.sessions import Sessions
 from gimbal.core.errors import PolicyError, one_line, with_type
 from gimbal.core.snapshot import Field
 
+_FLOAT64 = np.dtype(np.float64)
 _REUSE_RATE = 0.01
 _AVOIDED_TOKENS = 1e12
 _STEPS_LATE = 4.0  # an engine publishes twice per step: this much silence is not a long step
@@ -241,7 +242,10 @@ class Dispatcher:
                     priced = self._timed.priced(request, loads)
                     terms, costs, names = priced[:-1], priced[-1], self._timed.term_names
                 # A copy: the array may be the policy's own, and closed to writers.
-                costs = costs.astype(np.float64, order="C", casting="same_kind", subok=False)
+                if type(costs) is np.ndarray and costs.dtype is _FLOAT64:
+                    costs = costs.copy()
+                else:
+                    costs = costs.astype(np.float64, order="C", casting="same_kind", subok=False)
             except Exception as error:
                 text = f"dispatch policy {self.policy_name!r}: {with_type(error)}"
                 raise PolicyError(text) from error

@@ -92,15 +92,15 @@ class Ledger:
 
         Returns the largest of `silent_us`, given the board's clock `now_us`.
         """
-        oldest_us: float
-        oldest_us, lost = OBSERVE.call(board, self._accounts, self._front_end, now_us)
+        oldest_us: float = OBSERVE.call(board, self._accounts, self._front_end, now_us)
         if self._cached:
             unacked = self.unacked_requests.item
             for engine, queue in tuple(self._cached.items()):
                 if len(queue) > unacked(engine):
                     self._forget_cached(engine, int(unacked(engine)))
-        if lost:
+        if not oldest_us >= 0.0:  # NaN
             self._forget_lost()
+            oldest_us = max(0.0, float(self.silent_us.max()))
         return oldest_us
 
     def sent(
@@ -213,22 +213,20 @@ class Ledger:
             del self._cached[engine]
 
 
-def _observe(
-    board: FloatArray, accounts: FloatArray, front_end: int, now_us: float
-) -> tuple[float, bool]:
+def _observe(board: FloatArray, accounts: FloatArray, front_end: int, now_us: float) -> float:
     """Brings `accounts` up to date with `board`.
 
-    Returns the longest silence, microseconds, and whether an engine's process was replaced.
+    Returns the longest silence, microseconds; NaN when an engine's process was replaced.
     """
     requests, tokens = ACCEPTED_REQUESTS + front_end, ACCEPTED_TOKENS + front_end
-    oldest_us, lost = 0.0, False
-    for e in range(board.shape[0]):
+    oldest_us = 0.0
+    for e in range(np.uint64(board.shape[0])):  # unsigned: no index counts from the end
         fresh = board[e, _SEQUENCE] > accounts[_SEEN, e]
         if board[e, _EPOCH] != accounts[_KNOWN_EPOCH, e]:
             if accounts[_KNOWN_EPOCH, e] > 0.0:  # the first process seen is no restart
                 accounts[_SENT, e] = board[e, requests]
                 accounts[_SENT + 1, e] = board[e, tokens]
-                accounts[_LOST, e], lost = 1.0, True
+                accounts[_LOST, e], oldest_us = 1.0, np.nan
             accounts[_KNOWN_EPOCH, e] = board[e, _EPOCH]
             fresh = True
         if fresh:
@@ -237,14 +235,14 @@ def _observe(
             accounts[_ACCEPTED + 1, e] = board[e, tokens]
         unacked = accounts[_SENT, e] - accounts[_ACCEPTED, e]
         unacked_tokens = accounts[_SENT + 1, e] - accounts[_ACCEPTED + 1, e]
-        if unacked < 0.0 or unacked_tokens < 0.0:
-            accounts[_SENT, e], unacked = accounts[_ACCEPTED, e], 0.0
-        if accounts[_INFLIGHT, e] > 0.0 or unacked == 0.0:
-            accounts[_BUSY_AT, e] = now_us
-        elif now_us - accounts[_BUSY_AT, e] > QUIET_US:
-            accounts[_SENT, e], unacked = accounts[_ACCEPTED, e], 0.0
-        if unacked == 0.0:  # then there are no tokens either
-            accounts[_SENT + 1, e], unacked_tokens = accounts[_ACCEPTED + 1, e], 0.0
+        if unacked != 0.0 or unacked_tokens != 0.0:
+            if accounts[_INFLIGHT, e] > 0.0:
+                accounts[_BUSY_AT, e] = now_us
+            quiet = now_us - accounts[_BUSY_AT, e] > QUIET_US
+            if quiet or unacked <= 0.0 or unacked_tokens < 0.0:  # without requests, no tokens
+                accounts[_SENT, e] = accounts[_ACCEPTED, e]
+                accounts[_SENT + 1, e] = accounts[_ACCEPTED + 1, e]
+                unacked = unacked_tokens = 0.0
         accounts[_UNACKED, e], accounts[_UNACKED + 1, e] = unacked, unacked_tokens
         silent_us = now_us - board[e, _TIMESTAMP]
         if silent_us > FRESH_US:
@@ -256,8 +254,9 @@ def _observe(
                 owed_us = now_us - accounts[_OWED_SINCE, e]
                 silent_us = min(silent_us, owed_us) if unacked > 0.0 else 0.0
         accounts[_SILENT, e] = silent_us
-        oldest_us = max(oldest_us, silent_us)
-    return oldest_us, lost
+        if silent_us > oldest_us:  # never, once it is NaN
+            oldest_us = silent_us
+    return oldest_us
 
 
 def _enter(
@@ -276,5 +275,5 @@ def _enter(
     accounts[_UNACKED_CACHED, engine] += cached_tokens
 
 
-OBSERVE = Kernel(_observe, "Tuple((f8, b1))(f8[:,::1], f8[:,::1], i8, f8)")
+OBSERVE = Kernel(_observe, "f8(f8[:,::1], f8[:,::1], i8, f8)")
 ENTER = Kernel(_enter, "void(f8[:,::1], i8, f8, f8, f8)")

@@ -224,7 +224,11 @@ class PrefixIndex:
         cached = np.zeros(len(self._bits))
         for tokens, holders in depths:
             # The engine always computes the last token itself: it needs its logits.
-            known = max(0, min(tokens - self.lookahead_tokens, prompt_tokens - 1))
+            known = tokens - self.lookahead_tokens
+            if known >= prompt_tokens:
+                known = prompt_tokens - 1
+            if known <= 0:
+                continue
             value = known // self.block_tokens * self.block_tokens
             for engine, bit in enumerate(self._bits):
                 if holders & bit:

@@ -12,8 +12,22 @@ Source: SGLang 0.5.23, `data_parallel_controller.py` (`total_tokens`, before #16
 
 from __future__ import annotations
 
+import numpy as np
+
 from gimbal.core.contracts import DispatchRequest, EngineLoads, FloatArray
-from gimbal.core.snapshot import Field
+from gimbal.core.snapshot import ROW_WIDTH, Field
+
+_TOKENS = np.zeros(ROW_WIDTH)
+"""1 for the columns that count tokens held and queued; whole numbers, so their sum is exact."""
+_TOKENS[
+    [
+        Field.RUNNING_TOKENS,
+        Field.WAITING_PREFILL_TOKENS,
+        Field.PENDING_PREFIX_HIT_TOKENS,
+        Field.AWAITED_KV_TOKENS,
+        Field.LOADED_KV_TOKENS,
+    ]
+] = 1.0
 
 
 class TotalTokensPolicy:
@@ -21,14 +35,7 @@ class TotalTokensPolicy:
 
     def costs(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
         """[engines] tokens, plus a fraction that orders equal ones by requests."""
-        tokens: FloatArray = (
-            loads.column(Field.RUNNING_TOKENS)
-            + loads.column(Field.WAITING_PREFILL_TOKENS)
-            + loads.column(Field.PENDING_PREFIX_HIT_TOKENS)
-            + loads.column(Field.AWAITED_KV_TOKENS)
-            + loads.column(Field.LOADED_KV_TOKENS)
-            + loads.unacked_tokens
-        )
+        tokens: FloatArray = loads.board.dot(_TOKENS) + loads.unacked_tokens
         requests: FloatArray = (
             loads.column(Field.RUNNING_REQUESTS)
             + loads.column(Field.WAITING_REQUESTS)
