@@ -37,9 +37,13 @@ def test_a_reader_sees_the_newest_row_of_each_engine(folder: Path) -> None:
             writer.publish(row(100 * writer.slot + number))
         assert reader.read()[:, 7].tolist() == [number, 100 + number, 200 + number]
         assert reader.read()[:, 7].tolist() == [number, 100 + number, 200 + number]
-    copy = reader.read()
-    copy[:] = -1
-    assert (reader.read() >= 0).all()
+    shown = reader.read()
+    before = shown.copy()
+    assert reader.read() is shown  # no news
+    writers[0].publish(row(before[0, 7] + 1))
+    assert np.array_equal(shown, before)  # whoever holds it keeps one moment
+    shown[:] = -1  # nobody may, and it lasts until the next news at most
+    assert reader.read()[:, 7].tolist() == [before[0, 7] + 1, *before[1:, 7]]
     assert reader.torn == 0
 
 
