@@ -179,7 +179,7 @@ def decide(view: StepView, config: QueueConfig) -> StepDecision:
     running = view.running if config.in_batch else ()
     bounded = config.step_budget and decoding > 0
     decodes = 0
-    if graphs is not None or running or bounded:
+    if graphs is not None or running:
         decodes = view.decode_tokens  # a server counts it over all that run
     asked = cut = False
     if graphs is not None:
@@ -210,25 +210,28 @@ def _graph_tokens(
 
 
 def _bounded(view: StepView, budget_tokens: int, decodes: int, config: QueueConfig) -> int:
-    """Tokens of a step beside decodes; at most `budget_tokens`."""
-    left, backlog = budget_tokens - decodes, view.group_backlog_tokens
+    """Tokens of a step beside `decodes`, 0 while uncounted; at most `budget_tokens`."""
+    backlog = view.group_backlog_tokens
     # Without chunked prefill a prompt above the budget would stop everybody behind it.
-    if left <= 0 or backlog <= view.block_tokens or not view.chunked:
+    if backlog <= view.block_tokens or not view.chunked:
         return budget_tokens
-    # What a CUDA graph covers is prefilled at once: less would take as long.
-    least = view.block_tokens
-    if (graphs := view.graphs) is not None:
-        least = max(least, graphs.graph_tokens - decodes)
     ttft_us = 1e3 * config.slo_ttft_ms
-    return decodes + bounded_prefill_tokens(
+    prefill = bounded_prefill_tokens(
         view.cost,
-        left,
+        budget_tokens,
         backlog,
         waited_us=view.oldest_wait_us if ttft_us else 0.0,
         ttft_us=ttft_us,
         tpot_us=1e3 * config.slo_tpot_ms,
-        min_tokens=least,
+        min_tokens=view.block_tokens,
     )
+    if prefill >= budget_tokens:
+        return budget_tokens  # however many decode: they are counted only where it matters
+    decodes = decodes or view.decode_tokens
+    # What a CUDA graph covers is prefilled at once: less would take as long.
+    if (graphs := view.graphs) is not None:
+        prefill = max(prefill, graphs.graph_tokens - decodes)
+    return min(budget_tokens, decodes + prefill)
 
 
 def _caps(
