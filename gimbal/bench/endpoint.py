@@ -114,9 +114,10 @@ class Endpoint:
         return False
 
     def switch(self, settings: Mapping[str, Any]) -> None:
-        """``POST /gimbal/control``; raises InputError when the server cannot be switched."""
+        """``POST /gimbal/control``; raises InputError when the server, or an engine of another
+        host, cannot be switched."""
         try:
-            self._call("/gimbal/control", settings)
+            answer = self._call("/gimbal/control", settings)
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")[:200].replace("\n", " ")
             raise InputError(
@@ -125,6 +126,22 @@ class Endpoint:
             ) from None
         except (OSError, HTTPException) as error:
             raise InputError(f"{self.url}/gimbal/control: {one_line(error)}") from None
+        left = _not_followed(answer)
+        if left:
+            raise InputError(
+                f"{self.url}/gimbal/control: engines that did not follow: {left}; without them "
+                "an arm would measure two settings at once"
+            )
+
+
+def _not_followed(answer: bytes) -> str:
+    """Ranks of the engines that an answer of the control route says are behind, as text."""
+    try:
+        document = json.loads(answer)
+    except (ValueError, RecursionError):
+        return ""
+    left = document.get("not_followed") if isinstance(document, dict) else None
+    return one_line(", ".join(map(str, left))) if left and isinstance(left, list) else ""
 
 
 def counter_differences(before: Counters, after: Counters) -> Counters:

@@ -29,7 +29,7 @@ from typing import Any
 
 from gimbal.board import locks
 from gimbal.board.control import decoded_control, encoded_control, read_control, write_control
-from gimbal.board.layout import Nature
+from gimbal.board.layout import HELD_AT, WORD, Nature
 from gimbal.board.storage import (
     FIRST_PATIENCE_S,
     PATIENCE_S,
@@ -289,6 +289,19 @@ class Board:
     def write_control(self, values: dict[str, Any]) -> int:
         """Publishes `values` whatever was there; returns their version. Raises as the above."""
         return self.update_control(lambda before: values)[0]
+
+    def hold(self, slot: int, version: int) -> None:
+        """Notes that the engine of `slot` holds control message `version`, and follows it from its
+        next step on. Raises OSError when the board cannot be written."""
+        self.storage.write(HELD_AT + slot, WORD.pack(version))
+
+    def held(self, first: int, engines: int) -> list[int]:
+        """What `engines` engines from `first` on hold; nothing, 0, while the board is damaged."""
+        try:
+            words = self.storage.read(HELD_AT + first, engines)
+        except OSError:
+            return [0] * engines
+        return [version for (version,) in WORD.iter_unpack(words)]
 
     def _remember_control(self) -> None:
         if self.storage.control_version() != self._control[0]:

@@ -1,7 +1,7 @@
 """Where things lie in a board file, in 8-byte words of the machine's own byte order.
 
 Header (magic, number of the newest control message, seal), newest record's number per slot, two
-control buffers, records.
+control buffers, number of the control message that each engine holds, records.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RETRIES = 4
 
 WORD = struct.Struct("=Q")
 _FAMILY = b"GIMBALB"
-MAGIC = _FAMILY + b"2"
+MAGIC = _FAMILY + b"3"
 SEAL = WORD.pack(ROW_WIDTH) + b"sealed\0\1"
 """Behind the control version and without a zero at its end: a file that was cut short and written
 to again has a hole of zeros there."""
@@ -33,7 +33,10 @@ RECORD_WORDS = -(-(1 + ROW_WIDTH + 1) // 8) * 8
 
 NEWEST_AT = HEADER_WORDS
 CONTROL_AT = NEWEST_AT + MAX_ENGINES
-RECORDS_AT = CONTROL_AT + 2 * CONTROL_WORDS
+HELD_AT = CONTROL_AT + 2 * CONTROL_WORDS
+EVERY_CONTROL = (1 << 64) - 1
+"""Held by an engine of the board's own host: it reads the newest before every step."""
+RECORDS_AT = HELD_AT + MAX_ENGINES
 BOARD_BYTES = 8 * (RECORDS_AT + MAX_ENGINES * RECORDS * RECORD_WORDS)
 
 

@@ -125,7 +125,9 @@ class _Engine:
     vllm_config = SimpleNamespace(
         additional_config={"gimbal": {"admin": True, "levels": ["dispatch", "queue"]}},
         instance_id="fuzz",
-        parallel_config=SimpleNamespace(data_parallel_size=2),
+        parallel_config=SimpleNamespace(
+            data_parallel_size=2, data_parallel_size_local=2, local_engines_only=False
+        ),
     )
     engine_core = object()
 

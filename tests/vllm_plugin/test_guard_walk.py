@@ -128,7 +128,7 @@ def scenario(scheduler: Any, requests: list[Any]) -> Counter[str]:
     from vllm.v1.request import RequestStatus
 
     aborted = prompts("aborted", 12, seed=2)
-    board = getattr(getattr(scheduler, "gimbal_state", None), "board", None)
+    board = getattr(getattr(scheduler, "gimbal_state", None), "control", None)
     messages = [{"ordering": "hrrn"}, {"queue": {"max_wait_s": 0.001}}, {"levels": []}, {}]
     refused: list[Any] = []
     ready = scheduler._handle_blocked_waiting_request

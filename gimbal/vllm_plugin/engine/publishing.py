@@ -1,4 +1,7 @@
-"""An engine's signals on their way: onto the board of its host, or to the front end's host."""
+"""An engine's signals on their way: onto the board of its host, or to the front end's host.
+
+Control comes the same way back.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from gimbal.board.file import Board
+from gimbal.board.layout import EVERY_CONTROL
 from gimbal.board.slots import BoardReader, SlotWriter
 from gimbal.vllm_plugin.engine import remote
 from gimbal.vllm_plugin.engine.identity import close_at_exit, server_board_path
+from gimbal.vllm_plugin.engine.remote_control import RemoteControl
 from gimbal.vllm_plugin.engine.signals import SchedulerSignals
 from gimbal.vllm_plugin.engine.state import EngineState
 from gimbal.vllm_plugin.engine.step_log import StepLog
@@ -19,7 +24,11 @@ logger = logging.getLogger("vllm.gimbal")
 
 
 class BoardSlot(SlotWriter):
-    """A slot whose board goes with it."""
+    """A slot whose board goes with it, and whose engine follows the control on that board."""
+
+    def _bind(self) -> None:
+        super()._bind()
+        self.board.hold(self.slot, EVERY_CONTROL)
 
     def close(self) -> None:
         self.board.close()
@@ -47,7 +56,9 @@ def _publisher(scheduler: Any) -> SchedulerSignals:
         port = remote.board_port(vllm_config, scheduler.gimbal_config.board_port)
         address = f"tcp://{parallel.data_parallel_master_ip}:{port}"
         logger.info("Gimbal: engine %d publishes to %s", rank, address)
-        return SchedulerSignals(scheduler, remote.RowSender(address, rank))
+        control = _remote_control(scheduler, address, rank)
+        state = EngineState(scheduler, control)
+        return SchedulerSignals(scheduler, remote.RowSender(address, rank), state)
     board = Board(server_board_path(vllm_config))
     close_at_exit(board)
     logger.info("Gimbal: engine %d (process %d) publishes on %s", rank, os.getpid(), board.path)
@@ -55,3 +66,14 @@ def _publisher(scheduler: Any) -> SchedulerSignals:
     lock_step = parallel.data_parallel_size > 1
     group = BoardReader(board, parallel.data_parallel_size) if lock_step else None
     return SchedulerSignals(scheduler, BoardSlot(board, rank), EngineState(scheduler, board, group))
+
+
+def _remote_control(scheduler: Any, address: str, rank: int) -> RemoteControl | None:
+    """What the queue of an engine away from its front end follows; None where nobody may switch
+    it, or there is nothing to switch."""
+    config = scheduler.gimbal_config
+    if not config.admin or "queue" not in config.levels:
+        return None
+    control = RemoteControl(address, rank, config)
+    close_at_exit(control)
+    return control

@@ -10,7 +10,6 @@ is checked before it enters the board: what is no engine's row is refused, count
 from __future__ import annotations
 
 import logging
-import re
 import socket
 import struct
 import threading
@@ -26,19 +25,18 @@ from gimbal.board.slots import SlotWriter
 from gimbal.core.contracts import FloatArray
 from gimbal.core.errors import one_line
 from gimbal.core.snapshot import ROW_WIDTH, Field, check_row, row_problem
+from gimbal.vllm_plugin.engine.remote_control import HELD_MAGIC, ControlSender, parse_held
+from gimbal.vllm_plugin.engine.wire import bracketed, made_socket, peer
 
 logger = logging.getLogger("vllm.gimbal")
 
 _HEAD = struct.Struct("<4sHH")  # magic, engine, row width
 _MAGIC = b"GBR1"
 _POLL_MS = 200
-_LARGEST_MESSAGE = 1 << 16
-"""Bytes: a row is far smaller, also in a version with more columns; who sends more is cut off."""
 _PAUSE_S = 0.02
 """After a failure: a board that cannot be made is not tried at the rate of rows."""
 CLOSE_S = 2.0
 FIRST_ROW_S = 5.0
-_IPV4 = re.compile(r"[\d.]+|\*")
 
 
 def board_port(vllm_config: Any, configured: int) -> int:
@@ -84,7 +82,7 @@ class RowSender:
     """
 
     def __init__(self, address: str, engine: int) -> None:
-        self._socket = _socket(zmq.PUB, address)
+        self._socket = made_socket(zmq.PUB, address)
         self._socket.setsockopt(zmq.SNDHWM, 16)
         self._socket.connect(bracketed(address))
         self._head = _HEAD.pack(_MAGIC, engine, ROW_WIDTH)
@@ -123,15 +121,16 @@ class RowReceiver:
         self.failures = 0
         # Its own: a board belongs to one thread.
         self._board = board.for_another_thread()
-        self._socket = _socket(zmq.SUB, address)
+        self._socket = made_socket(zmq.XSUB, address)
         try:
-            self._socket.setsockopt(zmq.SUBSCRIBE, b"")
-            self._socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST_MESSAGE)
+            self._socket.setsockopt(zmq.SNDHWM, 16)
             self._socket.bind(bracketed(address))
+            self._socket.send(b"\1")  # a subscription to everything, of whoever will connect
         except zmq.ZMQError:
             self._socket.close()
             raise
         self.address: str = self._socket.getsockopt(zmq.LAST_ENDPOINT).decode()
+        self._control = ControlSender(self._board, self._send)
         self._writers: dict[int, SlotWriter] = {}
         self._heard: set[int] = set()
         self._said: set[tuple[int, str]] = set()
@@ -151,14 +150,18 @@ class RowReceiver:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
+                self._control.look()
                 if self._socket.poll(_POLL_MS):
                     frame = self._socket.recv(copy=False)
-                    self._take(frame.bytes, _peer(frame))
+                    self._take(frame.bytes, peer(frame))
             except zmq.ContextTerminated:  # the process ends, and waits for this socket
                 break
             except Exception as error:
                 self._survive(error)
         self._socket.close()
+
+    def _send(self, message: bytes) -> None:
+        self._socket.send(message, zmq.NOBLOCK)
 
     def _survive(self, error: Exception) -> None:
         """After something other than a bad row: counted, and everything is opened again."""
@@ -168,15 +171,16 @@ class RowReceiver:
         self._board.look()
         self._stop.wait(_PAUSE_S)
 
-    def _take(self, message: bytes, peer: str = "unknown address") -> None:
+    def _take(self, message: bytes, host: str = "unknown address") -> None:
         try:
+            if message.startswith(HELD_MAGIC):
+                self._take_held(message, host)
+                return
             engine, row = parse_row(message)
         except RefusedRow as refusal:
-            self._refuse(refusal.engine, refusal.kind, f"{peer}: {refusal}")
+            self._refuse(refusal.engine, refusal.kind, f"{host}: {refusal}")
             return
-        if self._board.written_by_another(engine):
-            said = f"{peer}: engine {engine} is on this host as well"
-            self._refuse(engine, "local", said)
+        if self._is_local(engine, host):
             return
         row[Field.TIMESTAMP_US] = now_us()
         writer = self._writers.get(engine)
@@ -186,7 +190,22 @@ class RowReceiver:
         self.received += 1
         if engine not in self._heard:
             self._heard.add(engine)
-            logger.info("Gimbal: engine %d publishes from %s", engine, peer)
+            logger.info("Gimbal: engine %d publishes from %s", engine, host)
+
+    def _take_held(self, message: bytes, host: str) -> None:
+        """An engine says which control message it holds."""
+        try:
+            engine, version = parse_held(message)
+        except ValueError as error:
+            raise RefusedRow(-1, "control", str(error)) from None
+        if not self._is_local(engine, host):
+            self._control.heard(engine, version)
+
+    def _is_local(self, engine: int, host: str) -> bool:
+        local = self._board.written_by_another(engine)
+        if local:
+            self._refuse(engine, "local", f"{host}: engine {engine} is on this host as well")
+        return local
 
     def _refuse(self, engine: int, kind: str, said: str) -> None:
         self.refused += 1
@@ -245,7 +264,7 @@ class RefusedRow(ValueError):
 
     Attributes:
         engine: whose it claims to be; -1 where it does not say, or names none that can be.
-        kind: ``message``, ``version``, ``engine`` or ``numbers``.
+        kind: ``message``, ``version``, ``engine``, ``numbers`` or ``control``.
     """
 
     def __init__(self, engine: int, kind: str, said: str) -> None:
@@ -271,28 +290,3 @@ def parse_row(message: bytes) -> tuple[int, FloatArray]:
     if problem is not None:
         raise RefusedRow(engine, "numbers", f"engine {engine}: {problem}")
     return engine, row
-
-
-def bracketed(address: str) -> str:
-    """``tcp://host:port`` with brackets round an IPv6 host that came without."""
-    scheme, _, rest = address.partition("://")
-    host, _, port = rest.rpartition(":")
-    return f"{scheme}://[{host}]:{port}" if ":" in host and not host.startswith("[") else address
-
-
-def _socket(kind: int, address: str) -> Any:
-    made: Any = zmq.Context.instance().socket(kind)
-    made.setsockopt(zmq.LINGER, 0)
-    host = address.partition("://")[2].rpartition(":")[0]
-    # A host name may have either kind of address. With an IPv4 address nothing needs IPv6, which
-    # this machine may not have.
-    made.setsockopt(zmq.IPV6, int(not _IPV4.fullmatch(host)))
-    return made
-
-
-def _peer(frame: Any) -> str:
-    """Address of the host that `frame` came from."""
-    try:
-        return str(frame.get("Peer-Address"))
-    except (zmq.ZMQError, ValueError, LookupError):
-        return "unknown address"

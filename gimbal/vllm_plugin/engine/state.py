@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from gimbal.board.file import Board
 from gimbal.board.slots import BoardReader
 from gimbal.core.contracts import FloatArray
 from gimbal.core.cost.online import OnlineStepCost
@@ -27,12 +26,25 @@ def graph_tokens(vllm_config: Any) -> int:
     return int(compilation.max_cudagraph_capture_size or 0)
 
 
+class Control(Protocol):
+    """Where an engine reads what an operator switched: a `Board`, or its stand-in on another host
+    than the front end's. Nothing here raises or waits."""
+
+    generation: int
+
+    def control_version(self) -> int:
+        """Changes with the message."""
+
+    def read_control(self) -> dict[str, Any]:
+        """The newest message; empty when there is none."""
+
+
 class EngineState:
     """One engine's row, learned costs and view of its group.
 
     Args:
         scheduler: vLLM's scheduler; only read.
-        board: the server's board; None on another host than the front end's.
+        control: what the queue follows; None where nobody can switch it.
         group: rows of the engines in lock step with this one, itself included; None without them.
 
     Attributes:
@@ -43,9 +55,9 @@ class EngineState:
     """
 
     def __init__(
-        self, scheduler: Any, board: Board | None = None, group: BoardReader | None = None
+        self, scheduler: Any, control: Control | None = None, group: BoardReader | None = None
     ) -> None:
-        self.board = board
+        self.control = control
         self.group = group
         self.row: FloatArray = np.zeros(ROW_WIDTH)
         self.cost = OnlineStepCost(scheduler.scheduler_config.max_num_batched_tokens)

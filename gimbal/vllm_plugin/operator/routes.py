@@ -10,6 +10,7 @@ endpoint plugins only when ``VLLM_PLUGINS`` names them; ``gimbal serve`` sees to
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import math
@@ -36,6 +37,7 @@ from gimbal.vllm_plugin import bridge, versions
 from gimbal.vllm_plugin.dispatch.engine_header import EngineHeader
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of
 from gimbal.vllm_plugin.engine.identity import close_at_exit, server_board_path
+from gimbal.vllm_plugin.engine.remote import spans_hosts
 from gimbal.vllm_plugin.operator.engine_metrics import ReadAtScrape, metrics_without_front_end
 from gimbal.vllm_plugin.operator.front_ends import Shared
 from gimbal.vllm_plugin.operator.load import load_route
@@ -46,6 +48,8 @@ from gimbal.vllm_plugin.placement.route import SharedAnswers, experts_route, rou
 
 SWITCHABLE = ("dispatch", "queue", "feedback")
 """Levels that can be switched while the server runs, if it was started with them."""
+FOLLOW_S = 3.0
+"""How long an answer waits for engines of other hosts to hold what it says."""
 _KEYS = ("levels", "policy", "policy_options", "queue_ordering", "queue", "reset")
 _QUEUE_FIXED = ("ordering", "priority_tokens")
 """Keys of section `queue` that a message's ``queue`` may not hold: `queue_ordering` says the one,
@@ -170,6 +174,8 @@ class Operator:
     async def control(self, values: Any) -> dict[str, Any]:
         """Checks and publishes `values`; returns what is in force now.
 
+        Where the queues of other hosts' engines are to follow, also ``followed`` and
+        ``not_followed``: the ranks of the engines that hold it within `FOLLOW_S`, and of the rest.
         Raises InputError naming the key that is wrong, ValueError when the board cannot hold it,
         OSError when the board cannot be written.
         """
@@ -185,10 +191,23 @@ class Operator:
         if values.get("reset"):
             await self.engine_client.reset_prefix_cache()
         # The caches take their time: what others have published meanwhile stays in force.
-        _, control = self.board.update_control(change)
+        version, control = self.board.update_control(change)
         if self.front_end is not None:
             self.front_end.follow_control()
+        if "queue" in self.config.levels and spans_hosts(self.engine_client.vllm_config):
+            return control | await self._who_follows(version)
         return control
+
+    async def _who_follows(self, version: int) -> dict[str, list[int]]:
+        end_s = time.monotonic() + FOLLOW_S
+        while True:
+            first, held = self.reader.first, self.board.held(self.reader.first, self.reader.engines)
+            behind = [first + i for i, number in enumerate(held) if number < version]
+            if not behind or time.monotonic() > end_s:
+                break
+            await asyncio.sleep(0.02)
+        ranks = range(first, first + len(held))
+        return {"followed": [r for r in ranks if r not in behind], "not_followed": behind}
 
 
 def check_control(

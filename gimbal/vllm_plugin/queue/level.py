@@ -128,14 +128,14 @@ class QueueLevel:
         self.ordering, self.config = name, config
 
     def _follow(self) -> None:
-        """Takes up a new control message of the board: ``levels``, ``ordering``, ``queue``."""
-        board = self.state.board
-        if board is None:
+        """Takes up a new control message: ``levels``, ``ordering``, ``queue``."""
+        source = self.state.control
+        if source is None:
             return
-        version = (board.control_version(), board.generation)
+        version = (source.control_version(), source.generation)
         if version == self._control:
             return
-        control = board.read_control()
+        control = source.read_control()
         self.active = "queue" in control.get("levels", self.levels)
         changes = control.get("queue", {}) if self.active else {}
         config = replace(self.configured, **changes)

@@ -60,6 +60,8 @@ class ServePlan:
         address: where the server answers; None where nobody here can ask it over HTTP (headless,
             a Unix socket, gRPC).
         model: name to ask for in requests.
+        headless: engines only, for a head on another host.
+        local_engines: engines that start here.
         eplb: vLLM's expert parallel load balancing is on.
         dispatches: there is something for a front end of Gimbal's to choose between.
         warnings: what is worth saying before the start.
@@ -72,6 +74,7 @@ class ServePlan:
     address: Address | None
     model: str
     headless: bool = False
+    local_engines: int = 1
     page: bool = True
     eplb: bool = False
     dispatches: bool = True
@@ -137,6 +140,7 @@ def plan_server(
         address=address_of(flags),
         model=flags.served_name or flags.model,
         headless=flags.headless,
+        local_engines=flags.local_engines,
         page=bool(config.levels) and not rust,
         eplb=flags.eplb,
         dispatches=checks.dispatches(flags, rust),

@@ -37,6 +37,8 @@ PHASES: tuple[tuple[str, str], ...] = (
     (r"GPU KV cache size|KV cache size|for KV cache", "reserving KV cache"),
     (r"Starting vLLM server|Started server process", "opening the port"),
 )
+# What every engine logs last before it waits for requests: a headless node has no port to ask.
+_ENGINE_STARTED = re.compile(r"\binit engine \(")
 _HIDDEN_UNTIL_READY = re.compile(r"\b(INFO|DEBUG|WARNING)\b|^$|^\[W|^Loading|Warning:|^  |Triton")
 STOP_GRACE_S = 20.0
 LOST_GRACE_S = 20.0
@@ -74,6 +76,7 @@ class Supervisor:
         self.quiet_start = console.is_terminal and not verbose
         self.phase = 0
         self.ready = False
+        self.engines_started = 0
         self.tail: collections.deque[str] = collections.deque(maxlen=60)
         self.started_s = time.monotonic()
         self._stopping = False
@@ -178,7 +181,12 @@ class Supervisor:
                 return
 
     def _answers(self) -> bool:
-        """Whether the server answers; another program on its port does not count."""
+        """Whether the server answers; another program on its port does not count.
+
+        A headless node answers its head alone, once its engines have started.
+        """
+        if self.plan.headless:
+            return self.engines_started >= self.plan.local_engines
         address = self.plan.address
         if address is None or not address.is_healthy():
             return False
@@ -189,6 +197,7 @@ class Supervisor:
         for line in stream:
             self.tail.append(line)
             self._advance(line)
+            self.engines_started += bool(_ENGINE_STARTED.search(line))
             if self._is_shown(line):
                 self._print(shown := line)
         if not shown.endswith("\n"):
@@ -240,11 +249,13 @@ class Supervisor:
         levels = ", ".join(acting) or "none"
         levels += f"; idle: {', '.join(idle)}" if idle else ""
         address = self.plan.address
-        assert address is not None
+        where = f"at {address.uds or address.url + '/v1'}" if address else "for its head"
         self._say(
-            f"ready in {took_s:.1f} s at {address.uds or address.url + '/v1'} "
+            f"ready in {took_s:.1f} s {where} "
             f"(model {self.plan.model}; levels: {levels}; {memory_gib:.1f} GiB resident)"
         )
+        if address is None:
+            return
         if self.plan.page:
             self._say(f"watch it: {address.url}/gimbal")
         body = {

@@ -24,6 +24,7 @@ from gimbal.board.layout import BOARD_BYTES, MAX_ENGINES
 from gimbal.board.slots import BoardReader
 from gimbal.core.snapshot import ROW_WIDTH, Field, ImplausibleRow, row_problem
 from gimbal.vllm_plugin.engine import remote
+from gimbal.vllm_plugin.engine.wire import bracketed
 
 ENGINE = """
 import sys, time, numpy as np
@@ -300,7 +301,7 @@ def test_an_address_in_use_is_an_error_and_leaves_nothing(
     ],
 )
 def test_ipv6_hosts_get_brackets(address: str, expected: str) -> None:
-    assert remote.bracketed(address) == expected
+    assert bracketed(address) == expected
 
 
 @pytest.mark.skipif(not remote.is_this_host("::1"), reason="no IPv6 here")

@@ -20,7 +20,9 @@ class Engine:
         self.vllm_config = SimpleNamespace(
             additional_config={} if gimbal is None else {"gimbal": gimbal},
             instance_id="x",
-            parallel_config=SimpleNamespace(data_parallel_size=2),
+            parallel_config=SimpleNamespace(
+                data_parallel_size=2, data_parallel_size_local=2, local_engines_only=False
+            ),
         )
         self.engine_core = object()
         self.resets = 0

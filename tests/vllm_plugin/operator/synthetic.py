@@ -200,7 +200,11 @@ class Server:
             vllm_config=SimpleNamespace(
                 additional_config={"gimbal": config or {"admin": True}},
                 instance_id="x",
-                parallel_config=SimpleNamespace(data_parallel_size=engines),
+                parallel_config=SimpleNamespace(
+                    data_parallel_size=engines,
+                    data_parallel_size_local=engines,
+                    local_engines_only=False,
+                ),
             ),
         )
 

@@ -19,9 +19,11 @@ from gimbal.core.snapshot import ROW_WIDTH, Field
 
 pytest.importorskip("vllm")
 from gimbal.board.file import Board
+from gimbal.board.layout import EVERY_CONTROL
 from gimbal.board.slots import SlotWriter
 from gimbal.report.live_status import read_status
 from gimbal.vllm_plugin.engine import identity
+from gimbal.vllm_plugin.operator import routes
 from gimbal.vllm_plugin.operator.routes import check_control
 from gimbal.vllm_plugin.placement import route
 
@@ -272,6 +274,28 @@ def test_control_merges_and_resets(site: Any) -> None:
     answer = client.post("/gimbal/control", json={"policy": "none"})
     assert answer.status_code == 400
     assert json.loads(answer.content)["error"].startswith("control: policy")
+
+
+def test_the_answer_says_which_engines_of_other_hosts_follow(site: Any, monkeypatch: Any) -> None:
+    client, engine, path = site({"levels": ["queue"], "admin": True})
+    engine.vllm_config.parallel_config.data_parallel_size_local = 1
+    monkeypatch.setattr(routes, "FOLLOW_S", 0.05)
+    board = Board(path)
+    board.hold(0, EVERY_CONTROL)
+    answer = client.post("/gimbal/control", json={"queue_ordering": "sjf"})
+    assert answer.json() == {"ordering": "sjf", "followed": [0], "not_followed": [1]}
+    assert board.read_control() == {"ordering": "sjf"}
+
+    slept = asyncio.sleep
+
+    async def hold(seconds: float) -> None:
+        board.hold(1, board.control_version())
+        await slept(0)
+
+    monkeypatch.setattr(routes, "FOLLOW_S", 60.0)
+    monkeypatch.setattr(asyncio, "sleep", hold)
+    answer = client.post("/gimbal/control", json={"queue_ordering": "fcfs"})
+    assert answer.json() == {"ordering": "fcfs", "followed": [0, 1], "not_followed": []}
 
 
 def test_a_server_without_gimbal_says_so(site: Any) -> None:

@@ -312,7 +312,7 @@ def test_a_level_that_is_off_schedules_exactly_as_vllm(build, policy):
     """Switched off by the operator, and by itself: every step's tokens, preemptions included."""
 
     def off(scheduler):
-        scheduler.gimbal_state.board.write_control({"levels": []})
+        scheduler.gimbal_state.control.write_control({"levels": []})
 
     def broken(scheduler):
         scheduler.gimbal_queue.guard.disabled = True
@@ -326,7 +326,7 @@ def test_a_level_that_is_off_schedules_exactly_as_vllm(build, policy):
 
 def test_a_level_that_comes_back_orders_what_waits_by_its_age(build):
     scheduler = build({}, seats=1)
-    level, board, now = scheduler.gimbal_queue, scheduler.gimbal_state.board, [0.0]
+    level, board, now = scheduler.gimbal_queue, scheduler.gimbal_state.control, [0.0]
     level.queue.clock = lambda: now[0]
     scheduler.add_request(real.request("running", 20, 40))
     real.finish_step(scheduler, scheduler.schedule())
@@ -614,7 +614,7 @@ def test_an_ordering_without_a_bound_publishes_none_as_zero(build):
 
 def test_control_message_switches_ordering_and_level(build):
     scheduler = build({})
-    level, board = scheduler.gimbal_queue, scheduler.gimbal_state.board
+    level, board = scheduler.gimbal_queue, scheduler.gimbal_state.control
     for control, expected in (
         ({"ordering": "sjf"}, "sjf"),
         ({"ordering": "nonsense"}, "sjf"),
@@ -629,7 +629,7 @@ def test_control_message_switches_ordering_and_level(build):
 
 def test_control_message_changes_the_queue_section_and_takes_it_back(build):
     scheduler = build({})
-    level, board = scheduler.gimbal_queue, scheduler.gimbal_state.board
+    level, board = scheduler.gimbal_queue, scheduler.gimbal_state.control
     board.write_control({"queue": {"options": {"overtake_factor": 3.0}, "step_budget": False}})
     scheduler.schedule()
     assert level.queue.heap.ordering.overtake_factor == 3.0

@@ -36,8 +36,9 @@ class Plan(ServePlan):
     command = property(lambda self: [sys.executable, "-u", "-c", self.arguments[0]])
 
 headless = sys.argv[1].startswith("# headless")
+engines = 2 if sys.argv[1].startswith("# headless 2") else 1
 address = None if headless else Address("127.0.0.1", int(sys.argv[2]))
-plan = Plan((sys.argv[1],), {}, GimbalConfig(), address, "m", headless)
+plan = Plan((sys.argv[1],), {}, GimbalConfig(), address, "m", headless, engines)
 supervisor.LOST_GRACE_S = 1.0
 sys.exit(Supervisor(plan, verbose=False, console=Console(soft_wrap=True)).run())
 """
@@ -111,6 +112,24 @@ def test_a_headless_node_whose_head_has_gone_is_an_error(code: int) -> None:
     assert process.returncode == 1
     ended = rf"ended while reserving KV cache: exit code {code}"
     assert re.fullmatch(rf"gimbal: \S+ \S+ \(process \d+\) {ended}\n", errors), errors
+
+
+def test_a_headless_node_says_ready_once_its_engines_have_started() -> None:
+    line = "print('init engine (profile, create kv cache, warmup model) took 1 s', flush=True)"
+    process = start(
+        f"# headless 2\nimport time\n{line}; time.sleep(1); print('late', flush=True)\n{line}\n"
+        "time.sleep(60)"
+    )
+    assert process.stdout is not None
+    said = []
+    while not said or "ready" not in said[-1]:
+        said.append(process.stdout.readline())
+        assert said[-1], said
+    assert re.match(r"gimbal: ready in \d+\.\d s for its head \(model m; levels: ", said[-1])
+    assert "late\n" in said
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
 
 
 def test_a_headless_node_that_is_asked_to_stop_is_none() -> None:

@@ -82,7 +82,8 @@ async function applySwitches(event) {
     const reply = await fetch(root + "/gimbal/control", {method: "POST", body: JSON.stringify(message),
       headers: {"Content-Type": "application/json", Authorization: `Bearer ${form.get("key")}`}});
     const said = await reply.json();
-    $("switched").textContent = reply.ok ? "in force before the next request" : said.error;
+    const left = said.not_followed?.length ? `engines that did not follow: ${said.not_followed.join(", ")}` : "";
+    $("switched").textContent = reply.ok ? left || "in force before the next request" : said.error;
   } catch (error) {
     $("switched").textContent = error.message;
   }
