@@ -56,7 +56,7 @@ class RefusedRow(ValueError):
 
     Attributes:
         engine: whose it claims to be; -1 where it does not say, or names none that can be.
-        kind: ``message``, ``version``, ``engine``, ``numbers`` or ``control``.
+        kind: ``message``, ``version``, ``engine``, ``numbers``, ``control`` or ``signature``.
     """
 
     def __init__(self, engine: int, kind: str, said: str) -> None:
@@ -77,24 +77,26 @@ def parse_row(message: bytes) -> tuple[int, FloatArray]:
     _, engine, width = HEAD.unpack_from(message)
     if engine >= MAX_ENGINES:
         raise RefusedRow(-1, "engine", f"engine {engine}: a board holds {MAX_ENGINES} engines")
-    return engine, row_in(message, HEAD.size, engine, width)
+    return engine, row_in(message[HEAD.size :], width, engine, f"engine {engine}")
 
 
-def row_in(message: bytes, start: int, engine: int, width: int) -> FloatArray:
-    """The row [ROW_WIDTH] of `engine` that fills `message` from byte `start` on.
+def row_in(body: bytes, width: int, engine: int, who: str) -> FloatArray:
+    """The row [ROW_WIDTH] in `body`, the part of a message behind its head.
 
     Args:
         width: how many numbers its sender says that a row has.
+        engine: DP rank of the sender.
+        who: what the sender is called in messages.
 
     Raises RefusedRow.
     """
     if width != ROW_WIDTH:
-        said = f"engine {engine} sends {width} numbers a row, this host reads {ROW_WIDTH}"
+        said = f"{who} sends {width} numbers a row, this host reads {ROW_WIDTH}"
         raise RefusedRow(engine, "version", f"{said}: install one version of Gimbal on all hosts")
-    if len(message) != start + 8 * ROW_WIDTH:
-        raise RefusedRow(engine, "message", f"engine {engine}: a row of {len(message)} bytes")
-    row = np.frombuffer(message, np.float64, offset=start).copy()
+    if len(body) != 8 * ROW_WIDTH:
+        raise RefusedRow(engine, "message", f"{who}: a row of {len(body)} bytes")
+    row = np.frombuffer(body, np.float64).copy()
     problem = row_problem(row)
     if problem is not None:
-        raise RefusedRow(engine, "numbers", f"engine {engine}: {problem}")
+        raise RefusedRow(engine, "numbers", f"{who}: {problem}")
     return row
