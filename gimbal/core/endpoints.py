@@ -64,6 +64,14 @@ def parse_endpoints(text: str, where: str) -> tuple[Endpoint, ...]:
     return tuple(_parse_endpoint(part, where) for part in parts)
 
 
+def parse_called(address: str, where: str) -> Endpoint:
+    """The one endpoint in `address`, to be called. Raises InputError that begins with `where`."""
+    endpoints = parse_endpoints(address, where)
+    if len(endpoints) != 1 or endpoints[0].bound:
+        raise InputError(f"{where}: {one_line(address)!r}: expected one tcp://HOST:PORT to call")
+    return endpoints[0]
+
+
 def _parse_endpoint(text: str, where: str) -> Endpoint:
     found = _ENDPOINT.fullmatch(text)
     if found is None:

@@ -27,7 +27,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from gimbal.board.published import Source
 from gimbal.core.config import parse_config
-from gimbal.core.endpoints import check_name, parse_endpoints, read_secret
+from gimbal.core.endpoints import check_name, parse_called, read_secret
 from gimbal.core.errors import InputError, one_line, with_type
 from gimbal.integrations.replicas import Prompt, Published, Replicas
 from gimbal.integrations.rows import RowReader
@@ -52,10 +52,8 @@ def published_at(address: str, name: str, rank: int = 0) -> dict[str, Any]:
 
     Raises InputError for an address or a name that is none.
     """
-    (endpoint,) = parse_endpoints(address, "address") or (None,)
-    if endpoint is None or endpoint.bound:
-        raise InputError(f"address: {one_line(address)!r}: expected tcp://HOST:PORT to call")
-    return {_KEY: {"address": address, "name": check_name(name, "name"), "rank": rank}}
+    called = parse_called(address, "address").address
+    return {_KEY: {"address": called, "name": check_name(name, "name"), "rank": rank}}
 
 
 def described(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Prompt | None:
@@ -68,7 +66,7 @@ def described(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Prompt | None:
         get = value.get if isinstance(value, Mapping) else partial(_attribute, value)
         for field in _FIELDS:
             content = get(field)
-            if content:
+            if content and isinstance(content, str | list | tuple):
                 session = get("session_id")
                 session = session if isinstance(session, str) and session else None
                 if isinstance(content, list | tuple) and isinstance(content[0], int):

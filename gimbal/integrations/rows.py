@@ -25,8 +25,8 @@ from gimbal.board.clock import now_us
 from gimbal.board.published import CLOSE_S, Source, unpacked
 from gimbal.board.wire import RefusedRow, made_socket, peer
 from gimbal.core.contracts import FloatArray
-from gimbal.core.endpoints import Endpoint, parse_endpoints
-from gimbal.core.errors import InputError, one_line
+from gimbal.core.endpoints import Endpoint, parse_called, parse_endpoints
+from gimbal.core.errors import one_line
 from gimbal.core.snapshot import ROW_WIDTH, Field
 
 logger = logging.getLogger("vllm.gimbal")
@@ -112,11 +112,11 @@ class RowReader:
 
     def follow(self, address: str) -> None:
         """Calls one more engine, soon. Raises InputError for what is no ``tcp://HOST:PORT``."""
-        self._calls.append((True, _callable(address)))
+        self._calls.append((True, parse_called(address, "address")))
 
     def unfollow(self, address: str) -> None:
         """Calls it no more. Raises InputError as `follow`."""
-        self._calls.append((False, _callable(address)))
+        self._calls.append((False, parse_called(address, "address")))
 
     def sources(self) -> tuple[Source, ...]:
         """All engines that are known, those that fell silent included."""
@@ -233,10 +233,3 @@ class RowReader:
 def _place(row: FloatArray) -> tuple[float, float]:
     """Where a row stands among all of its engine."""
     return float(row[Field.EPOCH]), float(row[Field.SEQUENCE])
-
-
-def _callable(address: str) -> Endpoint:
-    endpoints = parse_endpoints(address, "address")
-    if len(endpoints) != 1 or endpoints[0].bound:
-        raise InputError(f"address: {one_line(address)!r}: expected one tcp://HOST:PORT to call")
-    return endpoints[0]

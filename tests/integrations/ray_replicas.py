@@ -29,7 +29,7 @@ from gimbal.core.endpoints import parse_endpoints
 from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 from gimbal.integrations.ray_serve import GimbalRouter, published_at
 
-US_PER_TOKEN = 20.0
+US_PER_TOKEN = 50.0
 STEP_TOKENS = 512
 REPLICAS = 3
 CHOICES: list[dict[str, Any]] = []
@@ -159,7 +159,7 @@ async def pressure(handle: Any) -> dict[str, Any]:
     """One replica has work that only its row tells of; who gets the next prompts?"""
     await warm(handle)
     CHOICES.clear()
-    long = asyncio.ensure_future(handle.prefill.remote(200_000))
+    long = asyncio.ensure_future(handle.prefill.remote(60_000))
     await asyncio.sleep(0.5)
     short = await asyncio.gather(*(one(handle, 512, i) for i in range(2, 22)))
     return {"long": await long, "short": short, "choices": CHOICES}
@@ -170,7 +170,7 @@ async def killed(handle: Any) -> dict[str, Any]:
     victim = (await warm(handle))[-1]
     tasks = []
     for i in range(200):
-        tasks.append(asyncio.create_task(one(handle, 1024, i)))
+        tasks.append(asyncio.create_task(one(handle, 512, i)))
         await asyncio.sleep(0.0 if 100 < i <= 130 else 0.012)
         if i == 130:
             await asyncio.sleep(0.1)

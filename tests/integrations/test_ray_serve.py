@@ -142,7 +142,7 @@ def test_calls_without_a_prompt_are_left_to_ray(router: Any) -> None:
     router.update_replicas(replicas)
 
     async def calls() -> None:
-        for pending in (None, _pending("x"), _pending("y", 5, {"prompt": ""}, "text")):
+        for pending in (None, _pending("x"), _pending("y", 5, {"prompt": 3}, "text")):
             (rank,) = await router.choose_replicas(replicas, pending)
             assert len({r.replica_id.unique_id for r in rank}) == 2
         assert await router.choose_replicas([], None) == []
@@ -191,8 +191,8 @@ def test_metadata_names_where_rows_are(ray_serve: ModuleType, router: Any, caplo
     router.on_replica_actor_died(replicas[0].replica_id)
     assert "a" not in router._choice._places
     assert replicas[0] not in router.there
-    with pytest.raises(InputError, match="to call"):
-        ray_serve.published_at("", "a")
+    with pytest.raises(InputError, match="one tcp://HOST:PORT to call"):
+        ray_serve.published_at("tcp://a:1,tcp://b:1", "a")
 
 
 @pytest.mark.parametrize(
