@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gimbal.core.dispatch import POLICIES
+from gimbal.core.endpoints import check_name, parse_endpoints, read_secret
 from gimbal.core.errors import InputError, nearest
 from gimbal.core.options import (
     Count,
@@ -144,6 +145,17 @@ class GimbalConfig:
     board_port: Port = option(
         0, "TCP port for snapshots of engines on other hosts; 0: vLLM's data-parallel RPC port + 1"
     )
+    publish_to: str = option(
+        "",
+        "subscribers of every engine's snapshots: tcp://HOST:PORT is called, @tcp://HOST:PORT is "
+        "listened on at PORT + rank; several with commas; empty: nobody",
+    )
+    publish_name: str = option(
+        "", "this server's name in what it publishes; empty: the host's and the start's"
+    )
+    publish_secret_file: str = option(
+        "", "file with the secret that signs it; empty: GIMBAL_PUBLISH_SECRET, or unsigned"
+    )
     admin: bool = option(False, "POST /gimbal/control may switch policies on the running server")
     step_records: str = option("", "directory for one record per engine step; empty: none")
     trace_records: str = option(
@@ -212,6 +224,12 @@ def parse_config(values: Mapping[str, Any], where: str = "configuration") -> Gim
         chosen = getattr(config, section)
         registry.check(getattr(chosen, key), chosen.options, where, f"{section}.{key}")
     _check_placement(config.placement, where)
+    check_name(config.publish_name, f"{where}: publish_name")
+    if parse_endpoints(config.publish_to, f"{where}: publish_to"):
+        try:
+            read_secret(config.publish_secret_file)
+        except InputError as error:
+            raise InputError(f"{where}: publish_secret_file: {error}") from None
     return config
 
 

@@ -17,12 +17,12 @@ import numpy as np
 from gimbal.board.control import encoded_control
 from gimbal.board.file import Board
 from gimbal.board.slots import BoardReader, SlotWriter
+from gimbal.board.wire import parse_row
 from gimbal.core.config import parse_config
 from gimbal.core.dispatch import POLICIES
 from gimbal.core.errors import InputError
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.snapshot import ROW_WIDTH
-from gimbal.vllm_plugin.engine.remote import parse_row
 from gimbal.vllm_plugin.operator.routes import GimbalEndpoints, check_control
 from tests.fuzz.values import absurd, check, count, finite, folder, json_value, mutated
 

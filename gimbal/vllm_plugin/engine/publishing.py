@@ -1,22 +1,35 @@
-"""An engine's signals on their way: onto the board of its host, or to the front end's host.
+"""An engine's signals on their way: onto the board of its host, or to the front end's host, and to
+subscribers where the configuration names any.
 
-Control comes the same way back.
+Control comes the same way back from the front end, and from nobody else.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
+import zmq
+
 from gimbal.board.file import Board
 from gimbal.board.layout import EVERY_CONTROL
+from gimbal.board.published import RowPublisher, Source
 from gimbal.board.slots import BoardReader, SlotWriter
+from gimbal.core.contracts import FloatArray
+from gimbal.core.endpoints import check_name, parse_endpoints, read_secret
+from gimbal.core.errors import one_line
+from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin.engine import remote
-from gimbal.vllm_plugin.engine.identity import close_at_exit, server_board_path
+from gimbal.vllm_plugin.engine.identity import (
+    close_at_exit,
+    server_board_path,
+    server_identity,
+)
 from gimbal.vllm_plugin.engine.remote_control import RemoteControl
-from gimbal.vllm_plugin.engine.signals import SchedulerSignals
+from gimbal.vllm_plugin.engine.signals import RowSink, SchedulerSignals
 from gimbal.vllm_plugin.engine.state import EngineState
 from gimbal.vllm_plugin.engine.step_log import StepLog
 
@@ -32,6 +45,23 @@ class BoardSlot(SlotWriter):
 
     def close(self) -> None:
         self.board.close()
+
+
+class Subscribed:
+    """A sink whose rows go to subscribers as well, once they are where they belong."""
+
+    def __init__(self, sink: RowSink, publisher: RowPublisher) -> None:
+        self._sink = sink
+        self._publisher = publisher
+
+    def publish(self, row: FloatArray, now_s: float | None = None) -> None:
+        self._sink.publish(row, now_s)
+        self._publisher.publish(row, float(row[Field.TIMESTAMP_US]))
+
+    def close(self) -> None:
+        self._publisher.close()
+        if close := getattr(self._sink, "close", None):
+            close()
 
 
 def open_signals(scheduler: Any) -> SchedulerSignals:
@@ -58,14 +88,38 @@ def _publisher(scheduler: Any) -> SchedulerSignals:
         logger.info("Gimbal: engine %d publishes to %s", rank, address)
         control = _remote_control(scheduler, address, rank)
         state = EngineState(scheduler, control)
-        return SchedulerSignals(scheduler, remote.RowSender(address, rank), state)
+        sender = _subscribed(remote.RowSender(address, rank), scheduler)
+        return SchedulerSignals(scheduler, sender, state)
     board = Board(server_board_path(vllm_config))
     close_at_exit(board)
     logger.info("Gimbal: engine %d (process %d) publishes on %s", rank, os.getpid(), board.path)
     # Engines of a dense model run on their own: vLLM has set their data-parallel size to 1.
     lock_step = parallel.data_parallel_size > 1
     group = BoardReader(board, parallel.data_parallel_size) if lock_step else None
-    return SchedulerSignals(scheduler, BoardSlot(board, rank), EngineState(scheduler, board, group))
+    slot = _subscribed(BoardSlot(board, rank), scheduler)
+    return SchedulerSignals(scheduler, slot, EngineState(scheduler, board, group))
+
+
+def _subscribed(sink: RowSink, scheduler: Any) -> RowSink:
+    """`sink`, and the subscribers that the configuration names; `sink` alone without any, and
+    where the engine cannot publish, which costs no request and is said in one line."""
+    config, vllm_config = scheduler.gimbal_config, scheduler.vllm_config
+    endpoints = parse_endpoints(config.publish_to, "publish_to")
+    if not endpoints:
+        return sink
+    rank = vllm_config.parallel_config.data_parallel_index
+    try:
+        name = config.publish_name or f"{socket.gethostname()}:{server_identity(vllm_config)}"
+        source = Source(check_name(name, "publish_name"), rank)
+        secret = read_secret(config.publish_secret_file)
+        publisher = RowPublisher(endpoints, source, secret)
+    except (OSError, ValueError, zmq.ZMQError) as error:
+        logger.error("Gimbal: engine %d publishes to nobody: %s", rank, one_line(error))
+        return sink
+    close_at_exit(publisher)
+    signed = "unsigned" if secret is None else "signed"
+    logger.info("Gimbal: %s publishes to %s, %s", source, config.publish_to, signed)
+    return Subscribed(sink, publisher)
 
 
 def _remote_control(scheduler: Any, address: str, rank: int) -> RemoteControl | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import struct
 import threading
 from typing import Any
 
@@ -20,18 +19,15 @@ import zmq
 
 from gimbal.board.clock import now_us
 from gimbal.board.file import Board
-from gimbal.board.layout import MAX_ENGINES
 from gimbal.board.slots import SlotWriter
+from gimbal.board.wire import RefusedRow, bracketed, made_socket, parse_row, peer, row_head
 from gimbal.core.contracts import FloatArray
 from gimbal.core.errors import one_line
-from gimbal.core.snapshot import ROW_WIDTH, Field, check_row, row_problem
+from gimbal.core.snapshot import Field, check_row
 from gimbal.vllm_plugin.engine.remote_control import HELD_MAGIC, ControlSender, parse_held
-from gimbal.vllm_plugin.engine.wire import bracketed, made_socket, peer
 
 logger = logging.getLogger("vllm.gimbal")
 
-_HEAD = struct.Struct("<4sHH")  # magic, engine, row width
-_MAGIC = b"GBR1"
 _POLL_MS = 200
 _PAUSE_S = 0.02
 """After a failure: a board that cannot be made is not tried at the rate of rows."""
@@ -85,7 +81,7 @@ class RowSender:
         self._socket = made_socket(zmq.PUB, address)
         self._socket.setsockopt(zmq.SNDHWM, 16)
         self._socket.connect(bracketed(address))
-        self._head = _HEAD.pack(_MAGIC, engine, ROW_WIDTH)
+        self._head = row_head(engine)
 
     def publish(self, row: FloatArray, now_s: float | None = None) -> None:
         """Sends `row` [ROW_WIDTH]; never waits. Raises ImplausibleRow for one that is none."""
@@ -257,36 +253,3 @@ class FirstRows:
                     self.address,
                     now_s - since_s,
                 )
-
-
-class RefusedRow(ValueError):
-    """A message that is no row of this version.
-
-    Attributes:
-        engine: whose it claims to be; -1 where it does not say, or names none that can be.
-        kind: ``message``, ``version``, ``engine``, ``numbers`` or ``control``.
-    """
-
-    def __init__(self, engine: int, kind: str, said: str) -> None:
-        super().__init__(said)
-        self.engine = engine
-        self.kind = kind
-
-
-def parse_row(message: bytes) -> tuple[int, FloatArray]:
-    """The engine and its row [ROW_WIDTH]. Raises RefusedRow."""
-    if len(message) < _HEAD.size or not message.startswith(_MAGIC):
-        raise RefusedRow(-1, "message", f"{len(message)} bytes that are no row of an engine")
-    _, engine, width = _HEAD.unpack_from(message)
-    if engine >= MAX_ENGINES:
-        raise RefusedRow(-1, "engine", f"engine {engine}: a board holds {MAX_ENGINES} engines")
-    if width != ROW_WIDTH:
-        said = f"engine {engine} sends {width} numbers a row, this host reads {ROW_WIDTH}"
-        raise RefusedRow(engine, "version", f"{said}: install one version of Gimbal on all hosts")
-    if len(message) != _HEAD.size + 8 * ROW_WIDTH:
-        raise RefusedRow(engine, "message", f"engine {engine}: a row of {len(message)} bytes")
-    row = np.frombuffer(message, np.float64, offset=_HEAD.size).copy()
-    problem = row_problem(row)
-    if problem is not None:
-        raise RefusedRow(engine, "numbers", f"engine {engine}: {problem}")
-    return engine, row

@@ -21,10 +21,10 @@ import zmq
 from gimbal.board.control import decoded_control, encoded_control
 from gimbal.board.file import Board
 from gimbal.board.layout import CONTROL_BYTES, MAX_ENGINES
+from gimbal.board.wire import bracketed, made_socket
 from gimbal.core.config import GimbalConfig, parse_config
 from gimbal.core.errors import InputError, one_line
 from gimbal.core.queue import ORDERINGS
-from gimbal.vllm_plugin.engine.wire import bracketed, made_socket
 
 logger = logging.getLogger("vllm.gimbal")
 

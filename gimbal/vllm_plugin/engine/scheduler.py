@@ -197,12 +197,16 @@ def with_gimbal(base: type, config: GimbalConfig) -> type:
     return type(f"Gimbal{base.__name__}", (*mixins, base), members)
 
 
+def _needs_signals(config: GimbalConfig) -> bool:
+    return bool(config.publish_to or LEVELS_IN_SCHEDULER.intersection(config.levels))
+
+
 def build_scheduler(base: type, *args: Any, **kwargs: Any) -> Any:
     """The scheduler that vLLM asks `base` for; Gimbal's where the configuration wants one."""
     try:
         vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
         config = bridge.gimbal_config(vllm_config)
-        if config is not None and LEVELS_IN_SCHEDULER.intersection(config.levels):
+        if config is not None and _needs_signals(config):
             reason = too_many_engines(vllm_config)
             if reason is None:
                 base = with_gimbal(base, config)

@@ -22,9 +22,9 @@ from gimbal.board.clock import now_us
 from gimbal.board.file import Board, board_path
 from gimbal.board.layout import BOARD_BYTES, MAX_ENGINES
 from gimbal.board.slots import BoardReader
+from gimbal.board.wire import HEAD, RefusedRow, bracketed, parse_row
 from gimbal.core.snapshot import ROW_WIDTH, Field, ImplausibleRow, row_problem
 from gimbal.vllm_plugin.engine import remote
-from gimbal.vllm_plugin.engine.wire import bracketed
 
 ENGINE = """
 import sys, time, numpy as np
@@ -85,7 +85,7 @@ def test_foreign_messages_and_local_slots_are_refused(board: Board) -> None:
     local = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
     assert local.stdout is not None
     local.stdout.readline()
-    head = remote._HEAD.pack(b"GBR1", 1, ROW_WIDTH)
+    head = HEAD.pack(b"GBR1", 1, ROW_WIDTH)
     for message in (b"", b"x" * 8, head, head + bytes(8 * ROW_WIDTH), b"GBR0" + head[4:]):
         receiver._take(message)
     assert (receiver.received, receiver.refused) == (0, 5)
@@ -100,7 +100,7 @@ def message(engine: int = 1, **fields: float) -> bytes:
     row[Field.SEQUENCE] = 1.0
     for name, value in fields.items():
         row[Field[name]] = value
-    return remote._HEAD.pack(b"GBR1", engine, ROW_WIDTH) + row.tobytes()
+    return HEAD.pack(b"GBR1", engine, ROW_WIDTH) + row.tobytes()
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_row_that_no_engine_can_mean_is_refused_and_said_once(
 def test_another_version_says_so_once_and_on_one_line(
     receiver: remote.RowReceiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    head = remote._HEAD.pack(b"GBR1", 3, ROW_WIDTH + 4)
+    head = HEAD.pack(b"GBR1", 3, ROW_WIDTH + 4)
     for _ in range(10):
         receiver._take(head + bytes(8 * (ROW_WIDTH + 4)), "10.0.0.7")
     assert receiver.refused == 10
@@ -176,7 +176,7 @@ def test_another_version_says_so_once_and_on_one_line(
     st.one_of(
         st.binary(max_size=700),
         st.builds(
-            lambda engine, width, body: remote._HEAD.pack(b"GBR1", engine, width) + body,
+            lambda engine, width, body: HEAD.pack(b"GBR1", engine, width) + body,
             st.integers(0, 65535),
             st.sampled_from([0, ROW_WIDTH, ROW_WIDTH + 1, 65535]),
             st.binary(max_size=700) | st.just(bytes(8 * ROW_WIDTH)),
@@ -190,8 +190,8 @@ def test_another_version_says_so_once_and_on_one_line(
 )
 def test_any_message_is_a_plausible_row_or_refused(data: bytes) -> None:
     try:
-        engine, row = remote.parse_row(data)
-    except remote.RefusedRow:
+        engine, row = parse_row(data)
+    except RefusedRow:
         return
     assert 0 <= engine < MAX_ENGINES
     assert row.shape == (ROW_WIDTH,)

@@ -1,0 +1,1 @@
+"""Gimbal in processes that are not vLLM's: routers before several servers."""
