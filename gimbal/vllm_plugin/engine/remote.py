@@ -36,6 +36,8 @@ _LARGEST_MESSAGE = 1 << 16
 """Bytes: a row is far smaller, also in a version with more columns; who sends more is cut off."""
 _PAUSE_S = 0.02
 """After a failure: a board that cannot be made is not tried at the rate of rows."""
+_AT_ONCE = 4 * MAX_ENGINES
+"""Messages that are looked at before any is written."""
 CLOSE_S = 2.0
 FIRST_ROW_S = 5.0
 _IPV4 = re.compile(r"[\d.]+|\*")
@@ -152,8 +154,7 @@ class RowReceiver:
         while not self._stop.is_set():
             try:
                 if self._socket.poll(_POLL_MS):
-                    frame = self._socket.recv(copy=False)
-                    self._take(frame.bytes, _peer(frame))
+                    self._take_all()
             except zmq.ContextTerminated:  # the process ends, and waits for this socket
                 break
             except Exception as error:
@@ -168,14 +169,33 @@ class RowReceiver:
         self._board.look()
         self._stop.wait(_PAUSE_S)
 
-    def _take(self, message: bytes, peer: str = "unknown address") -> None:
+    def _take_all(self) -> None:
+        """Checks what has come and writes the newest row of each engine.
+
+        Where rows come faster than they can be written, those between are left out.
+        """
+        newest: dict[int, tuple[FloatArray, Any]] = {}
+        for _ in range(_AT_ONCE):
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            checked = self._checked(frame)
+            if checked is not None:
+                newest[checked[0]] = checked[1], frame
+        for engine, (row, frame) in newest.items():
+            self._write(engine, row, frame)
+
+    def _checked(self, frame: Any) -> tuple[int, FloatArray] | None:
         try:
-            engine, row = parse_row(message)
+            return parse_row(frame.bytes)
         except RefusedRow as refusal:
-            self._refuse(refusal.engine, refusal.kind, f"{peer}: {refusal}")
-            return
+            self._refuse(refusal.engine, refusal.kind, f"{_peer(frame)}: {refusal}")
+            return None
+
+    def _write(self, engine: int, row: FloatArray, frame: Any) -> None:
         if self._board.written_by_another(engine):
-            said = f"{peer}: engine {engine} is on this host as well"
+            said = f"{_peer(frame)}: engine {engine} is on this host as well"
             self._refuse(engine, "local", said)
             return
         row[Field.TIMESTAMP_US] = now_us()
@@ -186,7 +206,7 @@ class RowReceiver:
         self.received += 1
         if engine not in self._heard:
             self._heard.add(engine)
-            logger.info("Gimbal: engine %d publishes from %s", engine, peer)
+            logger.info("Gimbal: engine %d publishes from %s", engine, _peer(frame))
 
     def _refuse(self, engine: int, kind: str, said: str) -> None:
         self.refused += 1
