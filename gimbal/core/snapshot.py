@@ -107,26 +107,33 @@ def row_problem(row: Row) -> str | None:
     All columns are counts, times and rates: finite, not negative, at most `LARGEST`; and no more
     KV blocks are used than there are.
     """
+    used, total = row.item(Field.KV_BLOCKS_USED), row.item(Field.KV_BLOCKS_TOTAL)
+    if used <= total and not _has_foreign(row):
+        return None
     bad = np.flatnonzero(~((row >= 0.0) & (row <= LARGEST)))
     if bad.size:
         return f"{column_name(int(bad[0]))} is {row[bad[0]]:g}"
-    used, total = row[Field.KV_BLOCKS_USED], row[Field.KV_BLOCKS_TOTAL]
     if used > total:
         return f"kv_blocks_used is {used:g} of {total:g}"
     return None
 
 
 def check_row(row: Row) -> None:
-    """Raises ImplausibleRow for a number that no row holds, at the price of one comparison.
-
-    Read as integers, the float64 from 0 to `LARGEST` come first; what is larger, infinite, NaN or
-    has a sign comes after them.
-    """
-    words = row.view(np.uint64)
-    if words.item(words.argmax()) > _LARGEST_BITS:  # argmax: a third of what max takes
+    """Raises ImplausibleRow for a number that no row holds, at the price of one comparison."""
+    if _has_foreign(row):
         problem = row_problem(row)
         if problem is not None:
             raise ImplausibleRow(problem)
+
+
+def _has_foreign(row: Row) -> bool:
+    """Whether `row` may hold a number that no row does.
+
+    Read as integers, the float64 from 0 to `LARGEST` come first; what is larger, infinite, NaN or
+    has a sign (as -0 has, which is 0) comes after them.
+    """
+    words = row.view(np.uint64)
+    return words.item(words.argmax()) > _LARGEST_BITS  # argmax: a third of what max takes
 
 
 def mended(row: Row) -> int:

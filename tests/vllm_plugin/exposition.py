@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
+from gimbal.core.contracts import EngineLoads
 from gimbal.core.snapshot import ROW_WIDTH, Field
 from gimbal.vllm_plugin.dispatch.metrics import DispatchMetrics, dispatch_metrics
 from gimbal.vllm_plugin.queue.metrics import SIZE_CLASSES, _histogram
@@ -36,7 +37,8 @@ def rows(engines: int = 2, epoch: float = 1.0, **values: Any) -> np.ndarray:
 def refresh(metrics: DispatchMetrics, board: np.ndarray) -> None:
     """Shows `board` of a front end without requests."""
     none = np.zeros(len(board))
-    metrics.refresh(0, board, none, none, None)
+    metrics.at_scrape = False
+    metrics.refresh(0, EngineLoads(board, none, none, none, none, none, none, none), None)
 
 
 def families() -> list[Any]:

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("prometheus_client")
 
 import gimbal
+from gimbal.core.contracts import EngineLoads
 from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin.dispatch import row_metrics
 from gimbal.vllm_plugin.dispatch.metrics import BY_POLICY, BY_VLLM, FALLBACKS, TRACE_FALLBACKS
@@ -128,6 +129,46 @@ def test_an_engines_totals_are_counted_once_across_restarts():
     assert samples("totals")[name] == 9
 
 
+def test_the_gauges_of_many_engines_are_set_in_several_turns():
+    metrics, board = served("turns", 40), rows(40, RUNNING_TOKENS=7, PREEMPTIONS=1)
+    name = "gimbal_engine_running_tokens"
+    for shown in (32, 40):
+        refresh(metrics, board)
+        found = samples("turns")
+        assert sum(found[name, str(e), ""] == 7 for e in range(40)) == shown
+    refresh(metrics, rows(40, RUNNING_TOKENS=14, PREEMPTIONS=2))
+    found = samples("turns")
+    assert (found[name, "0", ""], found[name, "39", ""]) == (14, 7)
+    assert found["gimbal_engine_preemptions_total", "39", ""] == 2, "counted at once"
+
+
+def test_what_a_scrape_asks_for_is_not_shown_before_it():
+    metrics, board, none = served("scraped"), rows(RUNNING_TOKENS=7, PREEMPTIONS=1), np.zeros(2)
+    accounts = np.array([3.0, 0.0])
+    state = EngineLoads(board, none, accounts, none, 2 * accounts, none, none, none)
+    metrics.at_scrape = True
+    metrics.refresh(0, state, None)
+    found = samples("scraped")
+    assert found["gimbal_engine_preemptions_total", "1", ""] == 1
+    assert found["gimbal_unacknowledged_tokens", "0", ""] == 3
+    assert found["gimbal_inflight_tokens", "0", ""] == 6
+    assert found["gimbal_engine_running_tokens", "1", ""] == 0
+    metrics.show(0, state, None)
+    assert samples("scraped")["gimbal_engine_running_tokens", "1", ""] == 7
+
+
+def test_an_elastic_servers_new_engines_are_counted_and_shown():
+    metrics = served("elastic", 2)
+    refresh(metrics, rows(2, PREEMPTIONS=1))
+    refresh(metrics, rows(3, PREEMPTIONS=2, RUNNING_TOKENS=5))
+    refresh(metrics, rows(1, PREEMPTIONS=2))
+    refresh(metrics, rows(3, PREEMPTIONS=2))
+    found = samples("elastic")
+    counts = [found["gimbal_engine_preemptions_total", str(e), ""] for e in range(3)]
+    assert counts == [2, 2, 2]
+    assert ("gimbal_engine_running_tokens", "2", "") in found
+
+
 def test_only_one_api_server_adds_to_the_totals_of_engines():
     metrics = served("second")
     metrics.serve("second", range(2), counts=False)
@@ -191,9 +232,9 @@ def test_64_engines_have_a_bounded_number_of_series():
 
     few, many = series(2), series(64)
     each = (many - few) / 62
-    assert each == len(row_metrics.ENGINE) + len(BY_POLICY) + len(BY_VLLM) + 2
+    assert each == len(row_metrics.ENGINE) + len(BY_POLICY) + len(BY_VLLM) + 3
     assert few - 2 * each < 150
-    assert many < 3300
+    assert many < 3400
 
 
 def test_promtool_finds_nothing(metrics):

@@ -1,4 +1,8 @@
-"""How busy a whole server is, in requests, for a router before several servers.
+"""How busy a server and its engines are, for a router before several of them.
+
+    first_token_us = what policy `gimbal` predicts for a typical prompt on each engine
+
+For one that compares engines. For one that compares servers, in requests:
 
     load = min over engines e of  cost_e / idle_e - 1,  rounded
 
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gimbal.core.contracts import DispatchRequest, EngineLoads
+from gimbal.core.contracts import DispatchRequest, EngineLoads, FloatArray
 from gimbal.core.dispatch.policies.gimbal import GimbalPolicy
 from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 
@@ -57,6 +61,15 @@ def server_load(loads: EngineLoads) -> int | None:
     )
     ahead = float((cost[there] / np.maximum(alone[there], 1.0)).min()) - 1.0
     return round(min(max(ahead, 0.0), _MOST))
+
+
+def first_token_us(loads: EngineLoads) -> FloatArray:
+    """[engines] predicted microseconds to the first token of a typical prompt that is not cached;
+    0 for an engine that has not published. See `GimbalPolicy.first_token_us`."""
+    request = DispatchRequest("", _typical_prompt(loads), 0.0)
+    zeros = np.zeros(len(loads.board))
+    us = GimbalPolicy().first_token_us(request, loads._replace(cached_tokens=zeros))
+    return np.where(loads.column(Field.SEQUENCE) > 0.0, us, 0.0)
 
 
 def _typical_prompt(loads: EngineLoads) -> int:

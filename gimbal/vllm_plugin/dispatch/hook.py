@@ -269,18 +269,18 @@ class FrontEnd:
             _refresh(weakref.ref(self))
 
     def refresh(self) -> None:
-        """Brings the gauges up to date, and settles what the last decision left for later."""
+        """Brings the metrics up to date, and settles what the last decision left for later."""
         rows = self.reader.read()
         ledger = self.dispatcher.ledger
         client = self._client()
         if client is not None:
             ledger.unfinished(client.reqs_in_flight)
-        ledger.observe(rows, now_us())
+        loads = self.dispatcher.loads(rows, now_us())
         if self.first_rows is not None:
             self.first_rows.look(rows, ledger.unacked[0], time.monotonic())
         self.settle()
         self.dispatcher.fit_prefix_index(rows)
-        self.metrics.refresh(self.first, rows, ledger.unacked[1], ledger.inflight[1], self.decision)
+        self.metrics.refresh(self.first, loads, self.decision)
         self.metrics.board_state(self.board.recoveries, self.reader.torn)
         if self.guard.disabled:
             self.metrics.switched_itself_off("dispatch")

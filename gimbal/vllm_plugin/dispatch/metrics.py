@@ -3,20 +3,23 @@
 They live in the default registry of ``prometheus_client``, which vLLM serves; with several API
 servers the library keeps them in the folder vLLM sets up and adds them over processes. Every series
 that can be foreseen exists before its first event, so that ``increase()`` sees that event.
-Decisions are counted as they happen; gauges, and what engines count, are refreshed from the latest
-state by `refresh`.
+Decisions are counted as they happen, and what engines count twice a second. Gauges are set from the
+latest state at every scrape, or a few engines at a time where nobody tells of scrapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 from prometheus_client import Counter, Gauge, Histogram
 
 from gimbal.core.config import LEVELS
-from gimbal.core.contracts import FloatArray
+from gimbal.core.contracts import EngineLoads
 from gimbal.core.dispatch.dispatcher import Decision
+from gimbal.core.dispatch.server_load import first_token_us
 from gimbal.vllm_plugin.dispatch.row_metrics import RowMetrics
 from gimbal.vllm_plugin.metrics import MODEL, announce_build
 
@@ -46,8 +49,49 @@ _DECISION_BUCKETS = (5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-
 _AGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
+_GAUGES: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
+    (
+        "gimbal_level_state",
+        "1 on, 0 off, -1 switched itself off after repeated failures",
+        "min",
+        ("level",),
+    ),
+    (
+        "gimbal_dispatch_cost_seconds",
+        "Predicted cost of the latest decision, by engine and term",
+        "mostrecent",
+        ("engine", "term"),
+    ),
+    (
+        "gimbal_unacknowledged_tokens",
+        "Prompt tokens sent to the engine that it has not taken yet",
+        "livesum",
+        ("engine",),
+    ),
+    (
+        "gimbal_inflight_tokens",
+        "Prompt tokens of requests sent to the engine and not finished",
+        "livesum",
+        ("engine",),
+    ),
+    (
+        "gimbal_engine_predicted_time_to_first_token_seconds",
+        "What dispatch predicts for a prompt of typical length that is sent to the engine now",
+        "mostrecent",
+        ("engine",),
+    ),
+)
+"""Name, HELP, what the values of several API servers make together, and labels beside `MODEL`."""
+SHOWN_AT_ONCE = 32
+"""Engines whose gauges are set in one turn of the event loop."""
+
+
 class DispatchMetrics:
-    """Everything one front end reports. Made once per process: see `dispatch_metrics`."""
+    """Everything one front end reports. Made once per process: see `dispatch_metrics`.
+
+    Attributes:
+        at_scrape: somebody calls `show` before each scrape, so that `refresh` need not.
+    """
 
     def __init__(self) -> None:
         self._decisions = Counter(
@@ -72,29 +116,9 @@ class DispatchMetrics:
             "Times that a front end left something to a simpler rule, by level and reason",
             (MODEL, "level", "reason"),
         )
-        self._level = Gauge(
-            "gimbal_level_state",
-            "1 on, 0 off, -1 switched itself off after repeated failures",
-            (MODEL, "level"),
-            multiprocess_mode="min",
-        )
-        self._terms = Gauge(
-            "gimbal_dispatch_cost_seconds",
-            "Predicted cost of the latest decision, by engine and term",
-            (MODEL, "engine", "term"),
-            multiprocess_mode="mostrecent",
-        )
-        self._unacked = Gauge(
-            "gimbal_unacknowledged_tokens",
-            "Prompt tokens sent to the engine that it has not taken yet",
-            (MODEL, "engine"),
-            multiprocess_mode="livesum",
-        )
-        self._inflight = Gauge(
-            "gimbal_inflight_tokens",
-            "Prompt tokens of requests sent to the engine and not finished",
-            (MODEL, "engine"),
-            multiprocess_mode="livesum",
+        self._level, self._terms, self._unacked, self._inflight, self._predicted = (
+            Gauge(name, text, (MODEL, *labels), multiprocess_mode=mode)
+            for name, text, mode, labels in _GAUGES
         )
         self._recoveries = Counter(
             "gimbal_board_recoveries_total",
@@ -105,6 +129,7 @@ class DispatchMetrics:
             "gimbal_board_torn_reads_total", "Rows of the board that were copied again", (MODEL,)
         )
         self._rows = RowMetrics()
+        self.at_scrape = False
         self._model = ""
         self._engines = range(0)
         self._children: dict[tuple[int, str, str], Counter] = {}
@@ -118,6 +143,10 @@ class DispatchMetrics:
         announce_build()
         self._model, self._engines = model, engines
         self._children = {}
+        self.at_scrape, self._next_shown = False, 0
+        self._accounts = np.full((2, 0), np.nan)
+        for engine in engines:
+            self._predicted.labels(model, str(engine))
         for family in (self._recoveries, self._torn):
             family.labels(model)
         # Looked up once: every decision observes both.
@@ -167,29 +196,48 @@ class DispatchMetrics:
         """After repeated failures."""
         self._level.labels(self._model, level).set(-1)
 
-    def show_engines(self, first: int, rows: FloatArray) -> None:
-        """Shows what engines publish, from rank `first` on; `rows` [engines, ROW_WIDTH]."""
-        self._rows.refresh(first, rows)
+    def refresh(self, first: int, loads: EngineLoads, decision: Decision | None) -> None:
+        """Twice a second on the event loop: counts, and shows what no scrape asks for."""
+        self._rows.count(first, loads.board)
+        self._account(first, loads)
+        if not self.at_scrape:
+            start = self._next_shown if self._next_shown < len(loads.board) else 0
+            self._next_shown = start + SHOWN_AT_ONCE
+            self.show(first, loads, decision, slice(start, self._next_shown))
 
-    def refresh(
+    def count(self, first: int, loads: EngineLoads) -> None:
+        """What the engines from rank `first` on have counted, where nobody calls `refresh`."""
+        self._rows.count(first, loads.board)
+
+    def show(
         self,
         first: int,
-        rows: FloatArray,
-        unacked_tokens: FloatArray,
-        inflight_tokens: FloatArray,
+        loads: EngineLoads,
         decision: Decision | None,
+        part: slice = slice(None),
     ) -> None:
-        """Shows the engines from rank `first` on; `rows` [engines, ROW_WIDTH]."""
-        self.show_engines(first, rows)
-        for index in range(len(rows)):
-            label = self._model, str(first + index)
-            self._unacked.labels(*label).set(unacked_tokens[index])
-            self._inflight.labels(*label).set(inflight_tokens[index])
-        if decision is not None and decision.terms is not None:
-            for name, values in zip(decision.term_names, decision.terms.tolist(), strict=True):
-                for index, value in enumerate(values):
-                    label = self._model, str(first + index)
-                    self._terms.labels(*label, name).set(value / 1e6)
+        """Sets the gauges of `part` of the engines from rank `first` on, in any thread."""
+        self._rows.show(first, loads.board, part)
+        engines = range(first, first + len(loads.board))[part]
+        for engine, us in zip(engines, first_token_us(loads)[part].tolist(), strict=True):
+            self._predicted.labels(self._model, str(engine)).set(us / 1e6)
+        if decision is None or decision.terms is None:
+            return
+        for name, values in zip(decision.term_names, decision.terms.tolist(), strict=True):
+            for engine, us in enumerate(values[part], engines.start):
+                self._terms.labels(self._model, str(engine), name).set(us / 1e6)
+
+    def _account(self, first: int, loads: EngineLoads) -> None:
+        """Every API server has accounts of its own, and a scrape asks one of them only."""
+        accounts = np.stack([loads.unacked_tokens, loads.inflight_tokens])
+        before = self._accounts
+        if before.shape != accounts.shape:
+            before = np.full(accounts.shape, np.nan)
+        families = self._unacked, self._inflight
+        for which, index in np.argwhere(before != accounts).tolist():
+            child = families[which].labels(self._model, str(first + index))
+            child.set(accounts[which, index])
+        self._accounts = accounts
 
     def board_state(self, recoveries: int, torn: int) -> None:
         """Totals of the board since this process started."""

@@ -6,8 +6,9 @@ the sum over them, so only the first one adds to the counters.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 from prometheus_client import Counter, Gauge
 
 from gimbal.core.contracts import FloatArray
@@ -189,91 +190,107 @@ second one holds is taken from the first. All ranks plan alike, so the row that 
 proposals is the newest."""
 
 
-class _Shown(NamedTuple):
-    """A column and the child of a metric that shows it."""
-
-    field: Field
-    scale: float
-    child: Any
-
-
 class RowMetrics:
     """Gauges and counters from the rows of a front end's engines. Once per process."""
 
     def __init__(self) -> None:
         labels = (MODEL, "engine")
-        self._families = {
-            field: _family(f"gimbal_engine_{name}", text, labels)
+        made = [
+            (field, _family(f"gimbal_engine_{name}", text, labels))
             for field, (name, text) in ENGINE.items()
-        }
+        ]
+        self._gauges = _Columns([each for each in made if isinstance(each[1], Gauge)])
+        self._counters = _Columns([each for each in made if not isinstance(each[1], Gauge)])
         self._server = [
             (_family(f"gimbal_placement_{name}", text, (MODEL,)), fields)
             for name, text, fields in SERVER
         ]
-        self._model = ""
         self._counts = True
-        self._shown: dict[int, tuple[list[_Shown], list[_Shown]]] = {}
-        self._seen: dict[tuple[int, Field], float] = {}
-        self._epochs: dict[int, float] = {}
+        self._model = ""
+        self._forget()
+
+    def _forget(self) -> None:
+        """What has been counted: of every engine, by column; and of the server."""
+        self._seen = np.zeros((0, len(self._counters.fields)))
+        self._epochs = np.zeros(0)
+        self._seen_of_server: dict[Field, float] = {}
 
     def serve(self, model: str, engines: range, counts: bool) -> None:
         """Makes every series; `counts` is True in the first API server of a server."""
         self._model, self._counts = model, counts
-        self._seen.clear()  # another server of this process, with engines of its own
-        self._shown = {engine: self._series(engine) for engine in engines}
+        self._forget()  # another server of this process, with engines of its own
+        for columns in (self._gauges, self._counters):
+            columns.serve(model, engines)
         for family, _ in self._server:
             family.labels(model)
 
-    def refresh(self, first: int, rows: FloatArray) -> None:
-        """Shows `rows` [engines, ROW_WIDTH] of the engines from rank `first` on."""
-        for engine, row in enumerate(rows.tolist(), first):
-            shown = self._shown.get(engine)
-            if shown is None:  # an elastic server has grown
-                shown = self._shown[engine] = self._series(engine)
-            gauges, counters = shown
-            for field, scale, child in gauges:
-                child.set(row[field] * scale)
-            if self._counts and row[Field.SEQUENCE]:
-                self._new_process(engine, row[Field.EPOCH])
-                for field, scale, child in counters:
-                    self._count(child, engine, field, row[field], scale)
-        if len(rows):
-            self._refresh_server(rows[rows[:, Field.PLACEMENT_PROPOSALS].argmax()])
+    def count(self, first: int, rows: FloatArray) -> None:
+        """Adds what the engines from rank `first` on have counted since; `rows` as in `show`."""
+        if not self._counts or not len(rows):
+            return
+        missing = len(rows) - len(self._seen)
+        if missing > 0:  # an elastic server has grown
+            self._seen = np.pad(self._seen, ((0, missing), (0, 0)))
+            self._epochs = np.pad(self._epochs, (0, missing))
+        seen, epochs = self._seen[: len(rows)], self._epochs[: len(rows)]
+        known, epoch = rows[:, Field.SEQUENCE] > 0.0, rows[:, Field.EPOCH]
+        seen[known & (epochs != epoch)] = 0.0  # an engine that was started anew begins at 0 again
+        epochs[known] = epoch[known]
+        totals = rows[:, self._counters.fields]
+        more = np.where(known[:, None], totals - seen, 0.0) * self._counters.scales
+        for index, column in np.argwhere(more > 0.0).tolist():
+            self._counters.of(first + index)[column].inc(float(more[index, column]))
+        np.maximum(seen, totals, out=seen, where=known[:, None])
+        row = _newest(rows)
+        for family, (field, *_) in self._server:
+            added = float(row[field]) - self._seen_of_server.get(field, 0.0)
+            if not isinstance(family, Gauge) and added > 0.0:
+                self._seen_of_server[field] = float(row[field])
+                family.labels(self._model).inc(added * _scale(field))
 
-    def _refresh_server(self, row: FloatArray) -> None:
-        for family, fields in self._server:
-            child, field = family.labels(self._model), fields[0]
+    def show(self, first: int, rows: FloatArray, part: slice = slice(None)) -> None:
+        """Sets the gauges of the engines `part` of `rows` [engines, ROW_WIDTH], whose first has
+        rank `first`."""
+        values = (rows[part][:, self._gauges.fields] * self._gauges.scales).tolist()
+        for engine, shown in zip(range(first, first + len(rows))[part], values, strict=True):
+            for child, value in zip(self._gauges.of(engine), shown, strict=True):
+                child.set(value)
+        for family, (field, *loss) in self._server if len(rows) else ():
             if isinstance(family, Gauge):
-                loss = row[fields[1]] if len(fields) > 1 else 0.0
-                child.set((row[field] - loss) * _scale(field))
-            elif self._counts:
-                self._count(child, _SERVER, field, float(row[field]), _scale(field))
-
-    def _series(self, engine: int) -> tuple[list[_Shown], list[_Shown]]:
-        """Gauges and counters of one engine, at 0 where they are new."""
-        gauges: list[_Shown] = []
-        counters: list[_Shown] = []
-        for field, family in self._families.items():
-            child = family.labels(self._model, str(engine))
-            kind = gauges if isinstance(family, Gauge) else counters
-            kind.append(_Shown(field, _scale(field), child))
-        return gauges, counters
-
-    def _new_process(self, engine: int, epoch: float) -> None:
-        """The totals of an engine that was started anew begin at 0 again."""
-        if self._epochs.get(engine) != epoch:
-            self._epochs[engine] = epoch
-            self._seen = {key: seen for key, seen in self._seen.items() if key[0] != engine}
-
-    def _count(self, child: Any, engine: int, field: Field, total: float, scale: float) -> None:
-        seen = self._seen.get((engine, field), 0.0)
-        if total > seen:
-            child.inc((total - seen) * scale)
-            self._seen[engine, field] = total
+                row = _newest(rows)
+                lost = row[loss[0]] if loss else 0.0
+                family.labels(self._model).set((row[field] - lost) * _scale(field))
 
 
-_SERVER = -1
-"""Stands for an engine where a figure is the whole server's."""
+class _Columns:
+    """Columns of a row, and the children that show them, engine by engine."""
+
+    def __init__(self, families: list[tuple[Field, Any]]) -> None:
+        self.fields = [int(field) for field, _ in families]
+        self.scales = np.array([_scale(field) for field, _ in families])
+        self._families = [family for _, family in families]
+        self._model = ""
+        self._children: dict[int, list[Any]] = {}
+
+    def serve(self, model: str, engines: range) -> None:
+        """Makes the series of `engines`, at 0 where they are new."""
+        self._model, self._children = model, {}
+        for engine in engines:
+            self.of(engine)
+
+    def of(self, engine: int) -> list[Any]:
+        """One child per column."""
+        found = self._children.get(engine)
+        if found is None:
+            found = [family.labels(self._model, str(engine)) for family in self._families]
+            self._children[engine] = found
+        return found
+
+
+def _newest(rows: FloatArray) -> FloatArray:
+    """The row that knows of the most rearrangements."""
+    row: FloatArray = rows[rows[:, Field.PLACEMENT_PROPOSALS].argmax()]
+    return row
 
 
 def _family(name: str, text: str, labels: tuple[str, ...]) -> Any:

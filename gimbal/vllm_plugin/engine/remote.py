@@ -19,6 +19,7 @@ import zmq
 
 from gimbal.board.clock import now_us
 from gimbal.board.file import Board
+from gimbal.board.layout import MAX_ENGINES
 from gimbal.board.slots import SlotWriter
 from gimbal.board.wire import RefusedRow, bracketed, made_socket, parse_row, peer, row_head
 from gimbal.core.contracts import FloatArray
@@ -31,6 +32,8 @@ logger = logging.getLogger("vllm.gimbal")
 _POLL_MS = 200
 _PAUSE_S = 0.02
 """After a failure: a board that cannot be made is not tried at the rate of rows."""
+_AT_ONCE = 4 * MAX_ENGINES
+"""Messages that are looked at before any is written."""
 CLOSE_S = 2.0
 FIRST_ROW_S = 5.0
 
@@ -148,8 +151,7 @@ class RowReceiver:
             try:
                 self._control.look()
                 if self._socket.poll(_POLL_MS):
-                    frame = self._socket.recv(copy=False)
-                    self._take(frame.bytes, peer(frame))
+                    self._take_all()
             except zmq.ContextTerminated:  # the process ends, and waits for this socket
                 break
             except Exception as error:
@@ -167,16 +169,45 @@ class RowReceiver:
         self._board.look()
         self._stop.wait(_PAUSE_S)
 
-    def _take(self, message: bytes, host: str = "unknown address") -> None:
+    def _take_all(self) -> None:
+        """Checks what has come and writes the newest row of each engine.
+
+        Where rows come faster than they can be written, those between are left out.
+        """
+        newest: dict[int, tuple[FloatArray, Any]] = {}
+        for _ in range(_AT_ONCE):
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            taken = self._take(frame)
+            if taken is not None:
+                newest[taken[0]] = taken[1], frame
+        for engine, (row, frame) in newest.items():
+            self._write(engine, row, frame)
+
+    def _take(self, frame: Any) -> tuple[int, FloatArray] | None:
+        """The engine and its row; None for what is no row."""
+        message = frame.bytes
         try:
-            if message.startswith(HELD_MAGIC):
-                self._take_held(message, host)
-                return
-            engine, row = parse_row(message)
+            if not message.startswith(HELD_MAGIC):
+                return parse_row(message)
+            self._take_held(message, frame)
         except RefusedRow as refusal:
-            self._refuse(refusal.engine, refusal.kind, f"{host}: {refusal}")
-            return
-        if self._is_local(engine, host):
+            self._refuse(refusal.engine, refusal.kind, f"{peer(frame)}: {refusal}")
+        return None
+
+    def _take_held(self, message: bytes, frame: Any) -> None:
+        """An engine says which control message it holds."""
+        try:
+            engine, version = parse_held(message)
+        except ValueError as error:
+            raise RefusedRow(-1, "control", str(error)) from None
+        if not self._is_local(engine, frame):
+            self._control.heard(engine, version)
+
+    def _write(self, engine: int, row: FloatArray, frame: Any) -> None:
+        if self._is_local(engine, frame):
             return
         row[Field.TIMESTAMP_US] = now_us()
         writer = self._writers.get(engine)
@@ -186,21 +217,13 @@ class RowReceiver:
         self.received += 1
         if engine not in self._heard:
             self._heard.add(engine)
-            logger.info("Gimbal: engine %d publishes from %s", engine, host)
+            logger.info("Gimbal: engine %d publishes from %s", engine, peer(frame))
 
-    def _take_held(self, message: bytes, host: str) -> None:
-        """An engine says which control message it holds."""
-        try:
-            engine, version = parse_held(message)
-        except ValueError as error:
-            raise RefusedRow(-1, "control", str(error)) from None
-        if not self._is_local(engine, host):
-            self._control.heard(engine, version)
-
-    def _is_local(self, engine: int, host: str) -> bool:
+    def _is_local(self, engine: int, frame: Any) -> bool:
         local = self._board.written_by_another(engine)
         if local:
-            self._refuse(engine, "local", f"{host}: engine {engine} is on this host as well")
+            said = f"{peer(frame)}: engine {engine} is on this host as well"
+            self._refuse(engine, "local", said)
         return local
 
     def _refuse(self, engine: int, kind: str, said: str) -> None:

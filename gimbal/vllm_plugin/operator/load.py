@@ -26,7 +26,7 @@ async def load_route(request: Request) -> JSONResponse:
     if operator is None:
         return JSONResponse({"error": "Gimbal is off in this server"}, 503)
     try:
-        load = server_load(_loads(operator))
+        load = server_load(loads_of(operator))
     except (OSError, ValueError):
         load = None
     if load is None:
@@ -34,7 +34,7 @@ async def load_route(request: Request) -> JSONResponse:
     return JSONResponse({"load": load})
 
 
-def _loads(operator: Operator) -> EngineLoads:
+def loads_of(operator: Operator) -> EngineLoads:
     """What the server's front end knows; where none dispatches, what its engines publish."""
     board = operator.reader.read()
     if operator.front_end is not None:

@@ -38,7 +38,7 @@ from gimbal.vllm_plugin.dispatch.engine_header import EngineHeader
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of
 from gimbal.vllm_plugin.engine.identity import close_at_exit, server_board_path
 from gimbal.vllm_plugin.engine.remote import spans_hosts
-from gimbal.vllm_plugin.operator.engine_metrics import ReadAtScrape, metrics_without_front_end
+from gimbal.vllm_plugin.operator.engine_metrics import ReadAtScrape, metrics_at_scrape
 from gimbal.vllm_plugin.operator.front_ends import Shared
 from gimbal.vllm_plugin.operator.load import load_route
 from gimbal.vllm_plugin.operator.messages import RefusedError, read_message
@@ -87,7 +87,7 @@ class GimbalEndpoints:
             has_key = state.gimbal_authentication is not None
             state.gimbal_operator = Operator(engine_client, config, has_key)
             state.gimbal_operator.watcher.start()
-        state.gimbal_engine_metrics = metrics_without_front_end(state.gimbal_operator)
+        state.gimbal_engine_metrics = metrics_at_scrape(state.gimbal_operator)
 
 
 def _authentication(args: Namespace) -> Any:

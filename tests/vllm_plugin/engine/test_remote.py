@@ -87,11 +87,42 @@ def test_foreign_messages_and_local_slots_are_refused(board: Board) -> None:
     local.stdout.readline()
     head = HEAD.pack(b"GBR1", 1, ROW_WIDTH)
     for message in (b"", b"x" * 8, head, head + bytes(8 * ROW_WIDTH), b"GBR0" + head[4:]):
-        receiver._take(message)
+        take(receiver, message)
     assert (receiver.received, receiver.refused) == (0, 5)
     assert BoardReader(board, 2).read()[1, 0] == 4.0
     local.communicate("")
     receiver.close()
+
+
+def test_of_rows_that_have_piled_up_the_newest_of_each_engine_is_written(board: Board) -> None:
+    receiver = remote.RowReceiver(board, "tcp://127.0.0.1:0")
+    receiver.close()
+    receiver._board = board.for_another_thread()
+    waiting = [frame(message(e, SEQUENCE=n), "10.0.0.7") for n in range(1, 51) for e in (1, 2)]
+    waiting += [frame(message(1, STEP_TIME_US=-1.0), "10.0.0.7"), frame(b"", "10.0.0.8")]
+
+    def recv(*_: Any, **__: Any) -> Any:
+        if not waiting:
+            raise zmq.Again
+        return waiting.pop(0)
+
+    receiver._socket = SimpleNamespace(recv=recv)
+    receiver._take_all()
+    assert BoardReader(board, 3).read()[:, Field.SEQUENCE].tolist() == [0, 50, 50]
+    assert (receiver.received, receiver.refused) == (2, 2)
+    receiver._board.close()
+
+
+def frame(message: bytes, peer: str) -> Any:
+    """A message as ZeroMQ hands it over."""
+    return SimpleNamespace(bytes=message, get=lambda name: peer)
+
+
+def take(receiver: remote.RowReceiver, message: bytes, peer: str = "10.0.0.9") -> None:
+    """One message, as the receiver's thread takes it."""
+    checked = receiver._checked(frame(message, peer))
+    if checked is not None:
+        receiver._write(*checked, frame(message, peer))
 
 
 def message(engine: int = 1, **fields: float) -> bytes:
@@ -164,7 +195,7 @@ def test_another_version_says_so_once_and_on_one_line(
 ) -> None:
     head = HEAD.pack(b"GBR1", 3, ROW_WIDTH + 4)
     for _ in range(10):
-        receiver._take(head + bytes(8 * (ROW_WIDTH + 4)), "10.0.0.7")
+        take(receiver, head + bytes(8 * (ROW_WIDTH + 4)), "10.0.0.7")
     assert receiver.refused == 10
     (line,) = [record.message for record in caplog.records if "refused" in record.message]
     assert f"10.0.0.7: engine 3 sends {ROW_WIDTH + 4} numbers a row" in line
@@ -268,7 +299,7 @@ def test_closing_is_bounded(board: Board, monkeypatch: Any) -> None:
         stuck.set()
         go.wait(60)
 
-    monkeypatch.setattr(receiver, "_take", hang)
+    monkeypatch.setattr(receiver, "_take_all", hang)
     monkeypatch.setattr(remote, "CLOSE_S", 0.05)
     socket = zmq.Context.instance().socket(zmq.PUB)
     socket.setsockopt(zmq.LINGER, 0)

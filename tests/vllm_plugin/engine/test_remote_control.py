@@ -108,7 +108,7 @@ def test_engines_of_this_host_hold_every_message(
     slot = BoardSlot(Board(board.path), 0)
     try:
         assert board.held(0, 2) == [EVERY_CONTROL, 0]
-        receiver._take(rc._HELD.pack(rc.HELD_MAGIC, 0, 0))
+        receiver._take(zmq.Frame(rc._HELD.pack(rc.HELD_MAGIC, 0, 0)))
         assert receiver.refused == 1, "it is on this host"
         assert board.held(0, 2) == [EVERY_CONTROL, 0]
     finally:

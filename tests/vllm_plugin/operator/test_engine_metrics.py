@@ -82,6 +82,20 @@ def test_engines_and_levels_are_read_at_every_scrape(external: Any) -> None:
     assert [entry["engine"] for entry in engines] == [3]
 
 
+def test_a_scorer_finds_the_predicted_time_to_the_first_token(external: Any) -> None:
+    client, publish = external
+    name = "gimbal_engine_predicted_time_to_first_token_seconds 3"
+    assert ours(client.get("/metrics").text)[name] == 0, "there before the engine has published"
+    steps = {"STEP_BASE_US": 1000.0, "PREFILL_US_PER_TOKEN": 10.0, "STEP_TOKEN_BUDGET": 512.0}
+    for waiting, seconds in ((0.0, 0.00612), (1024.0, 0.01836)):  # of 512 tokens, in 1 and 3 steps
+        publish(**steps, WAITING_PREFILL_TOKENS=waiting)
+        assert ours(client.get("/metrics").text)[name] == pytest.approx(seconds)
+    # As it is asked for behind a proxy that puts something in front.
+    publish(**steps, WAITING_PREFILL_TOKENS=512.0)
+    client.app.root_path = "/before"
+    assert ours(client.get("/before/metrics").text)[name] == pytest.approx(0.01224)
+
+
 def test_a_board_that_cannot_be_read_costs_no_scrape(external: Any, monkeypatch: Any) -> None:
     client, publish = external
     publish(WAITING_REQUESTS=5.0)

@@ -138,6 +138,13 @@ class GimbalPolicy:
         )
         return out
 
+    def first_token_us(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
+        """[engines] microseconds to the first token: what `priced` predicts, without what the
+        choice delays and what follows the first token. In tokens before steps are measured."""
+        terms = self.priced(request, loads)
+        us: FloatArray = terms[_QUEUE] + terms[_PREFILL] + terms[_ADMISSION]
+        return us
+
     def session_bound_us(self, request: DispatchRequest, loads: EngineLoads, engine: int) -> float:
         """What prefilling the rest of the prompt costs: the most a longer hit there can save.
 
