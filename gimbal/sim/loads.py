@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import replace
 
 from gimbal.sim.requests import SimRequest
@@ -14,17 +13,17 @@ class Loads:
     Attributes:
         awaiting: requests in the waiting queue that will load.
         awaited_tokens: what they will load.
-        held: by request index, those with KV blocks, their KV on its way or there.
+        held: by request index, those with KV blocks, their KV on its way or there; in the order in
+            which they got them.
         held_tokens: tokens of their prompts.
         begun: of them those of which nobody has begun to send the KV.
-        there: those whose KV is there, in order of coming.
+        there: how many of them have their KV.
     """
 
     def __init__(self) -> None:
-        self.awaiting = self.awaited_tokens = self.held_tokens = 0
+        self.awaiting = self.awaited_tokens = self.held_tokens = self.there = 0
         self.held: dict[int, SimRequest] = {}
         self.begun: list[SimRequest] = []
-        self.there: deque[SimRequest] = deque()
 
     def wait(self, request: SimRequest) -> int:
         """`request` is queued; returns the tokens of it that are to be computed: none."""
@@ -47,11 +46,12 @@ class Loads:
         assert request.entry is not None
         request.loads, request.computed = False, request.target - 1
         request.entry.request = replace(request.entry.request, uncached_tokens=request.target)
-        self.there.append(request)
+        self.there += 1
 
     def take(self) -> SimRequest:
-        """The next one that starts."""
-        request = self.there.popleft()
+        """The first one that has its KV."""
+        request = next(held for held in self.held.values() if not held.loads)
+        self.there -= 1
         del self.held[request.index]
         self.held_tokens -= request.target
         return request

@@ -4,7 +4,8 @@ A prefill engine answers with one token and keeps the KV blocks of the prompt un
 has read them. The decode engine allocates blocks for the whole prompt, for which it needs neither a
 seat nor tokens of a step, and loads what its own prefix cache does not hold between steps. It then
 computes the last token of the prompt anew, which gives the first token that a client sees. Prompts
-that have come go before those that wait. One that is preempted later is computed anew, all of it.
+that have come go before those that wait, in the order in which they got their blocks. One that is
+preempted later is computed anew, all of it.
 
 Source: vLLM 0.32, `v1/core/sched/scheduler.py` and `kv_connector/v1/nixl/pull_scheduler.py`.
 """
