@@ -191,16 +191,22 @@ def model_cluster(model: str, gpu: str, dp: int, **settings: Any) -> Cluster:
 
 
 def described(cluster: Cluster, profile: Profile) -> Iterator[str]:
-    """What a derived cluster is and what its figures rest on, a line each; none for a measured
-    one."""
+    """What a derived cluster is and what its figures rest on, a line each; of a measured one no
+    more than that prefill is apart."""
     if cluster.prefill is not None:
-        yield from described(cluster.prefill, profile_of(cluster.prefill))
         yield (
             f"{cluster.name}: {cluster.prefill.dp} prefill and {cluster.dp} decode engines; a "
             "client's first token comes from the decode engine, which computes a prompt's last anew"
         )
     if not profile.estimated:
         return
+    if cluster.prefill is not None:
+        yield from _sizes(cluster.prefill, profile_of(cluster.prefill))
+    yield from _sizes(cluster, profile)
+    yield from profile.notes
+
+
+def _sizes(cluster: Cluster, profile: Profile) -> Iterator[str]:
     blocks = profile.kv_tokens // cluster.block_size
     nodes = -(-cluster.ranks // cluster.ranks_per_node)
     yield (
@@ -213,7 +219,6 @@ def described(cluster: Cluster, profile: Profile) -> Iterator[str]:
         f"KV cache of an engine: {profile.kv_tokens:,} tokens, {blocks:,} blocks of "
         f"{cluster.block_size}; {profile.model.kv_bytes_per_token:,} bytes per token of all layers"
     )
-    yield from profile.notes
 
 
 def profile_of(cluster: Cluster) -> Profile:

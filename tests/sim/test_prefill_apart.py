@@ -14,7 +14,7 @@ from gimbal.core.queue import ORDERINGS
 from gimbal.core.snapshot import Field
 from gimbal.report.arms import get_arm
 from gimbal.sim.cells import Cell, run_cell
-from gimbal.sim.cluster import KvTransfer, load_cluster, profile_of
+from gimbal.sim.cluster import KvTransfer, described, load_cluster, profile_of
 from gimbal.sim.policies import policies_of
 from gimbal.sim.requests import SimRequest
 from gimbal.sim.roles import DecodeEngine, PrefillEngine
@@ -289,3 +289,7 @@ def test_prefill_engines_are_as_the_others_but_for_what_they_say(tmp_path: Path)
     cluster, _ = load_cluster(file)
     assert (cluster.prefill.dp, cluster.prefill.tp, cluster.prefill.max_num_seqs) == (1, 2, 64)
     assert (cluster.name, cluster.prefill.name) == ("c", "c (prefill)")
+    lines = list(described(*load_cluster(file)))
+    assert "1 prefill and 4 decode engines" in lines[0]
+    assert len(lines) == len(set(lines))
+    assert sum(line.startswith("KV cache of an engine") for line in lines) == 2
