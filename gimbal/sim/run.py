@@ -81,7 +81,7 @@ class Simulation:
 
     Attributes:
         answering: the engines that answer clients: all, or those that decode.
-        prefilling: engines that prefill only; None where there are none.
+        prefill: engines that prefill only; None where there are none.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Simulation:
         self._answers = self._pending  # by index, as the engines that answer clients have them
         self._handovers: list[tuple[float, int]] = []  # heap: when a decode server gets it, index
         self._kv_come_us = np.full(len(self._pending), np.nan)
-        self.prefilling: EngineGroup | None = None
+        self.prefill: EngineGroup | None = None
         self.answering = group(
             cluster, profile, Engine if cluster.prefill is None else DecodeEngine
         )
@@ -125,8 +125,8 @@ class Simulation:
             for request in self._pending:
                 request.output_tokens, request.answered_blocks = 1, ()
             apart = with_flags(cluster.prefill, arm)
-            self.prefilling = group(apart, profile_of(apart), PrefillEngine)
-            self.groups.insert(0, self.prefilling)
+            self.prefill = group(apart, profile_of(apart), PrefillEngine)
+            self.groups.insert(0, self.prefill)
             engines = [len(each.engines) for each in self.groups]
             self._links = KvLinks(cluster, profile, *engines)
 
@@ -158,6 +158,7 @@ class Simulation:
             if not group.stepping and group.has_work:
                 self._begin_step(group, now_us)
         while (coming_us := self._coming_us()) <= min(group.ends_us for group in self.groups):
+            assert coming_us < np.inf, "requests are left that nobody works on"
             self._dispatch(coming_us)
             for group in self.groups:
                 if not group.stepping and group.late:  # it was idle
@@ -171,8 +172,8 @@ class Simulation:
 
     def _begin_step(self, group: EngineGroup, now_us: float) -> None:
         group.begin_step(now_us)
-        if group is self.answering and self.prefilling is not None:
-            self._begin_loads(self.prefilling, now_us)
+        if group is self.answering and self.prefill is not None:
+            self._begin_loads(self.prefill, now_us)
 
     def _begin_loads(self, prefilling: EngineGroup, now_us: float) -> None:
         """Decode engines ask for the KV of the prompts that have got blocks for it."""
@@ -206,7 +207,7 @@ class Simulation:
             self.answering.dispatch(request)
 
     def _finished(self, group: EngineGroup, request: SimRequest, now_us: float) -> None:
-        if group is self.prefilling:
+        if group is self.prefill:
             # The proxy has the answer, and its next request the way to the other front end.
             arrival_us = now_us + self.profile.api_token_us + self.profile.api_us
             heapq.heappush(self._handovers, (arrival_us, request.index))
@@ -221,7 +222,7 @@ class Simulation:
             group.experts.close_comparison()
         seen = [request for request in self._pending[: self._next] if request.engine >= 0]
         steps, experts = self.answering, [group.experts for group in self.groups]
-        apart = self.prefilling is not None
+        apart = self.prefill is not None
         return SimResult(
             [self._record(request) for request in seen],
             len(steps.step_us),
