@@ -75,7 +75,7 @@ def serve(cluster: Cluster, profile: Profile, policy: str, trace: Trace) -> Outc
         float(np.quantile(ttft, 0.99)),
         fmean(tpot),
         result.duration_s,
-        sum(engine.served_prefill_tokens for engine in simulation.engines),
+        sum(engine.served_prefill_tokens for engine in simulation.answering.engines),
     )
 
 

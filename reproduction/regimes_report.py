@@ -7,7 +7,7 @@ from typing import Any
 
 from gimbal.report.compare import LEAST_TURNS, RATES, compare
 from gimbal.report.metrics import Slo
-from gimbal.report.simulated import report_of
+from gimbal.report.simulated import HANDOVER, report_of
 from gimbal.report.table import backlog_text, unsteady
 from reproduction.paper import LOSS
 from reproduction.paper_markdown import table, wrapped
@@ -21,6 +21,12 @@ METRICS = {
     "e2e_ms.mean": "mean E2E",
     "throughput_rps": "requests/s",
 }
+HANDOVER_METRICS = {
+    "prefill_ms.mean": "mean time to prefill's answer (ms)",
+    "kv_wait_ms.mean": "from there to KV, mean (ms)",
+    "kv_wait_ms.p99": "from there to KV, P99 (ms)",
+}
+"""Where prefill and decode are apart."""
 PREEMPTIONS = "preemptions"
 LEAST_HEADROOM = 0.02
 """By how much the ideal must be better than vLLM for a share of it to mean something."""
@@ -43,6 +49,9 @@ def group_report(group: Group, plan: Plan) -> dict[str, Any]:
         for name, arm in report["arms"].items()
     }
     best = {metric: _best(values, metric) for metric in (*METRICS, PREEMPTIONS)}
+    for name, arm in report["arms"].items():
+        if set(HANDOVER) <= set(arm):
+            values[name] |= {metric: _value(arm, metric) for metric in HANDOVER_METRICS}
     own = {
         "regime": group.regime.name,
         "load": group.load,
@@ -242,6 +251,9 @@ def _group(own: Mapping[str, Any]) -> list[str]:
     head = ("", BASE, *to_vllm, f"{OURS} / best peer", f"{OURS}: won of what can be")
     body = [_metric_row(own, metric) for metric in METRICS]
     arms = [own["arms"][name] for name in (BASE, *own["to_vllm"])]
+    for metric, title in HANDOVER_METRICS.items():
+        if all(metric in arm["values"] for arm in arms):
+            body.append([title, *(_number(arm["values"][metric]) for arm in arms), "", ""])
     counts = [f"{arm['values'][PREEMPTIONS]:,.0f}" for arm in arms]
     body.append([PREEMPTIONS, *counts, f"({own['best_peer'][PREEMPTIONS]})", ""])
     body.append(["backlog", *(arm["backlog"] for arm in arms), "", ""])

@@ -10,6 +10,9 @@ from gimbal.report.compare import compare, nested
 from gimbal.report.metrics import Slo, balance, summarize
 from gimbal.report.window import Window, backlog_of
 
+HANDOVER = ("prefill_ms", "kv_wait_ms")
+"""Of clusters with prefill apart: the phases before a decode engine has a request's KV."""
+
 
 class Run(Protocol):
     """What a report needs of one simulated run; see `gimbal.sim.cells.CellResult`."""
@@ -30,6 +33,10 @@ class Run(Protocol):
     def preemptions(self) -> int: ...
     @property
     def balance(self) -> float: ...
+    @property
+    def prefill_ms(self) -> Mapping[str, float | None] | None: ...
+    @property
+    def kv_wait_ms(self) -> Mapping[str, float | None] | None: ...
 
 
 def report_of(
@@ -65,10 +72,14 @@ def report_of(
 def _summary(runs: Sequence[Run], slo: Slo, window: Window | None) -> dict[str, Any]:
     itl = [run.itl_ms for run in runs]
     records = [list(run.records) for run in runs]
+    handover = {
+        name: _mean_statistics([own for run in runs if (own := getattr(run, name)) is not None])
+        for name in HANDOVER
+    }
     return summarize(records, slo, window) | {
         "backlog": None if window is None else backlog_of(records, window).to_json(),
-        # Pooled over repeats of about equal size: the mean of the repeats' statistics.
-        "itl_ms": {k: _mean([i[k] for i in itl]) for k in itl[0]},
+        "itl_ms": _mean_statistics(itl),
+        **{name: values for name, values in handover.items() if values},
         "repeats": len(runs),
         "balance": balance(_sum([run.tokens_by_engine for run in runs])),
         "requests_by_engine": balance(_sum([run.requests_by_engine for run in runs])),
@@ -78,6 +89,11 @@ def _summary(runs: Sequence[Run], slo: Slo, window: Window | None) -> dict[str, 
         "preemptions": sum(run.preemptions for run in runs),
         "steps": sum(run.steps for run in runs),
     }
+
+
+def _mean_statistics(repeats: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Of values pooled over repeats of about equal size: the mean of the repeats' statistics."""
+    return {k: _mean([own[k] for own in repeats]) for k in repeats[0]} if repeats else {}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

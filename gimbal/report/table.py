@@ -14,6 +14,8 @@ from gimbal.report.window import Window, window_of
 
 LATENCIES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2e_ms": "E2E"}
 STATISTICS = {"mean": "mean", "p50": "P50", "p90": "P90", "p99": "P99"}
+HANDOVER = {"prefill_ms": "to prefill's answer", "kv_wait_ms": "from there to KV"}
+"""With prefill apart; the rest of TTFT is the decode engine's."""
 RATES = {
     "throughput_rps": "requests/s",
     "output_tokens_per_s": "output tokens/s",
@@ -43,6 +45,11 @@ def _arms_table(arms: dict[str, Any]) -> Table:
         for key, statistic in STATISTICS.items():
             values = [_number(arm[metric][key]) for arm in arms.values()]
             table.add_row(f"{title} {statistic}", *values, end_section=key == "p99")
+    for metric, title in HANDOVER.items():
+        if all(metric in arm for arm in arms.values()):
+            for key, statistic in STATISTICS.items():
+                values = [_number(arm[metric][key]) for arm in arms.values()]
+                table.add_row(f"{title} {statistic}", *values, end_section=key == "p99")
     for metric, title in RATES.items():
         table.add_row(title, *(_number(arm[metric]) for arm in arms.values()))
     for key in COUNTS:

@@ -43,6 +43,9 @@ FEWEST_STAYS = 4.0
 """The same of any: in fewer, a rate that swings looks like a backlog that grows."""
 BURST_REQUESTS = 400
 BURST_DONE = 0.8
+APART = 0.6
+"""Of that rate with prefill apart. A burst keeps all prefill engines full, which arrivals do not,
+and no decodes slow it down; a search that begins above the capacity takes long."""
 PRECISION = 1.05
 """Rates this close are not told apart."""
 MOST_PROBES = 16
@@ -125,7 +128,8 @@ def crude_rate(bed: Bed, traffic: Traffic) -> float:
     run = bed.simulate(dataclasses.replace(trace, requests=rows)).run()
     ends = sorted(r.last_token_s or 0.0 for r in run.records)
     count = max(1, int(BURST_DONE * len(ends)))
-    return count / ends[count - 1]
+    rate = count / ends[count - 1]
+    return rate if bed.cluster.prefill is None else APART * rate
 
 
 def known_capacity(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import connection
@@ -16,6 +16,7 @@ import numpy as np
 from gimbal.core.contracts import FloatArray
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.report.arms import Arm
+from gimbal.report.metrics import statistics
 from gimbal.report.window import Window
 from gimbal.sim.cluster import Cluster, load_cluster
 from gimbal.sim.routing import named_population
@@ -47,8 +48,10 @@ class CellResult:
 
     Attributes:
         itl_ms: mean, P50, P90, P99 over all token gaps, from step times and decode counts.
-        requests_by_engine, tokens_by_engine: by DP rank.
+        requests_by_engine, tokens_by_engine: by DP rank of the engines that answer.
         steps, preemptions: of the measured part.
+        prefill_ms, kv_wait_ms: with prefill apart, statistics of the measured requests: see
+            `SimResult`.
     """
 
     arm: str
@@ -63,6 +66,8 @@ class CellResult:
     duration_s: float
     preemptions: int
     balance: float
+    prefill_ms: dict[str, float | None] | None = None
+    kv_wait_ms: dict[str, float | None] | None = None
 
 
 def simulated(cell: Cell) -> SimResult:
@@ -98,7 +103,8 @@ def cell_result(
     ends = np.searchsorted(result.step_end_s, (measured.begin_s, measured.end_s))
     steps = slice(*ends.tolist())
     requests, tokens = np.zeros(engines), np.zeros(engines)
-    for record in measured.arrived(records):
+    arrived = measured.arrived(records)
+    for record in arrived:
         assert record.engine is not None
         requests[record.engine] += 1
         tokens[record.engine] += record.prompt_tokens + record.output_tokens
@@ -115,7 +121,20 @@ def cell_result(
         result.duration_s,
         int(result.step_preemptions[steps].sum()),
         result.balance,
+        *_handover_ms(result, {record.index for record in arrived}),
     )
+
+
+def _handover_ms(result: SimResult, measured: Collection[int]) -> list[dict[str, float | None]]:
+    """Statistics of the two phases before a decode engine has a request; none without them.
+
+    Args:
+        measured: indices of the requests that count.
+    """
+    if not len(result.prefill_s):
+        return []
+    kept = [record.index in measured for record in result.records]
+    return [statistics(1e3 * phase[kept]) for phase in (result.prefill_s, result.kv_wait_s)]
 
 
 def gaps_ms(step_us: FloatArray, decodes: FloatArray) -> dict[str, float | None]:

@@ -32,9 +32,30 @@ LARGE_GB, SMALL_GB = 172, 75
 Slots = Annotated[WholeNumber, Field(ge=0, le=MOST_EXPERTS)]
 
 
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class KvTransfer:
+    """How the KV cache of a prompt gets from a prefill engine to a decode engine.
+
+    Attributes:
+        gb_per_s: of an engine's network, each way; 0 takes the profile's network cards, one per
+            GPU.
+        latency_us: of each transfer beside its bytes.
+    """
+
+    gb_per_s: NotNegative = 0.0
+    latency_us: NotNegative = 0.0
+
+    __pydantic_config__ = _STRICT
+
+
 @dataclass(frozen=True, slots=True)
 class Cluster:
     """Engine settings of one simulated deployment; names follow vLLM's flags.
+
+    With `prefill` it has prefill and decode apart: it then is the engines that decode.
 
     Attributes:
         dp, tp: layout; EP ranks = dp * tp.
@@ -56,6 +77,9 @@ class Cluster:
         eplb_step_interval: steps, as in vLLM's --eplb-config; the window is the whole interval.
         eplb_async: experts move layer by layer beside the steps instead of stalling one.
         routing: name of the routing population (see `gimbal.sim.routing.named_population`).
+        prefill: the engines that prefill, in lock step of their own; in a file what it does not say
+            is as with the engines that decode.
+        kv_transfer: from those to these.
     """
 
     name: str
@@ -81,8 +105,10 @@ class Cluster:
     eplb_step_interval: PositiveCount = 3000
     eplb_async: bool = True
     routing: str = "domains"
+    prefill: Cluster | None = None
+    kv_transfer: KvTransfer | None = None
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = _STRICT
 
     @property
     def ranks(self) -> int:
@@ -101,22 +127,44 @@ def cluster_names() -> list[str]:
 def load_cluster(wanted: str | Path | Cluster) -> tuple[Cluster, Profile]:
     """A packaged cluster by name, a YAML file or a cluster, with its profile; raises InputError."""
     if isinstance(wanted, Cluster):
-        return wanted, _profile(wanted)
+        return wanted, _profiles(wanted)
     values: Any = read_named_yaml("cluster", *_PACKAGED, wanted)
     if not isinstance(values, dict):
         raise InputError(f"cluster {wanted}: expected a mapping")
     values.setdefault("name", Path(wanted).stem)
+    if isinstance(prefill := values.get("prefill"), dict):
+        apart = ("prefill", "kv_transfer")
+        if any(key in prefill for key in apart):
+            raise InputError(f"cluster {wanted}: prefill: expected settings of engines alone")
+        shared = {k: v for k, v in values.items() if k not in apart}
+        values["prefill"] = shared | {"name": f"{values['name']} (prefill)"} | prefill
     try:
         cluster = _ADAPTER.validate_python(values)
     except ValidationError as error:
         found = complaint(error)
-        known = [f.name for f in dataclasses.fields(Cluster)]
-        hint = nearest(found.key, known) if found.unknown else ""
+        known = [f.name for kind in (Cluster, KvTransfer) for f in dataclasses.fields(kind)]
+        hint = nearest(found.path[-1], known) if found.unknown else ""
         raise InputError(f"cluster {wanted}: {found.key}: {found.text}{hint}") from None
     try:
-        return cluster, _profile(cluster)
+        return cluster, _profiles(cluster)
     except InputError as error:
         raise InputError(f"cluster {wanted}: {error}") from None
+
+
+def _profiles(cluster: Cluster) -> Profile:
+    """The cluster's profile, once that of its prefill engines is found to go with it."""
+    profile = profile_of(cluster)
+    if cluster.prefill is None:
+        if cluster.kv_transfer is not None:
+            raise InputError("kv_transfer: goes with prefill")
+        return profile
+    try:
+        other = profile_of(cluster.prefill)
+    except InputError as error:
+        raise InputError(f"prefill: {error}") from None
+    if other.model != profile.model:
+        raise InputError("prefill: expected the model of the engines that decode")
+    return profile
 
 
 def model_cluster(model: str, gpu: str, dp: int, **settings: Any) -> Cluster:
@@ -143,10 +191,22 @@ def model_cluster(model: str, gpu: str, dp: int, **settings: Any) -> Cluster:
 
 
 def described(cluster: Cluster, profile: Profile) -> Iterator[str]:
-    """What a derived cluster is and what its figures rest on, a line each; none for a measured
-    one."""
+    """What a derived cluster is and what its figures rest on, a line each; of a measured one no
+    more than that prefill is apart."""
+    if cluster.prefill is not None:
+        yield (
+            f"{cluster.name}: {cluster.prefill.dp} prefill and {cluster.dp} decode engines; a "
+            "client's first token comes from the decode engine, which computes a prompt's last anew"
+        )
     if not profile.estimated:
         return
+    if cluster.prefill is not None:
+        yield from _sizes(cluster.prefill, profile_of(cluster.prefill))
+    yield from _sizes(cluster, profile)
+    yield from profile.notes
+
+
+def _sizes(cluster: Cluster, profile: Profile) -> Iterator[str]:
     blocks = profile.kv_tokens // cluster.block_size
     nodes = -(-cluster.ranks // cluster.ranks_per_node)
     yield (
@@ -159,10 +219,9 @@ def described(cluster: Cluster, profile: Profile) -> Iterator[str]:
         f"KV cache of an engine: {profile.kv_tokens:,} tokens, {blocks:,} blocks of "
         f"{cluster.block_size}; {profile.model.kv_bytes_per_token:,} bytes per token of all layers"
     )
-    yield from profile.notes
 
 
-def _profile(cluster: Cluster) -> Profile:
+def profile_of(cluster: Cluster) -> Profile:
     """The cluster's profile; raises InputError where its experts do not fit on the ranks."""
     if bool(cluster.profile) == bool(cluster.model) or bool(cluster.model) != bool(cluster.gpu):
         raise InputError("expected a profile, or a model and a gpu")

@@ -3,7 +3,8 @@
 Running requests first (every decode one token, then prefills in order of admission), then the
 waiting queue while token budget, seats and KV blocks last; chunked prefill; paged KV with
 preemption of the latest admitted request and recompute; prefix cache (`sim.prefix_cache`). Where
-level `queue` is on, `core.queue.step` decides about each step's prefill, as on a server.
+level `queue` is on, `core.queue.step` decides about each step's prefill, as on a server. With
+prefill and decode apart, engines are those of `sim.roles`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gimbal.core.queue.admission import BlockedHeadGate, next_entry, room_blocks
 from gimbal.core.queue.heap import WaitingHeap
 from gimbal.core.queue.step import StepDecision, decide, leaves_to_vllm
 from gimbal.core.queue.traits import usable
+from gimbal.sim.loads import Loads
 from gimbal.sim.prefix_cache import PrefixCache
 from gimbal.sim.requests import NEVER, SimRequest, StepBatch
 from gimbal.sim.step_view import EngineView, Group
@@ -43,6 +45,8 @@ class Engine:
         queue: section `queue`, less what the ordering cannot do (`core.queue.traits.usable`).
         group: what the engines in lock step tell each other before a step.
     """
+
+    role = ""  # with prefill and decode apart, which of them
 
     def __init__(
         self,
@@ -78,7 +82,8 @@ class Engine:
         self.remaining_prefill_tokens = 0  # of `prefilling`
         self.decodes = 0
         self.kv_tokens = 0  # context tokens of decodes
-        self.used_blocks = 0  # blocks of running requests
+        self.used_blocks = 0  # blocks of running requests, loads and prompts to be handed over
+        self.loads = Loads()
         self.preemptions = 0
         self.step = 0
         self.served_prefill_tokens = 0
@@ -103,10 +108,14 @@ class Engine:
         queued = QueuedRequest(
             request.request_id,
             now_s,
-            request.prompt_tokens - request.computed,
+            self._lacking(request),
             served_before_tokens=self.served_prefill_tokens,
         )
         request.entry = self.waiting.add(queued, request, self._queue_state(now_s))
+
+    def _lacking(self, request: SimRequest) -> int:
+        """Tokens that a request has to compute here when it is queued."""
+        return request.prompt_tokens - request.computed
 
     def _queue_state(self, now_s: float) -> QueueState:
         return QueueState(
@@ -123,6 +132,11 @@ class Engine:
         if self._cache is not None and request.prefix_blocks:
             found = self._cache.found_tokens(request)
         request.computed = found
+
+    @property
+    def waiting_requests(self) -> int:
+        """All that do not run: those in the queue and those that load."""
+        return len(self.waiting) + len(self.loads.held)
 
     @property
     def backlog_tokens(self) -> int:
@@ -147,9 +161,9 @@ class Engine:
             self._left = decision.budget_tokens - self.decodes
             if self.prefilling:
                 self._continue_prefills(decision.caps, batch)
-            if self.waiting and self.preemptions == preemptions:  # else there is no room, says vLLM
+            if self.waiting_requests and self.preemptions == preemptions:  # else no room, says vLLM
                 self._admit_waiting(now_s, batch)
-            self.capacity_bound = bool(self.waiting)
+            self.capacity_bound = self.waiting_requests > 0
             if decision is not self._whole:
                 given = decision.budget_tokens - self._left
                 self.view.memory.ended(self.step, decision, given, self.capacity_bound)
@@ -181,8 +195,7 @@ class Engine:
             self.kept_blocks += self._room_blocks
             if self._gate is not None:
                 self._gate.forget(request.request_id)
-            self._admit(request)
-            self._left -= self._prefill(request, self._left, batch)
+            self._start(request, batch)
 
     def _decide(self, now_s: float, due: bool) -> StepDecision:
         """What this step may do: by the queue level's decision, or by vLLM's own rule."""
@@ -225,12 +238,21 @@ class Engine:
         """KV blocks that hold `tokens`."""
         return -(-tokens // self.block_tokens)
 
-    def _admit(self, request: SimRequest) -> None:
+    def _start(self, request: SimRequest, batch: StepBatch) -> None:
+        """A waiting request runs, with as many tokens as the step has left."""
+        self._run(request)
+        self._take_found(request)
+        self._left -= self._prefill(request, self._left, batch)
+
+    def _run(self, request: SimRequest) -> None:
         self._admissions += 1
         request.admitted = self._admissions
         self.running[request.index] = request
         self.prefilling.append(request)
         self.remaining_prefill_tokens += request.target - request.computed
+
+    def _take_found(self, request: SimRequest) -> None:
+        """KV blocks of what the prefix cache holds of it."""
         if self._cache is not None and request.prefix_blocks:
             self.used_blocks += self._cache.take(request)
             self.used_blocks += self.blocks_for(request.computed) - request.shared_blocks
@@ -318,9 +340,8 @@ class Engine:
                 request.first_token_us = end_us
             request.generated += 1
             if request.generated >= request.output_tokens:
-                self._free(request, request.computed)
                 del self.running[request.index]
-                self._retire(request, end_us)
+                self._end_prompt(request, end_us)
                 finished.append(request)
             else:
                 self._enter_decode(request)
@@ -354,10 +375,19 @@ class Engine:
         if request.held and self._cache is not None:
             self.used_blocks -= self._cache.release(request)
 
+    def _end_prompt(self, request: SimRequest, end_us: float) -> None:
+        """A request that is over with its prompt."""
+        self._free(request, request.computed)
+        self._retire(request, end_us)
+
     def _retire(self, request: SimRequest, end_us: float) -> None:
         request.last_token_us = end_us
         if self._cache is not None and request.answered_blocks:
             self._cache.answered(request)
+
+    def transferred(self, request: SimRequest) -> None:
+        """The KV of a prompt has been read from here, or has come (`sim.roles`)."""
+        raise NotImplementedError
 
     def set_prefix_block_tokens(self, tokens: int) -> None:
         """Tokens one entry of ``prefix_blocks`` stands for; 0 where no prompt has any."""
@@ -366,4 +396,4 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.running) or len(self.waiting) > 0
+        return bool(self.running) or self.waiting_requests > 0

@@ -13,7 +13,12 @@ from gimbal.sim.step_view import Group
 
 
 def engines_of(
-    cluster: Cluster, policies: SimPolicies, kv_tokens: int, domains: int, group: Group
+    cluster: Cluster,
+    policies: SimPolicies,
+    kv_tokens: int,
+    domains: int,
+    group: Group,
+    kind: type[Engine] = Engine,
 ) -> list[Engine]:
     """In rank order; the pool of `gimbal.report.arms.Simulated` is one with everything of all.
 
@@ -21,10 +26,11 @@ def engines_of(
         kv_tokens: of one DP rank.
         domains: routing domains.
         group: what the engines tell each other.
+        kind: what they are with prefill and decode apart, see `gimbal.sim.roles`.
     """
     pooled = cluster.dp if policies.simulated.pool else 1
     return [
-        _engine(index, cluster, policies.queue, kv_tokens, domains, group, pooled)
+        _engine(index, cluster, policies.queue, kv_tokens, domains, group, pooled, kind)
         for index in range(cluster.dp // pooled)
     ]
 
@@ -37,9 +43,10 @@ def _engine(
     domains: int,
     group: Group,
     pooled: int,
+    kind: type[Engine],
 ) -> Engine:
     ordering = ORDERINGS.build(queue.ordering, queue.options)
-    return Engine(
+    return kind(
         index,
         cluster.max_num_batched_tokens * pooled,
         cluster.max_num_seqs * pooled,

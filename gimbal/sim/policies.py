@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from gimbal.core.config import DispatchConfig, FeedbackConfig, PlacementConfig, QueueConfig
 from gimbal.core.errors import InputError
@@ -36,8 +37,21 @@ class SimPolicies:
     simulated: Simulated = field(default_factory=Simulated)
 
 
-def policies_of(arm: Arm, cluster: Cluster) -> SimPolicies:
-    """What decides when `arm` runs on `cluster`; raises InputError for a bad configuration."""
+_OF_ROLE: dict[tuple[str, str], dict[str, Any]] = {
+    ("dynamo", "prefill"): {"track_active_blocks": False},
+    ("dynamo", "decode"): {"prefill_load_scale": 0.0},
+}
+"""What a dispatch policy's project sets by itself with prefill and decode apart: policy and role,
+options. Source: Dynamo 1.6, "Disaggregated Serving" of its router's documentation (a prefill router
+without block tracking, a decode router without overlap scores and prefill tokens)."""
+
+
+def policies_of(arm: Arm, cluster: Cluster, role: str = "") -> SimPolicies:
+    """What decides when `arm` runs on `cluster`; raises InputError for a bad configuration.
+
+    Args:
+        role: of the engines, with prefill and decode apart.
+    """
     config, simulated = arm.gimbal_config(), arm.simulated or Simulated()
     levels = config.levels if config.enabled else ()
     if simulated.pool and (simulated.affinity != "none" or {"dispatch", "feedback"} & {*levels}):
@@ -47,6 +61,8 @@ def policies_of(arm: Arm, cluster: Cluster) -> SimPolicies:
     dispatch, queue, placement = config.dispatch, config.queue, config.placement
     if "dispatch" not in levels:
         dispatch = replace(dispatch, policy="vllm", options={})
+    own = _OF_ROLE.get((dispatch.policy, role), {})
+    dispatch = replace(dispatch, options={**own, **dispatch.options})
     if "queue" not in levels:
         queue = QueueConfig(ordering="fcfs")
     # As on a server: without EPLB there is nothing that moves experts. An oracle places them

@@ -43,6 +43,8 @@ class SimRequest:
     preemptions: int = 0
     held: list[int] = field(default_factory=list)  # names in the prefix cache that it uses
     shared_blocks: int = 0  # KV blocks under them
+    loads: bool = False  # the KV of its prompt is to come from a prefill engine
+    awaited: int = 0  # tokens of it that are to be loaded
     named_places: int = 0  # leading places of its prompt that the prefix cache has been told
     entry: Entry[SimRequest] | None = field(default=None, repr=False)
 

@@ -29,6 +29,9 @@ _COLUMNS = np.array(
         Field.DECODE_US_PER_REQUEST,
         Field.PREFILL_US_PER_TOKEN,
         Field.PREFILL_TOKENS_PER_S,
+        Field.AWAITED_KV_TOKENS,
+        Field.LOADED_KV_TOKENS,
+        Field.LOADING_REQUESTS,
         ACCEPTED_REQUESTS,
         ACCEPTED_TOKENS,
     ]
@@ -74,6 +77,10 @@ class Signals:
                 engine.view.learned = cost
         self.graph_costs = graph_costs
 
+    def changed(self) -> None:
+        """The engines are no more as they were published."""
+        self._dirty = True
+
     def step_done(self, batches: Sequence[StepBatch], duration_us: float) -> None:
         """Learns from one finished step (every engine saw the same duration)."""
         self._dirty = True
@@ -99,7 +106,7 @@ class Signals:
                 self._dirty = False
             return self.board
         if now_us - self._published_us >= self._interval_us:
-            counts = [(len(e.waiting), len(e.running)) for e in self._engines]
+            counts = [(e.waiting_requests, len(e.running)) for e in self._engines]
             if counts != self._counts:
                 self._counts = counts
                 self._published_us = now_us
@@ -118,7 +125,7 @@ class Signals:
             row[_SEQUENCE] += 1
             row[_COLUMNS] = (
                 now_us,
-                len(engine.waiting),
+                engine.waiting_requests,
                 engine.waiting.waiting_tokens,
                 len(engine.running),
                 engine.remaining_prefill_tokens,
@@ -130,6 +137,9 @@ class Signals:
                 cost.decode_us_per_request,
                 cost.prefill_us_per_token,
                 engine.prefill_rate,
+                engine.loads.awaited_tokens,
+                engine.loads.held_tokens,
+                engine.loads.awaiting + len(engine.loads.held),
                 engine.accepted_requests,
                 engine.accepted_tokens,
             )

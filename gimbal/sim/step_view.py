@@ -101,6 +101,8 @@ class EngineView:
             free -= engine.own_blocks(entry.item)
             if free < 0:
                 break
+            if entry.item.loads:  # nobody yields to what is not computed
+                continue
             found.append(waiting_candidate(entry, strict=False))
         return found
 

@@ -70,6 +70,18 @@ def test_everything_is_shown_on_a_narrow_terminal() -> None:
     assert "ttft_ms <= 2000" in shown
 
 
+def test_the_phases_before_a_decode_engine_are_shown_where_there_are_any() -> None:
+    values = report(2, None)
+    assert "to prefill's answer" not in text(values, 120)
+    phases = {"prefill_ms": {**STATS, "p50": 77.0}, "kv_wait_ms": {**STATS, "mean": 66.0}}
+    values["arms"] = {name: {**arm, **phases} for name, arm in values["arms"].items()}
+    shown = text(values, 120)
+    assert "to prefill's answer P50" in shown
+    assert shown.count(" 77 ") == 2
+    assert "from there to KV mean" in shown
+    assert shown.count(" 66 ") == 2
+
+
 def test_warnings() -> None:
     found = "\n".join(warnings(report(1, CLIENT)))
     assert "700 ms late" in found

@@ -81,6 +81,16 @@ def test_less_memory_is_another_cell(plan, tmp_path):
     assert len(set(files(tmp_path)) - set(before)) == 1 + len(ARMS)
 
 
+def test_with_prefill_apart_the_phases_are_in_the_tables(plan, tmp_path):
+    apart = dataclasses.replace(plan.regimes[0], cluster=REGIMES["pd"].cluster)
+    one = dataclasses.replace(plan, regimes=(apart,), loads=(0.5,), seeds=1)
+    (own,) = reports(one, tmp_path)
+    values = own["arms"]["gimbal-dp"]["values"]
+    assert 1.0 < values["kv_wait_ms.mean"] <= values["kv_wait_ms.p99"]
+    assert values["prefill_ms.mean"] + values["kv_wait_ms.mean"] < values["ttft_ms.mean"]
+    assert "| from there to KV, mean (ms) |" in render(whole_report([(("c",), own)], one, {}))
+
+
 def test_scarce_memory_is_a_fifth():
     ample, scarce = REGIMES["chat"].build(), REGIMES["reasoning"].build()
     _, profile = regimes.load_cluster(ample)

@@ -71,5 +71,5 @@ def test_every_request_finishes_and_the_accounts_close():
     simulation = Simulation(trace, tight, PROFILE, population, get_arm("gimbal-dispatch"))
     records = simulation.run().records
     assert len(records) == 200
-    assert simulation.dispatcher.ledger.inflight.sum() == 0
+    assert simulation.answering.dispatcher.ledger.inflight.sum() == 0
     assert all(r.first_token_s > r.arrival_s for r in records)

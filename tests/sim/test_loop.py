@@ -147,9 +147,9 @@ def test_oracles_place_before_the_run_and_never_move(arm):
     simulation, result = run(arm)
     before = Simulation(
         workload(), CLUSTER, PROFILE, opposed(), get_arm("vllm-no-eplb")
-    ).experts.placement
+    ).answering.experts.placement
     assert result.rebalances == []
-    assert (simulation.experts.placement != before).any()
+    assert (simulation.answering.experts.placement != before).any()
     if arm == "sem-moe":
         assert at_home(result) > 0.8 or at_home(result) < 0.2
 
@@ -163,7 +163,9 @@ def test_scenarios_build(name):
 
 def test_placement_plans_for_prefill_and_decode_steps():
     """Few large steps among many small ones, as the window saw them."""
-    experts = Simulation(workload(), CLUSTER, PROFILE, opposed(), get_arm("gimbal-ep")).experts
+    experts = Simulation(
+        workload(), CLUSTER, PROFILE, opposed(), get_arm("gimbal-ep")
+    ).answering.experts
     decodes = np.full((2, 2), 20.0)
     for step in range(100):
         tokens = np.full((2, 2), 2000.0 if step % 10 == 0 else 20.0)

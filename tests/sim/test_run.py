@@ -66,13 +66,13 @@ def step_tokens(arm, profile):
     rows = [TraceRequest(a, int(p), 60) for a, p in zip(arrivals, prompts, strict=True)]
     trace = make_trace("medium", rows)
     simulation = Simulation(trace, CLUSTER, profile, POPULATION, get_arm(arm), 0)
-    steps, done = [], simulation.signals.step_done
+    steps, done = [], simulation.answering.signals.step_done
 
     def step_done(batches, duration_us):
         steps.append(max(batch.tokens for batch in batches))
         done(batches, duration_us)
 
-    simulation.signals.step_done = step_done
+    simulation.answering.signals.step_done = step_done
     records = simulation.run().records
     tpot = [(r.last_token_s - r.first_token_s) / (r.output_tokens - 1) for r in records]
     return np.array(steps), float(np.mean(tpot))

@@ -5,7 +5,8 @@
 
 with raw_prefill_blocks_e the blocks still to be prefilled on e plus this whole prompt,
 overlap_blocks_e the blocks of the prompt cached on e (device credit 1.0, no decay), and
-decode_blocks_e the KV blocks in use. Defaults: scale 1, request weight 0, temperature 0.
+decode_blocks_e the KV blocks in use, which a router of prefill engines does not track. Defaults:
+scale 1, request weight 0, temperature 0.
 
 Source: Dynamo 1.6, `lib/kv-router/src/scheduling/selector/default.rs`.
 """
@@ -31,6 +32,7 @@ class DynamoOptions:
     decode_active_request_weight: Finite = option(
         0.0, "blocks that one unfinished request stands for"
     )
+    track_active_blocks: bool = option(True, "count KV blocks in use")
 
 
 class DynamoPolicy:
@@ -41,6 +43,7 @@ class DynamoPolicy:
     def __init__(self, options: DynamoOptions = DynamoOptions()) -> None:
         self._scale = options.prefill_load_scale
         self._request_weight = options.decode_active_request_weight
+        self._tracks_blocks = options.track_active_blocks
 
     def costs(self, request: DispatchRequest, loads: EngineLoads) -> FloatArray:
         """[engines] blocks."""
@@ -58,5 +61,5 @@ class DynamoPolicy:
             + loads.unacked_requests
         )
         uncached = np.maximum(0.0, prefill - loads.cached_tokens) / block
-        decode = loads.column(Field.KV_BLOCKS_USED)
+        decode = loads.column(Field.KV_BLOCKS_USED) * self._tracks_blocks
         return self._scale * uncached + decode + self._request_weight * requests
