@@ -190,6 +190,18 @@ def test_the_command_writes_tables_and_says_what_is_left_out(plan, tmp_path, mon
     assert isinstance(asked.exception, InputError)
 
 
+def test_the_plot_has_a_line_for_every_arm(plan, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(regimes, "REGIMES", {"small": plan.regimes[0]})
+    size = ("--requests", "20", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path / "out"))
+    plot = tmp_path / "plot.svg"
+    result = invoke(*size, "--loads", "0.5,0.8", "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    text = plot.read_text()
+    assert all(text.count(f">{arm}<") == 1 for arm in ARMS)
+    assert all(f"mean {name}, ms" in text for name in ("TTFT", "TPOT", "E2E"))
+
+
 def test_an_interrupted_command_says_how_to_go_on(plan, tmp_path, monkeypatch):
     def stopped(cell):
         raise KeyboardInterrupt
