@@ -81,9 +81,10 @@ def plot(panels: Mapping[str, list[Point]], ours: tuple[str, ...], unit: str, ou
             [p.ttft for p in edge], [p.tpot for p in edge], where="post", color="0.6", linewidth=1
         )
         for p in points:
-            colour = "tab:blue" if p.name.startswith(ours) else "0.3"
+            mine = p.name.startswith(ours)
+            colour, mark = ("tab:blue", "s") if mine else ("0.3", "o")
             label = f"{numbers[p.name]}  {p.name}"
-            axis.plot(p.ttft, p.tpot, "o", color=colour, markersize=4, label=label)
+            axis.plot(p.ttft, p.tpot, mark, color=colour, markersize=5 if mine else 4, label=label)
             axis.annotate(
                 str(numbers[p.name]),
                 (p.ttft, p.tpot),
