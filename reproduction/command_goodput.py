@@ -19,7 +19,6 @@ from reproduction.command_regimes import plan_of, regime_options
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @regime_options("0.1,0.3,0.5,0.7,0.9,1.1,1.3")
 @click.option("--slo", default="", help="limits instead of each regime's own: ttft_ms=2000,...")
-@click.option("--kept", is_flag=True, help="run nothing: rates are bounds where cells lack")
 @click.option("--plot", type=OutFile((".svg", ".png")), help="draw the share within limits")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
 def goodput(**values: Any) -> None:

@@ -47,6 +47,7 @@ def regime_options(loads: str) -> Callable[[Callable[..., None]], Callable[..., 
             help="measured ones of a run (default: as many as the trace has, and for twice as long "
             "as 99 % of them stay)",
         ),
+        click.option("--kept", is_flag=True, help="run nothing: take what is finished in --out"),
         click.option("--jobs", type=Whole(1, 1024), help="processes (default: all CPUs)"),
         click.option(
             "--out",
@@ -92,7 +93,7 @@ def regimes(**values: Any) -> None:
     with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
     with progress_bar(console) as bar, resumable(out, console):
-        groups = run_regimes(plan, out, jobs, bar.update, bar.say)
+        groups = run_regimes(plan, out, jobs, bar.update, bar.say, not values["kept"])
         # Each is reported as it ends: all runs together may not fit into memory.
         found = [(group.code, group_report(group, plan)) for group in groups]
     report = whole_report(found, plan, describe_environment())

@@ -33,29 +33,35 @@ Curves = Mapping[str, Mapping[float, Sequence[float]]]
 
 
 def middle_and_band(values: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Geometric means over seeds with the ends of their 95 % intervals.
+    """Means over seeds with the ends of their 95 % intervals (Student's t).
 
     Args:
-        values: [loads, seeds], above 0; with fewer than `LEAST_TURNS` seeds the ends are the mean.
+        values: [loads, seeds]; with fewer than `LEAST_TURNS` seeds the ends are the mean.
     """
-    logs = np.log(values)
     seeds = values.shape[1]
-    mean = logs.mean(axis=1)
+    mean = values.mean(axis=1)
     reach = np.zeros_like(mean)
     if seeds >= LEAST_TURNS:
-        reach = quantile(seeds - 1) * logs.std(axis=1, ddof=1) / seeds**0.5
-    return np.exp(mean), np.exp(mean - reach), np.exp(mean + reach)
+        reach = quantile(seeds - 1) * values.std(axis=1, ddof=1) / seeds**0.5
+    return mean, mean - reach, mean + reach
 
 
-def draw_curves(axis: Any, curves: Curves) -> None:
-    """A line and a band per arm."""
+def draw_curves(axis: Any, curves: Curves, log: bool) -> None:
+    """A line and a band per arm.
+
+    Args:
+        log: means are geometric; values are above 0 then.
+    """
+    axis.set_yscale("log")
     for name, style in STYLES.items():
         own = curves.get(name)
         if not own:
             continue
         loads = sorted(own)
-        middle, low, high = middle_and_band(np.array([own[load] for load in loads]))
-        axis.fill_between(loads, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        values = np.array([own[load] for load in loads])
+        lines = middle_and_band(np.log(values) if log else values)
+        middle, low, high = np.exp(lines) if log else np.clip(lines, LEAST_MISSES, 1.0)
+        axis.fill_between(loads, low, high, color=style["color"], alpha=0.12, linewidth=0)
         axis.plot(loads, middle, label=name, **{"linewidth": 1.3, "markersize": 4} | style)
 
 
@@ -100,8 +106,7 @@ def plot_regimes(groups: Sequence[Mapping[str, Any]], path: Path) -> None:
                 for name, runs in group["runs"].items():
                     if None not in runs[metric] and min(runs[metric]) > 0.0:
                         curves.setdefault(name, {})[group["load"]] = runs[metric]
-            draw_curves(axis, curves)
-            axis.set_yscale("log")
+            draw_curves(axis, curves, log=True)
             if row == 0:
                 axis.set_title(regime)
             if column == 0:
@@ -121,15 +126,14 @@ def plot_goodput(regimes: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis, own in zip(axes.flat, regimes, strict=False):
         curves = {
             name: {
-                load * own["capacity_rps"]: [max(LEAST_MISSES, 1.0 - share) for share in shares]
+                load * own["capacity_rps"]: [1.0 - share for share in shares]
                 for load, shares in loads.items()
             }
             for name, loads in own["attained"].items()
         }
-        draw_curves(axis, curves)
+        draw_curves(axis, curves, log=False)
         for miss in (0.01, 0.1):
             axis.axhline(miss, color="0.5", linewidth=0.8)
-        axis.set_yscale("log")
         axis.set_ylim(1.0, LEAST_MISSES)
         ticks = (1.0, 0.5, 0.1, 0.01, 0.001)
         axis.set_yticks(ticks, [f"{1.0 - miss:.4g}".replace("0.", ".", 1) for miss in ticks])

@@ -126,6 +126,7 @@ def run_regimes(
     jobs: int,
     on_done: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
+    run: bool = True,
 ) -> Iterator[Group]:
     """Runs what is missing; yields every regime's groups, by load.
 
@@ -133,6 +134,7 @@ def run_regimes(
         jobs: processes.
         on_done: called with (finished, all) cells, those kept included.
         say: gets a few words about what is done before the cells.
+        run: False leaves out loads of which a cell is missing.
 
     Raises InputError for what cannot be simulated.
     """
@@ -147,6 +149,8 @@ def run_regimes(
             cells = cells_of(own, bed, capacity, say)
             tasks = cell_files(regime, load, cells, directory)
             missing = [task for task in tasks if not task[0].exists()]
+            if missing and not run:
+                continue
             for finished, _ in enumerate(completed(keep_cell, missing, min(jobs, len(missing)))):
                 on_done(done + each - len(missing) + finished + 1, total)
             done += each

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -11,6 +12,7 @@ from gimbal.sim.capacity import Capacity
 from reproduction import regimes
 from reproduction.goodput import ARMS, figures, ratio, summary, walk
 from reproduction.goodput_report import render
+from reproduction.plots import middle_and_band
 from reproduction.regimes import Regime
 
 LOADS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
@@ -111,6 +113,15 @@ def test_more_than_all_loads_that_were_run_is_no_loss():
     text = render(made({**CROSSINGS, "gimbal-dp": 2.0, "llm-d": 0.4}))
     assert "0 of 4 comparisons lost" in text
     assert ">= 11 |" in text
+
+
+def test_bands_are_intervals_over_five_seeds_or_more():
+    mean, low, high = middle_and_band(np.array([[1.0, 2.0, 3.0, 4.0, 5.0], [2.0] * 5]))
+    assert mean.tolist() == [3.0, 2.0]
+    assert (low[0], high[0]) == pytest.approx((3.0 - 1.963, 3.0 + 1.963), abs=0.001)
+    assert (low[1], high[1]) == (2.0, 2.0)
+    few = middle_and_band(np.array([[1.0, 2.0]]))
+    assert [line.tolist() for line in few] == [[1.5]] * 3
 
 
 @pytest.fixture

@@ -71,6 +71,14 @@ def test_a_stopped_run_continues_and_gives_the_same(plan, tmp_path, monkeypatch)
     assert {name: files(tmp_path / "cut")[name] for name in after} == after
 
 
+def test_what_is_kept_is_reported_without_running(plan, tmp_path):
+    reports(dataclasses.replace(plan, loads=(0.8,)), tmp_path)
+    before = files(tmp_path)
+    groups = regimes.run_regimes(plan, tmp_path, 1, run=False)
+    assert [group.load for group in groups] == [0.8]
+    assert files(tmp_path) == before
+
+
 def test_less_memory_is_another_cell(plan, tmp_path):
     one = dataclasses.replace(plan, loads=(0.5,), seeds=1)
     reports(one, tmp_path)
