@@ -82,6 +82,7 @@ def regimes(**values: Any) -> None:
 
     Example: gimbal reproduce regimes --loads 0.9 --seeds 2
     """
+    from gimbal.core.errors import InputError
     from gimbal.records.environment import describe_environment
     from reproduction.regimes import run_regimes
     from reproduction.regimes_report import group_report, render, whole_report
@@ -96,6 +97,8 @@ def regimes(**values: Any) -> None:
         groups = run_regimes(plan, out, jobs, bar.update, bar.say, not values["kept"])
         # Each is reported as it ends: all runs together may not fit into memory.
         found = [(group.code, group_report(group, plan)) for group in groups]
+    if not found:
+        raise InputError(f"--kept: no load in {values['loads']} is finished in {out}")
     report = whole_report(found, plan, describe_environment())
     text = render(report)
     write_text(out / "regimes.md", text)

@@ -143,7 +143,7 @@ def run_regimes(
     for regime in plan.regimes:
         options = options_of(regime, plan)
         bed = bed_of(options)
-        capacity = kept_capacity(regime, options, bed, directory, say)
+        capacity = kept_capacity(regime, options, bed, directory, say, run)
         for load in plan.loads:
             own = dataclasses.replace(options, load=load)
             cells = cells_of(own, bed, capacity, say)
@@ -182,10 +182,16 @@ def kept_capacity(
     bed: Bed,
     directory: Path,
     say: Callable[[str], None],
+    run: bool = True,
 ) -> Capacity:
-    """That of `BASE`, kept: with other code it stays what the cells were run at."""
+    """That of `BASE`, kept: with other code it stays what the cells were run at.
+
+    Raises InputError where it is not there and `run` is False.
+    """
     name = digest(capacity_definition(bed, options.trace, options.workload))
     path = directory / "cells" / f"{regime.name}-capacity-{name}.json"
+    if not (run or path.exists()):
+        raise InputError(f"--kept: nothing of {regime.name} is finished in {directory}")
 
     def search() -> dict[str, Any]:
         return dataclasses.asdict(capacity_of(options, bed, lambda text: say(_of(regime, text))))

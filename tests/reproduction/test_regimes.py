@@ -224,6 +224,7 @@ def test_an_interrupted_command_says_how_to_go_on(plan, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--kept", "--regimes", "chat"), "nothing of chat is finished"),
         (("--regimes", "chatt"), "did you mean 'chat'"),
         (("--loads", "0.7,x"), "--loads 'x'"),
         (("--loads", "0"), "--loads '0'"),
