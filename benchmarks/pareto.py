@@ -1,6 +1,6 @@
 """TTFT against TPOT of many arms, with the Pareto front of those that are not ours.
 
-    python benchmarks/pareto.py RESULT.json... [--ours gimbal] [--out runs/pareto.svg]
+    python benchmarks/pareto.py RESULT.json... [--ours gimbal] [--without ARM,...] [--out FILE.svg]
 
 Reads what `gimbal bench --json` printed. With several files every arm is divided by the arm `vllm`
 of its own file first, and an arm found in more than one file is the mean of its ratios. Two panels,
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +46,12 @@ def outside(point: Point, others: Iterable[Point]) -> bool:
     return not any(q.ttft <= point.ttft and q.tpot <= point.tpot for q in others)
 
 
-def read(paths: Iterable[Path], statistic: str) -> list[Point]:
-    """Arms of all files, TTFT at `statistic`; ratios to `vllm` when there are several files."""
+def read(paths: Iterable[Path], statistic: str, without: Container[str] = ()) -> list[Point]:
+    """Arms of all files, TTFT at `statistic`; ratios to `vllm` when there are several files.
+
+    Args:
+        without: names of arms that are left out.
+    """
     files = [json.loads(path.read_text(encoding="utf-8"))["arms"] for path in paths]
     found: dict[str, list[tuple[float, float]]] = {}
     for arms in files:
@@ -58,6 +62,7 @@ def read(paths: Iterable[Path], statistic: str) -> list[Point]:
     return [
         Point(name, sum(t for t, _ in pairs) / len(pairs), sum(o for _, o in pairs) / len(pairs))
         for name, pairs in found.items()
+        if name not in without
     ]
 
 
@@ -81,9 +86,10 @@ def plot(panels: Mapping[str, list[Point]], ours: tuple[str, ...], unit: str, ou
             [p.ttft for p in edge], [p.tpot for p in edge], where="post", color="0.6", linewidth=1
         )
         for p in points:
-            colour = "tab:blue" if p.name.startswith(ours) else "0.3"
+            mine = p.name.startswith(ours)
+            colour, mark = ("tab:blue", "s") if mine else ("0.3", "o")
             label = f"{numbers[p.name]}  {p.name}"
-            axis.plot(p.ttft, p.tpot, "o", color=colour, markersize=4, label=label)
+            axis.plot(p.ttft, p.tpot, mark, color=colour, markersize=5 if mine else 4, label=label)
             axis.annotate(
                 str(numbers[p.name]),
                 (p.ttft, p.tpot),
@@ -106,11 +112,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="from `gimbal bench --json`")
     parser.add_argument("--ours", default="gimbal", help="comma-separated beginnings of arm names")
+    parser.add_argument("--without", default="", help="comma-separated names of arms left out")
     parser.add_argument("--out", type=Path, help=".svg or .png")
     options = parser.parse_args()
     ours = tuple(options.ours.split(","))
     unit = "ratio to vllm" if len(options.results) > 1 else "ms"
-    panels = {statistic: read(options.results, statistic) for statistic in STATISTICS}
+    panels = {s: read(options.results, s, options.without.split(",")) for s in STATISTICS}
     missed = False
     for statistic, points in panels.items():
         rest = [p for p in points if not p.name.startswith(ours)]

@@ -17,6 +17,7 @@ from gimbal.commands.output import notes
 from gimbal.core.files import write_text, writing
 from gimbal.core.json_text import to_json
 from gimbal.core.numbers import MOST_REQUESTS
+from reproduction.command_goodput import goodput
 from reproduction.command_live import live, resumable
 from reproduction.command_regimes import regimes
 
@@ -26,6 +27,7 @@ def command() -> None:
     """Repeat an evaluation."""
 
 
+command.add_command(goodput)
 command.add_command(live)
 command.add_command(regimes)
 

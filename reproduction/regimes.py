@@ -127,6 +127,7 @@ def run_regimes(
     jobs: int,
     on_done: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
+    run: bool = True,
 ) -> Iterator[Group]:
     """Runs what is missing; yields every regime's groups, by load.
 
@@ -134,25 +135,28 @@ def run_regimes(
         jobs: processes.
         on_done: called with (finished, all) cells, those kept included.
         say: gets a few words about what is done before the cells.
+        run: False leaves out loads of which a cell is missing.
 
     Raises InputError for what cannot be simulated.
     """
     done, each = 0, plan.seeds * len(ARMS)
     total = len(plan.regimes) * len(plan.loads) * each
     for regime in plan.regimes:
-        options = _options(regime, plan)
+        options = options_of(regime, plan)
         bed = bed_of(options)
-        capacity = _capacity(regime, options, bed, directory, say)
+        capacity = kept_capacity(regime, options, bed, directory, say, run)
         for load in plan.loads:
             own = dataclasses.replace(options, load=load)
             cells = cells_of(own, bed, capacity, say)
-            tasks = _tasks(regime, load, cells, directory)
+            tasks = cell_files(regime, load, cells, directory)
             missing = [task for task in tasks if not task[0].exists()]
-            for finished, _ in enumerate(completed(_run, missing, min(jobs, len(missing)))):
+            if missing and not run:
+                continue
+            for finished, _ in enumerate(completed(keep_cell, missing, min(jobs, len(missing)))):
                 on_done(done + each - len(missing) + finished + 1, total)
             done += each
             on_done(done, total)
-            found = [_read(path) for path, _ in tasks]
+            found = [read_cell(path) for path, _ in tasks]
             results, code = [result for result, _ in found], {version for _, version in found}
             rate, window = cells[0].trace.rate_rps, cells[0].window
             name = bed.cluster.name
@@ -161,7 +165,8 @@ def run_regimes(
             )
 
 
-def _options(regime: Regime, plan: Plan) -> ComparisonOptions:
+def options_of(regime: Regime, plan: Plan) -> ComparisonOptions:
+    """All arms' runs of `plan` in `regime`, without a load."""
     return ComparisonOptions(
         cluster=regime.build(),
         trace=load_trace(regime.trace),
@@ -172,16 +177,22 @@ def _options(regime: Regime, plan: Plan) -> ComparisonOptions:
     )
 
 
-def _capacity(
+def kept_capacity(
     regime: Regime,
     options: ComparisonOptions,
     bed: Bed,
     directory: Path,
     say: Callable[[str], None],
+    run: bool = True,
 ) -> Capacity:
-    """That of `BASE`, kept: with other code it stays what the cells were run at."""
+    """That of `BASE`, kept: with other code it stays what the cells were run at.
+
+    Raises InputError where it is not there and `run` is False.
+    """
     name = digest(capacity_definition(bed, options.trace, options.workload))
     path = directory / "cells" / f"{regime.name}-capacity-{name}.json"
+    if not (run or path.exists()):
+        raise InputError(f"--kept: nothing of {regime.name} is finished in {directory}")
 
     def search() -> dict[str, Any]:
         return dataclasses.asdict(capacity_of(options, bed, lambda text: say(_of(regime, text))))
@@ -196,7 +207,7 @@ def _of(regime: Regime, text: str) -> str:
     return f"{regime.name}: {text}"
 
 
-def _tasks(
+def cell_files(
     regime: Regime, load: float, cells: Sequence[Cell], directory: Path
 ) -> list[tuple[Path, Cell]]:
     """Every cell and its file."""
@@ -242,7 +253,7 @@ _COLUMNS = (
 """What is kept of the requests."""
 
 
-def _run(task: tuple[Path, Cell]) -> None:
+def keep_cell(task: tuple[Path, Cell]) -> None:
     """Runs a cell and keeps its result."""
     path, cell = task
     kept(path, lambda: _to_json(run_cell(cell)))
@@ -254,7 +265,7 @@ def _to_json(result: CellResult) -> dict[str, Any]:
     return dataclasses.asdict(small) | {"records": columns}
 
 
-def _read(path: Path) -> tuple[CellResult, str]:
+def read_cell(path: Path) -> tuple[CellResult, str]:
     """A kept result, and the version of the code it comes from."""
     values = read_object(path)
     with structured(path):

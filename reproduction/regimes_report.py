@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gimbal.records.schema import RequestRecord
 from gimbal.report.compare import LEAST_TURNS, RATES, compare
-from gimbal.report.metrics import Slo
+from gimbal.report.metrics import Slo, samples, statistics
 from gimbal.report.simulated import HANDOVER, report_of
 from gimbal.report.table import backlog_text, unsteady
+from gimbal.report.window import Window
 from reproduction.paper import LOSS
 from reproduction.paper_markdown import table, wrapped
+from reproduction.plots import LATENCIES
 from reproduction.regimes import ARMS, BASE, IDEAL, OURS, PEERS, Group, Plan
 
 METRICS = {
@@ -66,6 +69,7 @@ def group_report(group: Group, plan: Plan) -> dict[str, Any]:
             name: {"values": values[name], "backlog": backlog_text(arm)}
             for name, arm in report["arms"].items()
         },
+        "runs": {name: _means(runs[name], group.window) for name in ARMS},
         "to_vllm": {
             name: {
                 metric: _nested(report["ratios"][f"{name}/{BASE}"], metric) for metric in METRICS
@@ -80,9 +84,12 @@ def group_report(group: Group, plan: Plan) -> dict[str, Any]:
     return own | {"won": won, "behind": _behind(own)}
 
 
-def _ratios(report: Mapping[str, Any], name: str) -> dict[str, Any]:
-    own = report["ratios"][f"{name}/{BASE}"]
-    return {metric: _nested(own, metric) for metric in METRICS}
+def _means(runs: Sequence[Sequence[RequestRecord]], window: Window | None) -> dict[str, Any]:
+    """Mean latencies by seed; None where a run has none."""
+    found = [samples(run if window is None else window.arrived(run)) for run in runs]
+    return {
+        metric: [statistics(getattr(run, metric))["mean"] for run in found] for metric in LATENCIES
+    }
 
 
 def _value(arm: Mapping[str, Any], metric: str) -> float | None:

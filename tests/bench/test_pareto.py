@@ -38,3 +38,4 @@ def test_several_files_are_compared_by_their_own_vllm(tmp_path: Path) -> None:
     assert both == {"vllm": (1.0, 1.0), "budget-128": (1.0, 1.0)}  # the mean of 0.5 and 1.5
     one = {p.name: p.ttft for p in pareto.read(paths[:1], "p99")}
     assert one == {"vllm": 20.0, "budget-128": 10.0}
+    assert [p.name for p in pareto.read(paths, "mean", ["budget-128"])] == ["vllm"]

@@ -71,6 +71,14 @@ def test_a_stopped_run_continues_and_gives_the_same(plan, tmp_path, monkeypatch)
     assert {name: files(tmp_path / "cut")[name] for name in after} == after
 
 
+def test_what_is_kept_is_reported_without_running(plan, tmp_path):
+    reports(dataclasses.replace(plan, loads=(0.8,)), tmp_path)
+    before = files(tmp_path)
+    groups = regimes.run_regimes(plan, tmp_path, 1, run=False)
+    assert [group.load for group in groups] == [0.8]
+    assert files(tmp_path) == before
+
+
 def test_less_memory_is_another_cell(plan, tmp_path):
     one = dataclasses.replace(plan, loads=(0.5,), seeds=1)
     reports(one, tmp_path)
@@ -200,6 +208,18 @@ def test_the_command_writes_tables_and_says_what_is_left_out(plan, tmp_path, mon
     assert isinstance(asked.exception, InputError)
 
 
+def test_the_plot_has_a_line_for_every_arm(plan, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(regimes, "REGIMES", {"small": plan.regimes[0]})
+    size = ("--requests", "20", "--seeds", "1", "--jobs", "1", "--out", str(tmp_path / "out"))
+    plot = tmp_path / "plot.svg"
+    result = invoke(*size, "--loads", "0.5,0.8", "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    text = plot.read_text()
+    assert all(text.count(f">{arm}<") == 1 for arm in ARMS)
+    assert all(f"mean {name}, ms" in text for name in ("TTFT", "TPOT", "E2E"))
+
+
 def test_an_interrupted_command_says_how_to_go_on(plan, tmp_path, monkeypatch):
     def stopped(cell):
         raise KeyboardInterrupt
@@ -214,6 +234,7 @@ def test_an_interrupted_command_says_how_to_go_on(plan, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--kept", "--regimes", "chat"), "nothing of chat is finished"),
         (("--regimes", "chatt"), "did you mean 'chat'"),
         (("--loads", "0.7,x"), "--loads 'x'"),
         (("--loads", "0"), "--loads '0'"),

@@ -1,0 +1,76 @@
+"""``gimbal reproduce goodput``: the highest rate at which requests keep their regime's limits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gimbal.commands.options import OutFile
+from gimbal.commands.output import echo_json, notes, progress_bar
+from gimbal.core.files import write_text, writing
+from gimbal.core.json_text import to_json
+from reproduction.command_live import resumable
+from reproduction.command_regimes import plan_of, regime_options
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@regime_options("0.1,0.3,0.5,0.7,0.9,1.1,1.3")
+@click.option("--slo", default="", help="limits instead of each regime's own: ttft_ms=2000,...")
+@click.option("--plot", type=OutFile((".svg", ".png")), help="draw the share within limits")
+@click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
+def goodput(**values: Any) -> None:
+    """The highest rate at which 99 % and 90 % of requests keep their limits, per regime and arm.
+
+    Arms vllm, gimbal-dp and the peers lmetric, llm-d and dynamo. Each runs at as few of --loads as
+    tell where the shares are crossed. Cells are those of `gimbal reproduce regimes` and stay in
+    --out: another run, or other limits, goes on from them. Writes goodput.md and goodput.json.
+
+    Example: gimbal reproduce goodput --regimes mooncake --requests 1500
+    """
+    from gimbal.core.errors import InputError
+    from gimbal.records.environment import describe_environment
+    from gimbal.report.metrics import parse_slo
+    from reproduction.goodput import TARGETS, run_goodput
+    from reproduction.goodput_report import render
+
+    console = notes()
+    plan = plan_of(values, lambda text: console.print(text, highlight=False, soft_wrap=True))
+    if list(plan.loads) != sorted(plan.loads):
+        raise InputError(f"--loads {values['loads']}: expected ascending numbers")
+    slo = parse_slo(values["slo"])
+    out: Path = values["out"]
+    jobs = values["jobs"] or len(os.sched_getaffinity(0))
+    with writing(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+    with progress_bar(console) as bar, resumable(out, console):
+        found = [
+            run_goodput(
+                regime,
+                plan,
+                slo if slo.limits() else TARGETS[regime.name].slo,
+                out,
+                jobs,
+                not values["kept"],
+                bar.say,
+            )
+            for regime in plan.regimes
+        ]
+    report = {
+        "seeds": [plan.first_seed + i for i in range(plan.seeds)],
+        "environment": describe_environment(),
+        "regimes": found,
+    }
+    text = render(report)
+    write_text(out / "goodput.md", text)
+    write_text(out / "goodput.json", to_json(report, indent=1))
+    if values["plot"] is not None:
+        from reproduction.plots import plot_goodput
+
+        plot_goodput(found, values["plot"])
+    if values["as_json"]:
+        echo_json(report)
+        return
+    click.echo(text)

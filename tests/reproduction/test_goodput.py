@@ -1,0 +1,180 @@
+"""Goodput of the regimes: few loads, bounds, losses and missed aims first, the command, plots."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from gimbal.commands import reproduce as command
+from gimbal.core.errors import InputError
+from gimbal.sim.capacity import Capacity
+from reproduction import regimes
+from reproduction.goodput import ARMS, figures, ratio, summary, walk
+from reproduction.goodput_report import render
+from reproduction.plots import middle_and_band
+from reproduction.regimes import Regime
+
+LOADS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
+
+
+def shares(crossing, seeds=5):
+    """All requests keep the limits below the load `crossing`, four fifths from there on."""
+    return lambda load: [
+        1.0 if load < crossing * (1 + seed / 100) else 0.8 for seed in range(seeds)
+    ]
+
+
+def walked(crossings):
+    """Shares by arm of arms that fail from those loads on, and the loads that were asked for."""
+    asked = []
+
+    def shares_at(load, names):
+        asked.append((load, tuple(names)))
+        return {name: shares(crossings[name])(load) for name in names}
+
+    return walk(LOADS, shares_at), asked
+
+
+CROSSINGS = {"vllm": 0.4, "gimbal-dp": 0.8, "lmetric": 0.6, "llm-d": 2.0, "dynamo": 0.05}
+
+
+def test_an_arm_is_run_only_where_its_shares_are_crossed():
+    found, asked = walked(CROSSINGS)
+    loads = {name: list(own) for name, own in found.items()}
+    assert loads == {
+        "vllm": [0.3, 0.5, 0.7],
+        "gimbal-dp": [0.7, 0.9],
+        "lmetric": [0.5, 0.7],
+        "llm-d": [0.7, 0.9, 1.1],
+        "dynamo": [0.1, 0.3, 0.5, 0.7],
+    }
+    assert asked[0] == (0.7, ARMS)
+
+
+def test_a_load_that_is_not_to_be_had_ends_the_way_there():
+    def shares_at(load, names):
+        return {name: shares(0.4)(load) for name in names if load >= 0.5 and name != "vllm"}
+
+    found = walk(LOADS, shares_at)
+    assert found["vllm"] == {}
+    assert list(found["lmetric"]) == [0.5, 0.7]
+    own = figures(found, 10.0)
+    assert own["rates"]["vllm"]["99%"]["value"] is None
+    assert own["rates"]["lmetric"]["99%"] == {"value": 5.0, "low": None, "high": None, "mark": "<="}
+    assert own["to_vllm"]["99%"]["value"] is None
+
+
+def test_a_bound_makes_a_bound_and_two_ways_make_nothing():
+    exact = [(1.0, "")] * 5
+    assert summary([*exact[:4], (3.0, ">=")])["mark"] == ">="
+    assert summary([*exact[:4], (3.0, ">=")])["low"] is None
+    assert summary([*exact[:3], (3.0, ">="), (0.1, "<=")])["value"] is None
+    assert ratio([(2.0, "")] * 5, [(1.0, "<=")] * 5) == {
+        "value": pytest.approx(2.0),
+        "low": None,
+        "high": None,
+        "mark": ">=",
+    }
+    assert ratio([(2.0, ">=")] * 5, [(1.0, ">=")] * 5)["value"] is None
+    whole = ratio([(2.0, "")] * 5, exact)
+    assert (whole["value"], whole["low"], whole["mark"]) == (pytest.approx(2.0), 2.0, "")
+
+
+def made(crossings, regime="chat"):
+    """A report of one regime whose arms fail from those loads on."""
+    found, _ = walked(crossings)
+    own = {
+        "regime": regime,
+        "cluster": "c",
+        "slo": {"ttft_ms": 30_000.0, "tpot_ms": 300.0},
+        "capacity_rps": 10.0,
+        "code": ["c0de"],
+        "attained": found,
+        **figures(found, 10.0),
+    }
+    return {"seeds": [11, 12, 13, 14, 15], "regimes": [own]}
+
+
+def test_losses_come_first_then_what_misses_the_aim():
+    text = render(made({**CROSSINGS, "llm-d": 1.0}))
+    assert text.index("## Where Gimbal loses") < text.index("## Highest rates")
+    first = next(line for line in text.splitlines() if line.startswith("| chat"))
+    assert first.startswith("| chat | 99% | llm-d |")
+    assert "*" in first
+    assert "| 1.5 / 1.1 |" in text
+    near = render(made({**CROSSINGS, "vllm": 0.6, "llm-d": 0.4}))
+    assert "0 of 4 comparisons lost" in near
+    rows = [line for line in near.splitlines() if line.startswith("| chat | 99% | vllm | 1.39")]
+    assert rows[0].endswith("| 1.5 |")
+
+
+def test_more_than_all_loads_that_were_run_is_no_loss():
+    text = render(made({**CROSSINGS, "gimbal-dp": 2.0, "llm-d": 0.4}))
+    assert "0 of 4 comparisons lost" in text
+    assert ">= 11 |" in text
+
+
+def test_bands_are_intervals_over_five_seeds_or_more():
+    mean, low, high = middle_and_band(np.array([[1.0, 2.0, 3.0, 4.0, 5.0], [2.0] * 5]))
+    assert mean.tolist() == [3.0, 2.0]
+    assert (low[0], high[0]) == pytest.approx((3.0 - 1.963, 3.0 + 1.963), abs=0.001)
+    assert (low[1], high[1]) == (2.0, 2.0)
+    few = middle_and_band(np.array([[1.0, 2.0]]))
+    assert [line.tolist() for line in few] == [[1.5]] * 3
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """One small regime; its capacity is said, not searched."""
+    path = tmp_path / "trace.jsonl"
+    rows = [
+        {"arrival_s": i * 0.05, "prompt_tokens": 60 + 41 * i % 700, "output_tokens": 2 + i % 9}
+        for i in range(120)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = Capacity(40.0, ((20.0, 0.5), (40.0, 1.0)))
+    monkeypatch.setattr(regimes, "capacity_of", lambda options, bed, say: known)
+    own = {"small": Regime("small", str(path), "h100x4-paper")}
+    monkeypatch.setattr(regimes, "REGIMES", own)
+    return own
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(command.command, arguments)
+
+
+def test_the_command_shares_its_cells_with_the_regimes(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    out, plot = tmp_path / "out", tmp_path / "goodput.svg"
+    size = ("--requests", "20", "--seeds", "1", "--jobs", "1", "--out", str(out))
+    assert invoke("regimes", *size, "--loads", "0.7").exit_code == 0
+    before = set((out / "cells").iterdir())
+    wide = ("--slo", "ttft_ms=60000")
+    kept = invoke("goodput", *size, *wide, "--kept", "--plot", str(plot))
+    assert kept.exit_code == 0, kept.output
+    assert set((out / "cells").iterdir()) == before
+    assert "| small | 99% | >= 28 | >= 28 |" in kept.stdout
+    assert kept.stdout == (out / "goodput.md").read_text() + "\n"
+    assert plot.read_text().count(">vllm<") == 1
+    more = invoke("goodput", *size, *wide, "--loads", "0.7,0.9", "--json")
+    assert more.exit_code == 0, more.output
+    report = json.loads(more.stdout)
+    assert report["regimes"][0]["slo"] == {"ttft_ms": 60000.0}
+    assert len(set((out / "cells").iterdir()) - before) == len(ARMS)
+    assert report["regimes"][0]["attained"]["vllm"] == {"0.7": [1.0], "0.9": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--loads", "0.7,0.5"), "expected ascending"),
+        (("--slo", "tfft_ms=3"), "did you mean 'ttft_ms'"),
+        (("--plot", "goodput.gif"), "ends in .svg or .png"),
+        (("--regimes", "smal"), "did you mean 'small'"),
+    ],
+)
+def test_bad_input(small, tmp_path, arguments, message):
+    result = invoke("goodput", *arguments, "--out", str(tmp_path))
+    assert isinstance(result.exception, InputError)
+    assert message in str(result.exception)
