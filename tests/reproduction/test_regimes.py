@@ -190,17 +190,6 @@ def test_the_command_writes_tables_and_says_what_is_left_out(plan, tmp_path, mon
     assert isinstance(asked.exception, InputError)
 
 
-def test_an_interrupted_command_says_how_to_go_on(plan, tmp_path, monkeypatch):
-    def stopped(cell):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(regimes, "REGIMES", {"small": plan.regimes[0]})
-    monkeypatch.setattr(regimes, "run_cell", stopped)
-    result = invoke("--seeds", "1", "--loads", "0.5", "--jobs", "1", "--out", str(tmp_path / "o"))
-    assert result.exit_code == 1
-    assert "the same command continues from" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
