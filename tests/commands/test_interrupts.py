@@ -1,4 +1,5 @@
-"""Ctrl-C over every command, as on a terminal: its process group gets SIGINT while it works.
+"""Ctrl-C over every command, as on a terminal: its process group gets SIGINT while it works,
+which a bar says that it does.
 
 Each ends with exit code 130 and one line, leaves no process and no file, and says how to go on
 where that is possible. Work is endless here, so that how fast a machine is decides nothing.
@@ -121,7 +122,7 @@ class Terminal:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gimbal.cli", *words],
                 cwd=folder,
-                env=os.environ | variables | {"TERM": "xterm", "COLUMNS": "200"},
+                env=os.environ | variables | {"TERM": "xterm", "PYTHONUTF8": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=theirs,
@@ -201,6 +202,7 @@ def test_ctrl_c(here: Path, line: str, sign: str | Path, how: str) -> None:
     said = [part for part in lines if part.startswith("gimbal: ")]
     assert said == [f"gimbal: interrupted{how}"] == [part for part in lines if part][-1:]
     assert "Traceback" not in terminal.text
+    assert "━" in terminal.text or line.startswith("config")  # which takes no time
     assert gone(family, 20)
     assert not [path for path in shared if path.exists()]
     assert files(here) - before == next((LEFT[k] for k in LEFT if line.startswith(k)), set())
