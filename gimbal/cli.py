@@ -13,6 +13,10 @@ import click
 from gimbal import __version__
 from gimbal.core.errors import InputError
 
+INTERRUPTED = 128 + 2
+"""Exit code of a command that SIGINT has ended, as shells have it. What `KeyboardInterrupt` says
+then stands in the one line: how to go on."""
+
 COMMANDS = {
     "serve": "vLLM's OpenAI server with Gimbal on",
     "bench": "replay a trace against live servers and compare arms in turns",
@@ -43,6 +47,12 @@ class LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            _fail(": ".join(("interrupted", *interrupt.args)), INTERRUPTED)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -57,7 +67,8 @@ def gimbal() -> None:
 def main() -> None:
     """Runs the command line; bad input is one line on standard error and exit code 2.
 
-    So is what a file system refuses of a named file, with exit code 1; bugs keep their traceback.
+    So is what a file system refuses of a named file, with exit code 1, and an interruption, with
+    `INTERRUPTED`; bugs keep their traceback.
     Policies named ``module:Class`` are also looked for in the current directory, after all else.
     """
     with contextlib.suppress(OSError):  # the directory may be gone

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gimbal.commands.options import OutFolder, Whole
-from gimbal.commands.output import notes
+from gimbal.commands.output import notes, progress_bar
 from gimbal.core.files import write_text, writing
 from gimbal.core.json_text import to_json
 from gimbal.core.numbers import MOST_REQUESTS
@@ -64,18 +63,10 @@ def paper(**values: Any) -> None:
     matrix = _matrix(values)
     out: Path = values["out"]
     jobs = values["jobs"] or len(os.sched_getaffinity(0))
-    console = notes()
     with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def on_done(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        with resumable(out, console):
-            results = list(reproduce.run_matrix(matrix, out, jobs, on_done))
+    with progress_bar(notes(), "simulating") as bar, resumable(out):
+        results = list(reproduce.run_matrix(matrix, out, jobs, bar.update))
     result = tables.report(results, values["quick"], describe_environment())
     text = render(result)
     write_text(out / "report.md", text)

@@ -45,7 +45,7 @@ def goodput(**values: Any) -> None:
     jobs = values["jobs"] or len(os.sched_getaffinity(0))
     with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    with progress_bar(console) as bar, resumable(out, console):
+    with progress_bar(console, "simulating") as bar, resumable(out):
         found = [
             run_goodput(
                 regime,

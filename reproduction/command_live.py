@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from gimbal.commands.options import OutFolder, parse_loads
-from gimbal.commands.output import echo_json, notes, tables
+from gimbal.commands.output import echo_json, notes, progress_bar, tables
 from gimbal.commands.workload_options import (
     MAX_OUTPUT,
     MAX_PROMPT,
@@ -93,10 +92,9 @@ def live(**values: Any) -> None:
     from reproduction.live import LiveRun
 
     pool = ServerPool(arguments, out, values["resident"], say)
-    run = LiveRun(matrix, out, pool, vocabulary, info, say)
     try:
-        with resumable(out, console):
-            paths = run.run()
+        with progress_bar(console, "starting") as bar, resumable(out):
+            paths = LiveRun(matrix, out, pool, vocabulary, info, say, bar).run()
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
     results = {path.name: RunReader(path).info().result for path in paths}
@@ -108,14 +106,13 @@ def live(**values: Any) -> None:
 
 
 @contextmanager
-def resumable(out: Path, console: Console) -> Iterator[None]:
-    """Ends the command with exit code 1 and how to go on when it is interrupted or terminated."""
+def resumable(out: Path) -> Iterator[None]:
+    """Has a command that is interrupted, or terminated, say how to go on."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        console.print(f"interrupted: the same command continues from {out}", highlight=False)
-        sys.exit(1)
+        raise KeyboardInterrupt(f"the same command continues from {out}") from None
 
 
 def _matrix(values: dict[str, Any]) -> tuple[Any, Any]:

@@ -93,7 +93,7 @@ def regimes(**values: Any) -> None:
     jobs = values["jobs"] or len(os.sched_getaffinity(0))
     with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    with progress_bar(console) as bar, resumable(out, console):
+    with progress_bar(console, "simulating") as bar, resumable(out):
         groups = run_regimes(plan, out, jobs, bar.update, bar.say, not values["kept"])
         # Each is reported as it ends: all runs together may not fit into memory.
         found = [(group.code, group_report(group, plan)) for group in groups]

@@ -18,6 +18,7 @@ from typing import Any
 
 from gimbal.bench.arms import ServerSpec, server_spec
 from gimbal.bench.endpoint import Endpoint
+from gimbal.bench.run import TurnProgress
 from gimbal.bench.servers import ServerPool
 from gimbal.bench.session import BenchOptions, BenchSession
 from gimbal.bench.turns import Turn
@@ -61,7 +62,7 @@ class LiveRun:
         vocabulary_of: what prompts are made of, for an endpoint.
         info: of each run; load, turns and result are filled in.
         say: gets one line per event worth telling.
-        on_progress: gets (requests ended, streams open) during a turn.
+        progress: shows how far a turn is.
     """
 
     def __init__(
@@ -72,11 +73,11 @@ class LiveRun:
         vocabulary_of: Callable[[Endpoint], Vocabulary],
         info: RunInfo,
         say: Callable[[str], None] = lambda _: None,
-        on_progress: Callable[[int, int], None] | None = None,
+        progress: TurnProgress | None = None,
     ) -> None:
         self._matrix, self._directory, self._pool = matrix, directory, pool
         self._vocabulary_of, self._info = vocabulary_of, info
-        self._say, self._on_progress = say, on_progress
+        self._say, self._progress = say, progress
 
     def run(self) -> list[Path]:
         """Returns the run directories. Stopped by an exception, finished turns stay."""
@@ -115,7 +116,7 @@ class LiveRun:
             vocabulary_of=self._vocabulary_of,
             writer=writer,
             info=info,
-            on_progress=self._on_progress,
+            on_progress=self._progress.requests if self._progress else None,
             say=self._say,
         )
         session.restore(kept, requests)
@@ -144,7 +145,10 @@ class LiveRun:
             session.settle_rate(spec, arm)
         session.switches = spec.shared
         before = self._recorded(spec)
-        self._say(f"load {load:g}: {arm.name}, repeat {turn.repeat + 1} (turn {place})")
+        name = f"load {load:g}: {arm.name}, repeat {turn.repeat + 1}"
+        self._say(f"{name} (turn {place})")
+        if self._progress is not None:
+            self._progress.say(name)
         session.run(turn)
         for kind, old in before.items():
             new = self._read(spec, kind)[old:]

@@ -18,6 +18,7 @@ from typing import Any
 
 from gimbal.bench.client import Client, ClientRequest, Replay
 from gimbal.core.errors import InputError
+from gimbal.core.interrupts import shielded
 from gimbal.workloads.prompts import PromptWriter, Vocabulary
 from gimbal.workloads.trace import Trace
 
@@ -93,8 +94,6 @@ def run_replay(job: ReplayJob, on_progress: Callable[[int, int], None] | None = 
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_child, args=(job, theirs), daemon=True)
-    process.start()
-    theirs.close()
     interrupted = threading.Event()
 
     def stop() -> None:
@@ -102,13 +101,20 @@ def run_replay(job: ReplayJob, on_progress: Callable[[int, int], None] | None = 
         with contextlib.suppress(OSError):  # it has just ended by itself
             ours.send("stop")
 
-    try:
-        with _on_interrupt(stop):
+    with _on_interrupt(stop):
+        with shielded():
+            process.start()
+        theirs.close()
+        try:
             replay = _receive(ours, on_progress)
-    finally:
-        process.join(5)
-        if process.is_alive():
-            process.terminate()
+        except RuntimeError:
+            if interrupted.is_set():  # what stops a whole group stops the child as well
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            process.join(5)
+            if process.is_alive():
+                process.terminate()
     if interrupted.is_set():
         interrupt = KeyboardInterrupt()
         interrupt.replay = replay  # type: ignore[attr-defined]
@@ -121,7 +127,7 @@ def _receive(pipe: Connection, on_progress: Callable[[int, int], None] | None) -
     while True:
         try:
             kind, value = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise RuntimeError("the client process died") from None
         if kind == "error":
             raise RuntimeError(f"the client process failed:\n{value}")
@@ -148,8 +154,6 @@ def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def _child(job: ReplayJob, pipe: Connection) -> None:
-    # Ctrl-C reaches the whole foreground group; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         requests = encode_requests(job)
         # A collection during the run would stop every stream's clock at once.
@@ -213,7 +217,12 @@ async def _replay(job: ReplayJob, requests: list[ClientRequest], pipe: Connectio
         reporter.cancel()
 
 
-def check_client(streams: int = 500, tokens: int = 100, tick_s: float = 0.05) -> Replay:
+def check_client(
+    streams: int = 500,
+    tokens: int = 100,
+    tick_s: float = 0.05,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Replay:
     """Measures the client alone: `streams` concurrent streams from the echo server."""
     from gimbal.bench.echo import EchoOptions, echo_server
     from gimbal.workloads.prompts import uniform_vocabulary
@@ -224,4 +233,5 @@ def check_client(streams: int = 500, tokens: int = 100, tick_s: float = 0.05) ->
     rows = [TraceRequest(i * 0.002, 300, tokens) for i in range(streams)]
     with echo_server(EchoOptions(tick_s=tick_s)) as url:
         vocabulary = uniform_vocabulary(0, 1000)
-        return run_replay(ReplayJob(url, "echo", make_trace("echo", rows), vocabulary, (0,), "e"))
+        job = ReplayJob(url, "echo", make_trace("echo", rows), vocabulary, (0,), "e")
+        return run_replay(job, on_progress)

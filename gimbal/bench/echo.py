@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from gimbal.core.interrupts import shielded
+
 EVENT = (
     b'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion",'
     b'"created":1700000000,"model":"echo","choices":[{"index":0,"text":" token","logprobs":null,'
@@ -154,8 +156,7 @@ async def serve(options: EchoOptions, port: int = 0, ready: Connection | None = 
 
 
 def _process(options: EchoOptions, ready: Connection) -> None:
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(options, 0, ready))
+    asyncio.run(serve(options, 0, ready))
 
 
 @contextlib.contextmanager
@@ -164,7 +165,8 @@ def echo_server(options: EchoOptions | None = None) -> Iterator[str]:
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_process, args=(options or EchoOptions(), send), daemon=True)
-    process.start()
+    with shielded():
+        process.start()
     try:
         if not receive.poll(30):
             raise RuntimeError("the echo server did not start within 30 s")

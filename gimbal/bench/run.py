@@ -27,9 +27,10 @@ START_S = 80.0
 class TurnProgress(Protocol):
     """What shows how far a turn is."""
 
-    def start(self, description: str) -> None: ...
+    def say(self, text: str) -> None:
+        """A turn begins."""
 
-    def update(self, ended: int, streams: int) -> None:
+    def requests(self, ended: int, streams: int) -> None:
         """Requests that have ended, streams that are open."""
 
 
@@ -96,7 +97,7 @@ def run_bench(
             writer=writer,
             info=info,
             switch=setup.switch,
-            on_progress=progress.update,
+            on_progress=progress.requests,
             say=say,
         )
         starts = 0 if setup.url else count_starts(plan, setup.resident)
@@ -106,11 +107,10 @@ def run_bench(
             session.settle_rate(first.spec, first.arm)
             say(f"about {_estimate_s(session, plan, starts) / 60:.0f} min")
             for number, turn in enumerate(plan, start=1):
-                progress.start(f"{number}/{len(plan)} {turn.arm.name} #{turn.repeat + 1}")
+                progress.say(f"{number}/{len(plan)} {turn.arm.name} #{turn.repeat + 1}")
                 session.run(turn)
         except KeyboardInterrupt:
             interrupted = True
-            say(f"interrupted: what has been measured is in {setup.directory}")
         finally:
             pool.close()
             try:

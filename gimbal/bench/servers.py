@@ -17,6 +17,7 @@ from typing import IO
 
 from gimbal.bench.arms import ServerSpec
 from gimbal.bench.endpoint import Endpoint
+from gimbal.core.interrupts import deferred
 
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 60.0
@@ -109,8 +110,9 @@ class ServerPool:
             dead.stop()
         while len(self._servers) >= self.resident:
             self._servers.pop(0).stop()
-        server = self._start(spec)
-        self._servers.append(server)
+        with deferred():  # a server that nobody knows of would outlive this process
+            server = self._start(spec)
+            self._servers.append(server)
         server.wait_ready()
         self.say(f"server {self._count} ready after {server.start_s:.0f} s ({server.log})")
         return server
@@ -148,6 +150,7 @@ class ServerPool:
         return json.dumps(config, sort_keys=True)
 
     def close(self) -> None:
-        """Stops every server."""
-        while self._servers:
-            self._servers.pop().stop()
+        """Stops every server; who is in a hurry and interrupts again does not leave one behind."""
+        with deferred():
+            while self._servers:
+                self._servers.pop().stop()

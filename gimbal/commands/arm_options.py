@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from gimbal.commands.output import echo_json
 
 if TYPE_CHECKING:
     from gimbal.report.arms import Arm
@@ -57,14 +59,32 @@ def read_arm_options(values: dict[str, Any]) -> list[Arm]:
     )
 
 
-def list_arms(values: dict[str, Any]) -> None:
-    """Prints every arm, those of the arms file too, with its description."""
-    from gimbal.report.arms_file import known_arms, read_arms
+def list_names(values: dict[str, Any], **others: Iterable[str]) -> None:
+    """Prints every scenario and arm, those of the arms file too, each with its description.
 
+    Args:
+        others: names of other kinds, which stand first.
+    """
+    from gimbal.report.arms_file import known_arms, read_arms
+    from gimbal.workloads.scenario import load_scenario, scenario_names
+
+    scenarios = {name: load_scenario(name).description for name in scenario_names()}
     file = values["arms_file"]
     known = known_arms(
         {} if file is None else read_arms(file), _levels(values), values["gimbal_config"]
     )
+    if values["as_json"]:
+        arms = {
+            arm.name: {"description": arm.description, "simulated": arm.simulated is not None}
+            for arm in known.values()
+        }
+        echo_json({**others, "scenarios": scenarios, "arms": arms})
+        return
+    for kind, names in others.items():
+        click.echo(f"{kind}: {', '.join(names)}")
+    click.echo("scenarios, for --trace:")
+    for name, description in scenarios.items():
+        click.echo(f"  {name:{max(map(len, scenarios))}}  {description}")
     width = max(map(len, known))
     click.echo("arms (* in `gimbal simulate` only):")
     for arm in known.values():

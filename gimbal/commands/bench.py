@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from gimbal.commands.arm_options import arm_options, arms_given, list_arms, read_arm_options
+from gimbal.commands.arm_options import arm_options, arms_given, list_names, read_arm_options
 from gimbal.commands.options import FIGURES, OutFile, OutFolder, Real, Whole
-from gimbal.commands.output import echo_json, notes, tables
+from gimbal.commands.output import echo_json, notes, progress_bar, tables
 from gimbal.commands.workload_options import (
     LOAD,
     RATE,
     SECONDS,
     SERVERS,
     check_run_options,
-    list_scenarios,
     read_trace_options,
     read_workload_options,
     workload_options,
@@ -96,8 +95,7 @@ def command(**values: Any) -> None:
     Example: gimbal bench --demo --trace burstgpt --load 0.9 --repeat 5 --out runs/mine
     """
     if values["list_names"]:
-        list_scenarios()
-        list_arms(values)
+        list_names(values)
         return
     console = notes()
     if values.pop("check_client"):
@@ -108,7 +106,6 @@ def command(**values: Any) -> None:
     if values["plot_trace"] is not None:
         _plot(values, workload, console)
         return
-    from gimbal.bench.progress import turn_bar
     from gimbal.bench.run import run_bench
     from gimbal.records.store import require_no_run
     from gimbal.report.table import print_report
@@ -123,7 +120,7 @@ def command(**values: Any) -> None:
         say(note)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with turn_bar(console) as bar:
+        with progress_bar(console, "starting") as bar:
             report, interrupted = run_bench(setup, say, bar)
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
@@ -132,13 +129,14 @@ def command(**values: Any) -> None:
     else:
         print_report(report, tables())
     if interrupted:
-        sys.exit(1)
+        raise KeyboardInterrupt(f"what has been measured is in {setup.directory}")
 
 
 def _check_client(as_json: bool) -> None:
     from gimbal.bench.client_process import check_client
 
-    usage = check_client().usage
+    with progress_bar(notes(), "streaming from an echo server") as bar:
+        usage = check_client(on_progress=bar.requests).usage
     figures = {
         "streams": usage.peak_streams,
         "tokens": usage.events,
@@ -162,6 +160,8 @@ def _plot(values: dict[str, Any], workload: WorkloadOptions, console: Console) -
     path, trace = values["plot_trace"], read_trace_options(values)
     plot_workload(trace, workload, values["seed"], path)
     console.print("\n".join((*trace.notes, f"wrote {path}")), highlight=False, soft_wrap=True)
+    if values["as_json"]:
+        echo_json({"plot": str(path), "notes": trace.notes})
 
 
 def _setup(values: dict[str, Any], workload: WorkloadOptions) -> BenchSetup:

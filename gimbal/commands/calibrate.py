@@ -19,7 +19,7 @@ import click
 from rich.console import Console
 
 from gimbal.commands.options import FIGURES, OutFile, OutFolder, Real, Whole
-from gimbal.commands.output import echo_json, notes
+from gimbal.commands.output import Bar, echo_json, notes, progress_bar
 from gimbal.core.errors import InputError, one_line
 from gimbal.core.model import read_config
 from gimbal.core.model.architecture import KV_DTYPES
@@ -101,13 +101,17 @@ def command(**values: Any) -> None:
     sources = (values["from_steps"] is not None, values["demo"], bool(values["server_arguments"]))
     if sum(sources) != 1:
         raise InputError("give one of --from-steps DIR, --demo, or a model after `--`")
-    with tempfile.TemporaryDirectory(prefix="gimbal-steps-") as scratch:
+    with (
+        progress_bar(console, "starting a server") as bar,
+        tempfile.TemporaryDirectory(prefix="gimbal-steps-") as scratch,
+    ):
         directory, model_dir = values["from_steps"], values["model_dir"]
         if directory is None:
             directory = values["keep_steps"] or Path(scratch)
-            model_dir = _drive(values, directory, console)
+            model_dir = _drive(values, directory, console, bar)
         if model_dir is None:
             raise InputError("--from-steps: give the served model's folder by --model-dir")
+        bar.say("fitting")
         samples = _samples(directory)
         api_us = _front_end_us(directory, samples)
         if (directory / PHASES).exists():
@@ -259,7 +263,7 @@ def _target(values: dict[str, Any]) -> Path:
     return out
 
 
-def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
+def _drive(values: dict[str, Any], directory: Path, console: Console, bar: Bar) -> Path:
     """`_measure` with what can be refused refused first; a server's failure ends the command."""
     from gimbal.bench.run import check_vocabulary
     from gimbal.core.files import writing
@@ -271,13 +275,13 @@ def _drive(values: dict[str, Any], directory: Path, console: Console) -> Path:
     with writing(f"--keep-steps {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
     try:
-        return _measure(values, arguments, directory, console)
+        return _measure(values, arguments, directory, console, bar)
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
 
 
 def _measure(
-    values: dict[str, Any], arguments: tuple[str, ...], directory: Path, console: Console
+    values: dict[str, Any], arguments: tuple[str, ...], directory: Path, console: Console, bar: Bar
 ) -> Path:
     """Serves, sends the phases of `calibration_load`, stops; returns the model's folder."""
     from gimbal.bench.arms import ServerSpec
@@ -301,12 +305,13 @@ def _measure(
             return ReplayJob(endpoint.url, model.name, trace, vocabulary, salt, f"cal{number}")
 
         def replay(one: ReplayJob) -> Replay:
-            result = run_replay(one)
+            result = run_replay(one, bar.requests)
             endpoint.wait_idle()
             return result
 
         def say(text: str) -> None:
             console.print(f"calibrating: {text}", highlight=False)
+            bar.say(text)
 
         context = model.max_model_len or 4096
         phases = _send(endpoint, context, values["span_s"], job, replay, say)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gimbal.commands.output import echo_json
+from gimbal.commands.output import echo_json, notes, progress_bar
 from gimbal.vllm_plugin.doctor.findings import Finding, report
 from gimbal.vllm_plugin.doctor.machine import check_machine
 from gimbal.vllm_plugin.doctor.seams_report import (
@@ -39,21 +40,34 @@ def command(vllm_source: Path | None, as_json: bool) -> None:
 
     Example: gimbal doctor --json
     """
-    if vllm_source is not None:
-        root = source_root(vllm_source)
-        findings = [check_source_version(root), *check_levels(root), check_bodies(root)]
-    else:
-        findings = list(check_software())
-        installed = vllm_root()
-        if installed is not None:
-            findings += [*check_levels(installed), check_bodies(installed)]
-        findings += [*check_machine(), *check_surroundings()]
+    findings = []
+    with progress_bar(notes(), "checking") as bar:
+        for finding in _findings(vllm_source):
+            findings.append(finding)
+            bar.say(f"checked {finding.check}")
     result = report(findings)
     if as_json:
         echo_json(result, indent=2)
     else:
         _show(findings)
     sys.exit(0 if result["ok"] else 1)
+
+
+def _findings(vllm_source: Path | None) -> Iterator[Finding]:
+    """One after the other: some take seconds."""
+    if vllm_source is not None:
+        root = source_root(vllm_source)
+        yield check_source_version(root)
+        yield from check_levels(root)
+        yield check_bodies(root)
+        return
+    yield from check_software()
+    installed = vllm_root()
+    if installed is not None:
+        yield from check_levels(installed)
+        yield check_bodies(installed)
+    yield from check_machine()
+    yield from check_surroundings()
 
 
 def _show(findings: list[Finding]) -> None:

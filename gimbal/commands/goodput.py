@@ -7,12 +7,11 @@ from typing import Any
 
 import click
 
-from gimbal.commands.arm_options import arm_options, list_arms
+from gimbal.commands.arm_options import arm_options, list_names
 from gimbal.commands.cluster_options import cluster_options, comparison_options
 from gimbal.commands.options import OutFile, Real, Whole, parse_loads
 from gimbal.commands.output import echo_json, notes, progress_bar, tables
 from gimbal.commands.workload_options import (
-    list_scenarios,
     read_workload_options,
     workload_options,
 )
@@ -43,8 +42,7 @@ def command(**values: Any) -> None:
     Example: gimbal goodput --cluster h100x4-paper --slo ttft_ms=2000,tpot_ms=50 --repeat 5
     """
     if values["list_names"]:
-        list_scenarios()
-        list_arms(values)
+        list_names(values)
         return
     from gimbal.core.files import write_text
     from gimbal.report.goodput import goodput_chart, goodput_table
@@ -59,7 +57,7 @@ def command(**values: Any) -> None:
         raise InputError("--slo: say what a good request is, such as ttft_ms=1000,tpot_ms=50")
     options = comparison_options(values, workload)
     loads, jobs = _loads(values["loads"]), values["jobs"] or len(os.sched_getaffinity(0))
-    with progress_bar(notes()) as bar:
+    with progress_bar(notes(), "simulating") as bar:
         report = goodput(options, loads, jobs, bar.update, bar.say)
     if values["plot"] is not None:
         write_text(values["plot"], standalone(goodput_chart(report)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gimbal.commands.options import OutFolder, Real, Whole
-from gimbal.commands.output import echo_json
+from gimbal.commands.output import echo_json, notes, progress_bar
 from gimbal.demo.sizes import DemoSizes
 
 if TYPE_CHECKING:
@@ -54,16 +54,21 @@ def command() -> None:
 
 @command.command()
 @click.option("--out", type=OutFolder(), required=True, help="folder to write")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 @_size_options
-def demo(out: Path, **sizes: Any) -> None:
+def demo(out: Path, as_json: bool, **sizes: Any) -> None:
     """Writes a tiny Qwen3-MoE whose routing depends on the prompt's domain.
 
     Example: gimbal model demo --out demo-model --experts 32
     """
     from gimbal.demo.model import make_demo_model
 
-    made = make_demo_model(out, DemoSizes(**sizes))
+    with progress_bar(notes(), "making the layers") as bar:
+        made = make_demo_model(out, DemoSizes(**sizes), bar.update)
     size = sum(f.stat().st_size for f in made.iterdir())
+    if as_json:
+        echo_json({"model": str(made), "bytes": size, **sizes})
+        return
     click.echo(f"{made}: {sizes['layers']} layers, {sizes['experts']} experts, {size / 1e6:.0f} MB")
 
 
@@ -87,7 +92,8 @@ def stats(model: Path, as_json: bool, **options: Any) -> None:
     """
     from gimbal.vllm_plugin.cpu_backend.model_stats import measure
 
-    measured = measure(model, **options)
+    with progress_bar(notes(), "running the model") as bar:
+        measured = measure(model, **options, on_done=bar.update)
     if as_json:
         echo_json(measured.as_json())
         return

@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from gimbal.commands.options import FIGURES, NameOrFile, OutFile, Real, Whole
-from gimbal.commands.output import echo_json
+from gimbal.commands.output import echo_json, notes, progress_bar
 from gimbal.core.cost.profile import profile_names
 from gimbal.core.numbers import (
     MOST_EXPERTS,
@@ -100,18 +100,14 @@ def command(**values: Any) -> None:
 
     Example: gimbal place --routing routing.npz --ranks 8 --slots-per-rank 17 --out plan.npz
     """
-    problem, following = _read(values)
-    plan, cpu_ms = _plan(problem, values)
+    with progress_bar(notes(), "reading") as bar:
+        problem, following = _read(values)
+        bar.say("compiling the placer")
+        placer = _placer(problem, values)
+    plan, cpu_ms = _plan(problem, placer, values["placer"])  # timed: nothing is drawn beside it
     report = _report(problem, plan, following, cpu_ms)
     if values["exact"]:
-        from gimbal.core.placement import exact
-
-        report["exact"] = exact.compare(
-            problem,
-            plan.physical_to_logical,
-            values["time_limit"],
-            values["exact_layers"],
-        ).as_dict()
+        report["exact"] = _exact(problem, plan, values)
     if values["out"]:
         _write(plan.physical_to_logical, values)
     if values["plot"]:
@@ -231,16 +227,23 @@ def _read_placement(path: Path) -> IntArray:
     return placement.astype(np.int32)
 
 
-def _plan(problem: PlacementProblem, values: dict[str, Any]) -> tuple[PlacementPlan, float]:
-    """The plan and its CPU milliseconds, compilation of the search left out."""
-    from gimbal.core.placement import PLACERS, heuristic
-    from gimbal.core.placement.kinds import MEAN_STEP
-    from gimbal.core.placement.verify import answer
+def _placer(problem: PlacementProblem, values: dict[str, Any]) -> Any:
+    """The placer that was asked for, what it runs compiled, earlier windows shown to it."""
+    from gimbal.core.placement import PLACERS
 
     name, options = values["placer"], _options(values["placer_option"])
     placer = PLACERS.build(name, options)
     _warm_up(PLACERS.build(name, options))
     _show_history(placer, problem, values)
+    return placer
+
+
+def _plan(problem: PlacementProblem, placer: Any, name: str) -> tuple[PlacementPlan, float]:
+    """The plan and its CPU milliseconds."""
+    from gimbal.core.placement import heuristic
+    from gimbal.core.placement.kinds import MEAN_STEP
+    from gimbal.core.placement.verify import answer
+
     start = time.process_time()
     if hasattr(placer, "plan_kinds"):
         plan: PlacementPlan = placer.plan_kinds([problem], MEAN_STEP)
@@ -248,6 +251,18 @@ def _plan(problem: PlacementProblem, values: dict[str, Any]) -> tuple[PlacementP
     placed = answer(name, placer, problem.routing, problem.topology, problem.current)
     cpu_ms = (time.process_time() - start) * 1e3
     return heuristic.price(problem, placed), cpu_ms
+
+
+def _exact(problem: PlacementProblem, plan: PlacementPlan, values: dict[str, Any]) -> Any:
+    from gimbal.core.placement import exact
+
+    placed, limit_s, layers = (
+        plan.physical_to_logical,
+        values["time_limit"],
+        values["exact_layers"],
+    )
+    with progress_bar(notes(), "solving layers exactly") as bar:
+        return exact.compare(problem, placed, limit_s, layers, bar.update).as_dict()
 
 
 def _options(words: tuple[str, ...]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from gimbal.commands.options import OutFolder
+from gimbal.commands.output import notes, progress_bar
 
 
 @click.command(
@@ -50,13 +51,14 @@ def command(
     from gimbal.vllm_plugin.serve.plan import plan_server
     from gimbal.vllm_plugin.serve.supervisor import Supervisor
 
-    plan = plan_server(
-        arguments,
-        demo=demo or demo_dir is not None,
-        demo_dir=demo_dir,
-        levels=levels,
-        config_file=gimbal_config,
-    )
+    with progress_bar(notes(), "making the demo model" if demo else "checking"):
+        plan = plan_server(
+            arguments,
+            demo=demo or demo_dir is not None,
+            demo_dir=demo_dir,
+            levels=levels,
+            config_file=gimbal_config,
+        )
     for warning in plan.warnings:
         click.echo(f"gimbal: {warning}", err=True)
     if dry_run:

@@ -7,14 +7,13 @@ from typing import Any
 
 import click
 
-from gimbal.commands.arm_options import arm_options, list_arms
+from gimbal.commands.arm_options import arm_options, list_names
 from gimbal.commands.cluster_options import cluster_options, comparison_options
 from gimbal.commands.options import OutFolder, Real, Whole
 from gimbal.commands.output import echo_json, notes, progress_bar, tables
 from gimbal.commands.workload_options import (
     LOAD,
     check_run_options,
-    list_scenarios,
     read_workload_options,
     workload_options,
 )
@@ -48,10 +47,7 @@ def command(**values: Any) -> None:
         from gimbal.core.model import model_names
         from gimbal.sim.cluster import cluster_names
 
-        click.echo("clusters: " + ", ".join(cluster_names()))
-        click.echo("models: " + ", ".join(model_names()))
-        list_scenarios()
-        list_arms(values)
+        list_names(values, clusters=cluster_names(), models=model_names())
         return
     from gimbal.records.store import require_no_run
     from gimbal.report.table import print_report
@@ -63,7 +59,7 @@ def command(**values: Any) -> None:
     if values["out"] is not None:
         require_no_run(values["out"])  # what cannot be kept is not simulated
     console = notes()
-    with progress_bar(console) as bar:
+    with progress_bar(console, "simulating") as bar:
         report, results = run_comparison(options, values["jobs"], bar.update, bar.say)
     for note in report["notes"]:
         console.print(note, highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from gimbal.commands.options import NameOrFile, OutFile, Real, Whole
-from gimbal.commands.output import echo_json
+from gimbal.commands.output import echo_json, notes, progress_bar
 from gimbal.commands.server_routes import ask
 from gimbal.core.contracts import Topology
 from gimbal.core.errors import InputError
@@ -56,10 +56,11 @@ def command(
 
     Example: gimbal stats http://localhost:8000 --out routing.npz
     """
-    if len(source) == 1 and source[0].startswith(("http://", "https://")):
-        recording = fetch(source[0], timeout)
-    else:
-        recording = read_routing([Path(s) for s in source], experts)
+    with progress_bar(notes(), f"reading {source[0]}"):
+        if len(source) == 1 and source[0].startswith(("http://", "https://")):
+            recording = fetch(source[0], timeout)
+        else:
+            recording = read_routing([Path(s) for s in source], experts)
     if out is not None:
         from gimbal.workloads.routing import save_routing
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from gimbal.commands.options import Real
-from gimbal.commands.output import echo_json, tables
+from gimbal.commands.output import echo_json, notes, progress_bar, tables
 from gimbal.commands.server_routes import ask
 from gimbal.core.errors import InputError
 from gimbal.core.json_text import parse_json
@@ -49,7 +49,8 @@ def command(url: str, once: bool, as_json: bool, interval: float, timeout: float
 
     Example: gimbal top http://localhost:8000 --interval 5
     """
-    status = fetch(url, timeout)
+    with progress_bar(notes(), f"asking {url}"):
+        status = fetch(url, timeout)
     if as_json:
         echo_json(dataclasses.asdict(status))
         return

@@ -15,7 +15,7 @@ from gimbal.workloads import BUILTIN_TRACES, Trace, TraceOptions, WorkloadOption
 from gimbal.workloads.arrivals import LEAST_CV, LEAST_RPS, MOST_CV, PROCESSES
 from gimbal.workloads.distributions import DISTRIBUTIONS
 from gimbal.workloads.formats import UNITS
-from gimbal.workloads.scenario import DEFAULT_SCENARIO, load_scenario, scenario_names
+from gimbal.workloads.scenario import DEFAULT_SCENARIO, scenario_names
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -111,14 +111,6 @@ def workload_options(function: Function) -> Function:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
-
-
-def list_scenarios() -> None:
-    """Prints every packaged scenario with its description."""
-    click.echo("scenarios, for --trace:")
-    names = scenario_names()
-    for name in names:
-        click.echo(f"  {name:{max(map(len, names))}}  {load_scenario(name).description}")
 
 
 def read_trace_options(values: dict[str, Any]) -> Trace:

@@ -62,10 +62,9 @@ def private_folder() -> Path | None:
 
     Code is loaded from it, so one that others could write to is left alone.
     """
-    base = temporary_folder()
-    if base is None:
+    folder = _private_path()
+    if folder is None:
         return None
-    folder = base / f"gimbal-cache-{os.getuid()}"
     with contextlib.suppress(OSError):
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
@@ -76,12 +75,17 @@ def private_folder() -> Path | None:
     return None
 
 
+def _private_path() -> Path | None:
+    base = temporary_folder()
+    return None if base is None else base / f"gimbal-cache-{os.getuid()}"
+
+
 def compiled_code() -> tuple[Path | None, bool]:
     """Where compiled code is kept, None where nothing can be written; whether it lasts."""
     given = os.environ.get(COMPILED)
     for folder in (*([Path(given)] if given else []), *lasting_folders()):
         if is_writable(folder):
-            return folder, folder != private_folder()
+            return folder, folder != _private_path()
     return private_folder(), False
 
 

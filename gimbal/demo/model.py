@@ -11,7 +11,8 @@ stats`` measures the result by running the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_demo_model(out: Path, sizes: DemoSizes | None = None) -> Path:
-    """Writes the model into `out` (made if need be) and returns it.
+def make_demo_model(
+    out: Path,
+    sizes: DemoSizes | None = None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Writes the model into `out` (made if need be) and returns it; interrupted, it leaves nothing.
+
+    Args:
+        on_layer: called with (finished, all) layers.
 
     Raises:
         InputError: a size vLLM cannot take, a missing library, `out` holding something else or
@@ -43,9 +51,13 @@ def make_demo_model(out: Path, sizes: DemoSizes | None = None) -> Path:
     sizes.check()
     _require_libraries()
     require_free(out)
-    with writing(out):
+    whole = out.absolute()
+    near = next(folder for folder in (whole, *whole.parents) if folder.exists())
+    with writing(out), tempfile.TemporaryDirectory(dir=near, prefix=f".{out.name}-") as scratch:
+        _write(Path(scratch), sizes, on_layer)
         out.mkdir(parents=True, exist_ok=True)
-        _write(out, sizes)
+        for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == MANIFEST):
+            file.replace(out / file.name)  # the manifest last: it says that the model is whole
     return out
 
 
@@ -58,7 +70,7 @@ def require_free(out: Path) -> None:
             raise InputError(f"{out}: exists and is not a demo model; choose another folder")
 
 
-def _write(out: Path, sizes: DemoSizes) -> None:
+def _write(out: Path, sizes: DemoSizes, on_layer: Callable[[int, int], None]) -> None:
     rng = np.random.Generator(np.random.PCG64(sizes.seed))
     words = build_vocabulary(sizes, rng)
     _write_tokenizer(out, sizes, words)
@@ -67,7 +79,7 @@ def _write(out: Path, sizes: DemoSizes) -> None:
         out / "generation_config.json",
         {"bos_token_id": None, "eos_token_id": _special("<|im_end|>"), "do_sample": False},
     )
-    _save(out / "model.safetensors", tensors(sizes, words, rng))
+    _save(out / "model.safetensors", tensors(sizes, words, rng, on_layer))
     _write_json(out / MANIFEST, manifest_values(sizes, words))
 
 

@@ -22,7 +22,7 @@ free       attention, experts     values, experts, output head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -192,14 +192,21 @@ def experts(sizes: DemoSizes, rng: np.random.Generator) -> Iterator[tuple[str, n
 
 
 def tensors(
-    sizes: DemoSizes, words: DemoVocabulary, rng: np.random.Generator
+    sizes: DemoSizes,
+    words: DemoVocabulary,
+    rng: np.random.Generator,
+    on_layer: Callable[[int, int], None],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every (name, float64 array) of the checkpoint in Qwen3-MoE's published naming."""
+    """Yields every (name, float64 array) of the checkpoint in Qwen3-MoE's published naming.
+
+    `on_layer` is called with (finished, all) layers.
+    """
     table = embeddings(sizes, words, rng)
     ones = np.ones(sizes.hidden)
     yield "model.embed_tokens.weight", table
     yield "lm_head.weight", output_head(sizes, words, table, rng)
     yield "model.norm.weight", ones
+    on_layer(0, sizes.layers)
     for layer, gate in enumerate(gates(sizes, words, table, rng)):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", ones
@@ -209,3 +216,4 @@ def tensors(
             yield f"{prefix}.self_attn.{name}", tensor
         for name, tensor in experts(sizes, rng):
             yield f"{prefix}.mlp.experts.{name}", tensor
+        on_layer(layer + 1, sizes.layers)

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from gimbal.core.contracts import FloatArray
+from gimbal.core.interrupts import shielded
 from gimbal.records.schema import PlacementRecord, RebalanceRecord, RequestRecord
 from gimbal.report.arms import Arm
 from gimbal.report.metrics import statistics
@@ -190,7 +191,7 @@ def completed(
     Args:
         function: importable by name, because tasks run in spawned processes when `jobs` > 1.
 
-    Closed early or interrupted, it starts no further task; those that run end by themselves.
+    Closed early or interrupted, it starts no further task and ends those that run.
     """
     if jobs <= 1:
         for index, task in enumerate(tasks):
@@ -198,11 +199,17 @@ def completed(
         return
     # Spawned, not forked: numba's and numpy's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent)
     try:
-        futures = {pool.submit(function, task): i for i, task in enumerate(tasks)}
+        with shielded():
+            futures = {pool.submit(function, task): i for i, task in enumerate(tasks)}
         for future in as_completed(futures):
             yield futures[future], future.result()
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         # Once: the pool's own end of a `with` would take the cancellation back, and an
         # interrupted run would go on to its last task.

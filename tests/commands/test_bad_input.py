@@ -468,19 +468,6 @@ def test_results(run: Run, here: Path, result: object, message: str) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_json_is_alone_on_standard_output(run: Run) -> None:
-    outcome = run(*STATS, "--json")
-    assert outcome.code == 0
-    json.loads(outcome.out, parse_constant=pytest.fail)
-    sizes = ("hidden_size", "moe_intermediate_size", "num_attention_heads", "num_hidden_layers")
-    config = dict.fromkeys(sizes, 64) | {"num_experts": 8, "num_experts_per_tok": 2}
-    Path("model/config.json").write_text(json.dumps(config))
-    outcome = run("calibrate", "--estimate", "h100", "--model-dir", "model", "--json")
-    assert outcome.code == 0, outcome
-    assert json.loads(outcome.out) == {"profile": "cpu-demo.yaml", "estimated": True}
-
-
-@pytest.mark.usefixtures("here")
 def test_a_server_that_does_not_start(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def get(self: object, spec: object) -> None:
         raise RuntimeError("the server ended with code 3:\nits log")

@@ -220,17 +220,6 @@ def test_the_plot_has_a_line_for_every_arm(plan, tmp_path, monkeypatch):
     assert all(f"mean {name}, ms" in text for name in ("TTFT", "TPOT", "E2E"))
 
 
-def test_an_interrupted_command_says_how_to_go_on(plan, tmp_path, monkeypatch):
-    def stopped(cell):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(regimes, "REGIMES", {"small": plan.regimes[0]})
-    monkeypatch.setattr(regimes, "run_cell", stopped)
-    result = invoke("--seeds", "1", "--loads", "0.5", "--jobs", "1", "--out", str(tmp_path / "o"))
-    assert result.exit_code == 1
-    assert "the same command continues from" in result.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

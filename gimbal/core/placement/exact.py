@@ -7,6 +7,8 @@ under it. The solver is HiGHS (the extra ``exact``), as a mixed-integer linear p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import util
 from typing import Any
@@ -141,8 +143,12 @@ def compare(
     placement: IntArray,
     time_limit_s: float = 60.0,
     layers: int | None = None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExactReport:
     """Solves the first `layers` layers exactly and prices `placement` beside them.
+
+    Args:
+        on_layer: called with (finished, all) layers.
 
     Raises:
         InputError: a problem with a forecast (the exact model has no uncertainty) or with expert
@@ -156,6 +162,7 @@ def compare(
     count = min(layers or problem.layers, problem.layers)
     ours, best, bounds, seconds = [], [], [], 0.0
     for n in range(count):
+        on_layer(n, count)
         model = instance(problem, priced, n, placement[n])
         result = solve(model, time_limit_s)
         seconds += result.seconds
@@ -214,7 +221,7 @@ def solve(model: ExactInstance, time_limit_s: float = 60.0) -> ExactResult:
     for r in range(ranks):
         highs.addConstr(highs.qsum(x[e][r] for e in range(experts)) == model.slots)
         highs.addConstr(highs.qsum(rank_load[r]) <= slowest)
-    highs.minimize(highs.qsum(costs))
+    _minimize(highs, highs.qsum(costs))
     info = highs.getInfo()
     values = highs.getSolution().col_value
     holds = model.hint
@@ -225,6 +232,18 @@ def solve(model: ExactInstance, time_limit_s: float = 60.0) -> ExactResult:
     value = cost(model, holds)
     bound = min(max(0.0, float(info.mip_dual_bound)), value)  # -inf after no time; costs are >= 0
     return ExactResult(value, bound, holds, highs.getRunTime())
+
+
+def _minimize(highs: Any, objective: Any) -> None:
+    """In a thread of its own: Python sees Ctrl-C only between two of its own instructions."""
+    highs.HandleUserInterrupt = True
+    with ThreadPoolExecutor(1) as pool:
+        solving = pool.submit(highs.minimize, objective)
+        try:
+            solving.result()
+        except KeyboardInterrupt:
+            highs.cancelSolve()
+            raise
 
 
 def _by_copies(highs: Any, x: list[Any], most: int) -> list[list[Any]]:

@@ -7,6 +7,7 @@ divergence between two halves of one domain's prompts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def measure(
     prompts: int = 8,
     prompt_tokens: int = 512,
     continuation_tokens: int = 64,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> ModelStats:
     """Runs the model over prompts of each domain.
 
@@ -66,6 +68,7 @@ def measure(
         prompts: per domain, an even number: halves give the noise floor.
         prompt_tokens: words per prompt.
         continuation_tokens: greedy tokens generated per domain.
+        on_done: called with (finished, all) prompts, continuations included.
 
     Raises:
         InputError: no demo model there, or a missing library.
@@ -78,9 +81,14 @@ def measure(
     runs: dict[str, np.ndarray] = {}
     continued: dict[str, np.ndarray] = {}
     distinct = []
-    for domain in manifest.domains:
+    total = len(manifest.domains) * (prompts + 1)
+    for number, domain in enumerate(manifest.domains):
         batch = [manifest.prompt(domain, prompt_tokens, rng) for _ in range(prompts)]
-        runs[domain] = np.stack([_selections(model, [prompt]) for prompt in batch])
+        measured: list[np.ndarray] = []
+        for prompt in batch:
+            on_done(number * (prompts + 1) + len(measured), total)
+            measured.append(_selections(model, [prompt]))
+        runs[domain] = np.stack(measured)
         counts, tokens = _continue(model, batch[0], continuation_tokens)
         continued[domain] = counts
         distinct.append(len(set(tokens)) / len(tokens))
