@@ -120,7 +120,7 @@ def frame(message: bytes, peer: str) -> Any:
 
 def take(receiver: remote.RowReceiver, message: bytes, peer: str = "10.0.0.9") -> None:
     """One message, as the receiver's thread takes it."""
-    checked = receiver._checked(frame(message, peer))
+    checked = receiver._take(frame(message, peer))
     if checked is not None:
         receiver._write(*checked, frame(message, peer))
 
