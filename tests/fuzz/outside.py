@@ -16,6 +16,7 @@ import numpy as np
 
 from gimbal.board.control import encoded_control
 from gimbal.board.file import Board
+from gimbal.board.published import Source, packed, unpacked
 from gimbal.board.slots import BoardReader, SlotWriter
 from gimbal.board.wire import parse_row
 from gimbal.core.config import parse_config
@@ -50,13 +51,48 @@ MESSAGE: dict[str, Any] = {
 
 def rows(rng: random.Random) -> None:
     """Messages of the board's port: what is taken is a row of this version, of finite numbers."""
+    engine = rng.choice((0, 1, MAX_ENGINES - 1, MAX_ENGINES, 65535))
+    message = _spoilt(rng, HEAD.pack(MAGIC, engine, ROW_WIDTH) + _any_row(rng).tobytes())
+    try:
+        engine, row = parse_row(message)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if row is not None:
+        check(0 <= engine < MAX_ENGINES, "engine", engine)
+        check(row.shape == (ROW_WIDTH,) and row.dtype == np.float64, row.shape, row.dtype)
+        check(np.isfinite(row).all() and (row >= 0).all(), "took a row with", row.min(), row.max())
+
+
+def published_rows(rng: random.Random) -> None:
+    """Messages to subscribers: the same, and of one name; signed, no changed one is taken."""
+    name = rng.choice(("web:8000", "", "x" * rng.randrange(256), "a\nb", "é" * rng.randrange(100)))
+    secret = rng.choice((None, b"secret", rng.randbytes(16)))
+    source = Source(name, rng.choice((0, MAX_ENGINES - 1, MAX_ENGINES, 65535)))
+    row, age_us = _any_row(rng), rng.choice((0.0, 1e18, -5.0))
+    whole = packed(source, row, age_us, secret)
+    message = _spoilt(rng, whole)
+    reads = rng.choice((None, secret))
+    try:
+        found, taken, _ = unpacked(message, reads)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    check(found.name.isprintable() and 0 <= found.rank < MAX_ENGINES, "source", found)
+    check(np.isfinite(taken).all() and (taken >= 0).all(), "took a row with", taken.min())
+    check(reads is None or message == whole, "took a changed message", message)
+
+
+def _any_row(rng: random.Random) -> np.ndarray:
+    """A row with some numbers that may be no row's."""
     values = np.zeros(ROW_WIDTH)
     for _ in range(rng.randrange(6)):
         at, value = rng.randrange(ROW_WIDTH), absurd(rng) if rng.random() < 0.5 else count(rng)
         values[at] = float(max(-1e308, min(value, 1e308))) if value == value else value
-    head = HEAD.pack(MAGIC, rng.choice((0, 1, MAX_ENGINES - 1, MAX_ENGINES, 65535)), ROW_WIDTH)
-    message = bytearray(head + values.tobytes())
-    change = rng.random()
+    return values
+
+
+def _spoilt(rng: random.Random, whole: bytes) -> bytes:
+    """`whole`, four times in ten changed, cut short, grown, or something else."""
+    message, change = bytearray(whole), rng.random()
     if change < 0.2:
         message[rng.randrange(len(message))] ^= 1 << rng.randrange(8)
     elif change < 0.3:
@@ -65,14 +101,7 @@ def rows(rng: random.Random) -> None:
         message += rng.randbytes(rng.randrange(1, 64))
     elif change < 0.4:
         message = bytearray(rng.randbytes(rng.choice((0, 4, 8, len(message)))))
-    try:
-        engine, row = parse_row(bytes(message))
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    if row is not None:
-        check(0 <= engine < MAX_ENGINES, "engine", engine)
-        check(row.shape == (ROW_WIDTH,) and row.dtype == np.float64, row.shape, row.dtype)
-        check(np.isfinite(row).all() and (row >= 0).all(), "took a row with", row.min(), row.max())
+    return bytes(message)
 
 
 def board_words(rng: random.Random) -> None:

@@ -7,6 +7,7 @@ from tests.fuzz.run import Target
 
 TARGETS = (
     Target("rows", 0.2, outside.rows),
+    Target("published rows", 0.05, outside.published_rows),
     Target("board", 0.01, outside.board_words),
     Target("control", 0.12, outside.control),
     Target("control over HTTP", 0.01, outside.control_over_http),
