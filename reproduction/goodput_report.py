@@ -20,10 +20,10 @@ def render(report: Mapping[str, Any]) -> str:
         f"The highest rates at which {keys[0]} and {keys[1]} of the requests keep their limits: "
         f"`{OURS}` against `{BASE}` and against the best of {', '.join(PEERS)}, the peer with the "
         f"highest rate of each row. Simulated, seeds {seeds[0]} to {seeds[-1]}, by `gimbal "
-        f"reproduce goodput` (code {', '.join(code)}). Between two loads that were run the share "
-        "is taken as a straight line. Brackets: 95 % intervals over seeds. With >= or <= some "
-        "seed's rate lies beyond the loads that were run; - is where bounds say nothing. Ratios "
-        "above 1 are better."
+        f"reproduce goodput` (code {', '.join(code)}). A share is that of all seeds' requests "
+        "together, and between two loads that were run it is taken as a straight line. Brackets: "
+        "95 % intervals over seeds. With >= or <= the rate lies beyond the loads that were run; - "
+        "is where bounds say nothing. Ratios above 1 are better."
     )
     lines = ["# Rates within limits, simulated", "", intro, ""]
     lines += _losses(regimes, keys) + _rates(regimes, keys) + _limits(regimes)
