@@ -10,6 +10,8 @@ from reproduction.paper import LOSS
 from reproduction.paper_markdown import table, wrapped
 from reproduction.regimes import BASE, OURS, PEERS
 
+RATE = ".3g"
+
 
 def render(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
@@ -96,9 +98,9 @@ def _rates(regimes: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[st
                 [
                     own["regime"],
                     key,
-                    number(rates[BASE][key]),
-                    number(rates[OURS][key]),
-                    f"{number(rates[peer][key])} ({peer})",
+                    number(rates[BASE][key], RATE),
+                    number(rates[OURS][key], RATE),
+                    f"{number(rates[peer][key], RATE)} ({peer})",
                     number(own["to_vllm"][key]),
                     number(own["to_best_peer"][key]),
                     aim,
@@ -143,11 +145,11 @@ def _attained(own: Mapping[str, Any]) -> list[str]:
     return [*lines, *table(("", *(f"load {load:g}" for load in loads)), body)]
 
 
-def number(values: Mapping[str, Any]) -> str:
-    """A rate or ratio with its interval, or as a bound."""
+def number(values: Mapping[str, Any], digits: str = ".2f") -> str:
+    """A ratio, or with other digits a rate, with its interval, or as a bound."""
     if values["value"] is None:
         return "-"
-    text = f"{values['mark']} {values['value']:.3g}".strip()
+    text = f"{values['mark']} {values['value']:{digits}}".strip()
     if values["low"] is None:
         return text
-    return f"{text} [{values['low']:.3g}, {values['high']:.3g}]"
+    return f"{text} [{values['low']:{digits}}, {values['high']:{digits}}]"
