@@ -1,15 +1,15 @@
 """The highest rate at which requests keep their regime's limits, from the regimes' own cells.
 
-Every arm begins at the load next to `BEGIN`. It goes down while any seed's run misses the higher
-share, and up while any keeps the lower one: what lies beyond is not run, and a run that was never
-needed is taken to be on the side it would be. Cells are those of `regimes`, so that one directory
-serves both, and other limits need few more.
+A share is that of all seeds' requests together. Every arm begins at the load next to `BEGIN`. It
+goes down while it misses the higher share, and up while it keeps the lower one: loads beyond are
+not run. Cells are those of `regimes`, so that one directory serves both, and other limits need few
+more. Intervals are over seeds (jackknife of the logarithm, Student's t), as in `report.compare`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from gimbal.report.arms import get_arm
+from gimbal.report.compare import LEAST_TURNS
 from gimbal.report.metrics import Slo, samples
+from gimbal.report.student import quantile
 from gimbal.report.window import Window
 from gimbal.sim.cells import completed
 from gimbal.sim.comparison import bed_of, cells_of
-from gimbal.sim.goodput import SHARES, highest_rate, rate_of
+from gimbal.sim.goodput import SHARES, highest_rate
 from reproduction.regimes import (
     BASE,
     OURS,
@@ -82,26 +84,27 @@ def walk(
 
     Args:
         loads: ascending.
-        shares_at: by arm, at a load, for some arms; those it leaves out go no further that way.
+        shares_at: by arm, at a load, for some arms; one that it leaves out is asked for at the next
+            load.
     """
     found: Shares = {name: {} for name in ARMS}
-
-    def run(index: int, names: Sequence[str]) -> list[str]:
-        got = shares_at(loads[index], names) if names else {}
-        for name, shares in got.items():
-            found[name][loads[index]] = shares
-        return list(got)
-
     begin = min(range(len(loads)), key=lambda index: abs(loads[index] - BEGIN))
-    every = run(begin, ARMS)
-    names = every
+
+    def run(index: int, names: Sequence[str]) -> None:
+        for name, shares in (shares_at(loads[index], names) if names else {}).items():
+            found[name][loads[index]] = shares
+
+    def keeps(name: str, end: Callable[[Iterable[float]], float], wanted: float) -> bool:
+        """Whether it does at the lowest or highest load so far."""
+        own = found[name]
+        return float(np.mean(own[end(own)])) >= wanted
+
+    run(begin, ARMS)
+    begun = [name for name in ARMS if found[name]]
     for index in reversed(range(begin)):
-        above = loads[index + 1]
-        names = run(index, [name for name in names if min(found[name][above]) < SHARES[0]])
-    names = every
+        run(index, [name for name in begun if not keeps(name, min, SHARES[0])])
     for index in range(begin + 1, len(loads)):
-        below = loads[index - 1]
-        names = run(index, [name for name in names if max(found[name][below]) >= SHARES[1]])
+        run(index, [name for name in begun if keeps(name, max, SHARES[1])])
     return {name: dict(sorted(own.items())) for name, own in found.items()}
 
 
@@ -169,25 +172,25 @@ def figures(
 ) -> dict[str, Any]:
     """Highest rates of all arms, and ratios of ours to vLLM's and to the best peer's.
 
-    The best peer is the one with the highest rate over all seeds; chosen after the fact, it is
-    better than any one peer is.
+    The best peer is the one with the highest rate; chosen after the fact, it is better than any one
+    peer is.
 
     Args:
         shares: arm -> load -> shares that keep the limits, by seed.
     """
+    keys = {f"{wanted:.0%}": wanted for wanted in SHARES}
     bounds = {
-        name: {f"{wanted:.0%}": _bounds(own, capacity_rps, wanted) for wanted in SHARES}
+        name: {key: bounds_of(own, capacity_rps, wanted) for key, wanted in keys.items()}
         for name, own in shares.items()
     }
-    keys = [f"{wanted:.0%}" for wanted in SHARES]
-    rates = {name: {key: summary(own[key]) for key in keys} for name, own in bounds.items()}
+    rates = {name: {key: estimate(own[key]) for key in keys} for name, own in bounds.items()}
     best = {key: max(PEERS, key=lambda peer: rates[peer][key]["value"] or 0.0) for key in keys}
     ours = bounds[OURS]
     return {
         "rates": rates,
         "best_peer": best,
-        "to_vllm": {key: ratio(ours[key], bounds[BASE][key]) for key in keys},
-        "to_best_peer": {key: ratio(ours[key], bounds[best[key]][key]) for key in keys},
+        "to_vllm": {key: estimate(ours[key], bounds[BASE][key]) for key in keys},
+        "to_best_peer": {key: estimate(ours[key], bounds[best[key]][key]) for key in keys},
     }
 
 
@@ -195,16 +198,22 @@ Bound = tuple[float, str]
 """A rate, and how the wanted one stands to it: ``""`` (it is it), ``">="`` or ``"<="``."""
 
 
-def _bounds(
+def bounds_of(
     own: Mapping[float, Sequence[float]], capacity_rps: float, wanted: float
 ) -> list[Bound]:
-    """By seed."""
+    """The highest rate of all seeds together, then without each of them; none without a load.
+
+    Args:
+        own: load, ascending -> shares that keep the limits, by seed.
+    """
     if not own:
         return []
-    rates = np.array(list(own)) * capacity_rps
+    rates, shares = np.array(list(own)) * capacity_rps, np.array(list(own.values()))
+    seeds = shares.shape[1]
+    parts = [np.delete(shares, out, axis=1) for out in range(seeds)] if seeds > 1 else []
     found = []
-    for shares in zip(*own.values(), strict=True):
-        rate = highest_rate(rates, np.array(shares), wanted)
+    for part in (shares, *parts):
+        rate = highest_rate(rates, part.mean(axis=1), wanted)
         if rate is None:
             found.append((float(rates[-1]), ">="))
         else:
@@ -212,31 +221,26 @@ def _bounds(
     return found
 
 
-def summary(rates: Sequence[Bound]) -> dict[str, Any]:
-    """Mean over seeds with its interval; with bounds among them a bound, or nothing."""
-    mark = _mark([kind for _, kind in rates])
-    if not rates or mark is None:
-        return _NOTHING
-    values = rate_of([rate for rate, _ in rates])
-    return values | {"mark": mark} | (dict.fromkeys(("low", "high")) if mark else {})
+_OTHER_WAY = {"": "", ">=": "<=", "<=": ">="}
 
 
-def ratio(ours: Sequence[Bound], theirs: Sequence[Bound]) -> dict[str, Any]:
-    """Geometric mean over seeds, paired; with bounds among them a bound, or nothing."""
-    other = {"": "", ">=": "<=", "<=": ">="}
-    pairs = list(zip(ours, theirs, strict=False))
-    kinds = [own[1] for own, _ in pairs] + [other[base[1]] for _, base in pairs]
-    mark = _mark(kinds)
-    if not pairs or mark is None:
-        return _NOTHING
-    values = rate_of([own[0] for own, _ in pairs], [base[0] for _, base in pairs])
-    return values | {"mark": mark} | (dict.fromkeys(("low", "high")) if mark else {})
+def estimate(ours: Sequence[Bound], theirs: Sequence[Bound] | None = None) -> dict[str, Any]:
+    """A rate, or its ratio to another's: ``value``, ``low``, ``high`` and ``mark``.
 
-
-_NOTHING: dict[str, Any] = {"value": None, "low": None, "high": None, "mark": ""}
-
-
-def _mark(kinds: Sequence[str]) -> str | None:
-    """What bounds make of a mean: None where they go both ways."""
-    ways = {kind for kind in kinds if kind}
-    return None if len(ways) > 1 else next(iter(ways), "")
+    The mark is that of a bound, and a bound has no interval; nothing is known of a ratio of bounds
+    that go the same way. Without any one seed it must not be a bound either for an interval.
+    """
+    nothing: dict[str, Any] = {"value": None, "low": None, "high": None, "mark": ""}
+    if not ours or theirs == []:
+        return nothing
+    base = [(1.0, "")] * len(ours) if theirs is None else theirs
+    kinds = {ours[0][1], _OTHER_WAY[base[0][1]]} - {""}
+    if len(kinds) > 1:
+        return nothing
+    logs = np.log([own[0] / other[0] for own, other in zip(ours, base, strict=True)])
+    found = nothing | {"value": float(np.exp(logs[0])), "mark": next(iter(kinds), "")}
+    seeds = len(ours) - 1
+    if seeds < LEAST_TURNS or any(kind for _, kind in (*ours, *base)):
+        return found
+    reach = quantile(seeds - 1) * float(np.std(logs[1:]) * (seeds - 1) ** 0.5)
+    return found | {"low": float(np.exp(logs[0] - reach)), "high": float(np.exp(logs[0] + reach))}

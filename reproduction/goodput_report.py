@@ -10,6 +10,8 @@ from reproduction.paper import LOSS
 from reproduction.paper_markdown import table, wrapped
 from reproduction.regimes import BASE, OURS, PEERS
 
+RATE = ".3g"
+
 
 def render(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
@@ -20,10 +22,10 @@ def render(report: Mapping[str, Any]) -> str:
         f"The highest rates at which {keys[0]} and {keys[1]} of the requests keep their limits: "
         f"`{OURS}` against `{BASE}` and against the best of {', '.join(PEERS)}, the peer with the "
         f"highest rate of each row. Simulated, seeds {seeds[0]} to {seeds[-1]}, by `gimbal "
-        f"reproduce goodput` (code {', '.join(code)}). Between two loads that were run the share "
-        "is taken as a straight line. Brackets: 95 % intervals over seeds. With >= or <= some "
-        "seed's rate lies beyond the loads that were run; - is where bounds say nothing. Ratios "
-        "above 1 are better."
+        f"reproduce goodput` (code {', '.join(code)}). A share is that of all seeds' requests "
+        "together, and between two loads that were run it is taken as a straight line. Brackets: "
+        "95 % intervals over seeds. With >= or <= the rate lies beyond the loads that were run; - "
+        "is where bounds say nothing. Ratios above 1 are better."
     )
     lines = ["# Rates within limits, simulated", "", intro, ""]
     lines += _losses(regimes, keys) + _rates(regimes, keys) + _limits(regimes)
@@ -96,9 +98,9 @@ def _rates(regimes: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[st
                 [
                     own["regime"],
                     key,
-                    number(rates[BASE][key]),
-                    number(rates[OURS][key]),
-                    f"{number(rates[peer][key])} ({peer})",
+                    number(rates[BASE][key], RATE),
+                    number(rates[OURS][key], RATE),
+                    f"{number(rates[peer][key], RATE)} ({peer})",
                     number(own["to_vllm"][key]),
                     number(own["to_best_peer"][key]),
                     aim,
@@ -143,11 +145,11 @@ def _attained(own: Mapping[str, Any]) -> list[str]:
     return [*lines, *table(("", *(f"load {load:g}" for load in loads)), body)]
 
 
-def number(values: Mapping[str, Any]) -> str:
-    """A rate or ratio with its interval, or as a bound."""
+def number(values: Mapping[str, Any], digits: str = ".2f") -> str:
+    """A ratio, or with other digits a rate, with its interval, or as a bound."""
     if values["value"] is None:
         return "-"
-    text = f"{values['mark']} {values['value']:.3g}".strip()
+    text = f"{values['mark']} {values['value']:{digits}}".strip()
     if values["low"] is None:
         return text
-    return f"{text} [{values['low']:.3g}, {values['high']:.3g}]"
+    return f"{text} [{values['low']:{digits}}, {values['high']:{digits}}]"

@@ -97,6 +97,8 @@ def plot_regimes(groups: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     regimes = list(dict.fromkeys(own["regime"] for own in groups))
     figure, axes = _grid(len(LATENCIES), len(regimes))
+    from matplotlib.ticker import LogFormatter as formatter
+
     for column, regime in enumerate(regimes):
         mine = sorted((g for g in groups if g["regime"] == regime), key=lambda g: g["load"])
         for row, (metric, label) in enumerate(LATENCIES.items()):
@@ -107,6 +109,9 @@ def plot_regimes(groups: Sequence[Mapping[str, Any]], path: Path) -> None:
                     if None not in runs[metric] and min(runs[metric]) > 0.0:
                         curves.setdefault(name, {})[group["load"]] = runs[metric]
             draw_curves(axis, curves, log=True)
+            plain = formatter(labelOnlyBase=False, minor_thresholds=(2, 0.6))
+            axis.yaxis.set_major_formatter(plain)
+            axis.yaxis.set_minor_formatter(plain)
             if row == 0:
                 axis.set_title(regime)
             if column == 0:
