@@ -13,9 +13,11 @@ from gimbal.core.errors import InputError
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.snapshot import Field
 from gimbal.report.arms import get_arm
+from gimbal.sim.capacity import BURST_REQUESTS, crude_rate
 from gimbal.sim.cells import Cell, run_cell
 from gimbal.sim.cluster import KvTransfer, described, load_cluster, profile_of
 from gimbal.sim.policies import policies_of
+from gimbal.sim.probes import Bed
 from gimbal.sim.requests import SimRequest
 from gimbal.sim.roles import DecodeEngine, PrefillEngine
 from gimbal.sim.routing import make_population
@@ -293,3 +295,13 @@ def test_prefill_engines_are_as_the_others_but_for_what_they_say(tmp_path: Path)
     assert "1 prefill and 4 decode engines" in lines[0]
     assert len(lines) == len(set(lines))
     assert sum(line.startswith("KV cache of an engine") for line in lines) == 2
+
+
+def test_a_search_for_the_capacity_begins_below_what_full_prefill_engines_do():
+    def burst(rate_rps, count):
+        return make_trace("t", [TraceRequest(0.0, 900, 3)] * count)
+
+    bed = Bed(sized(2, 2, enable_eplb=False), PROFILE, POPULATION, get_arm("vllm"))
+    run = bed.simulate(burst(None, BURST_REQUESTS)).run()
+    at_once_rps = BURST_REQUESTS / max(r.last_token_s for r in run.records)
+    assert 0.5 * at_once_rps < crude_rate(bed, burst) < 0.8 * at_once_rps
