@@ -35,7 +35,7 @@ _LARGEST_MESSAGE = 1 << 16
 """Bytes: a row is far smaller, also in a version with more columns; who sends more is cut off."""
 _PAUSE_S = 0.02
 """After a failure: a board that cannot be made is not tried at the rate of rows."""
-_AT_ONCE = 2 * MAX_ENGINES
+_AT_ONCE = 4 * MAX_ENGINES
 """Messages that are looked at before any is written."""
 CLOSE_S = 2.0
 FIRST_ROW_S = 5.0
