@@ -8,7 +8,7 @@ STAMP := $(VENV)/.gimbal-installed
 # One thread per process: tests run side by side and torch would take every core in each.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: docs dist bench-sim validate help install serve test check compat lint pages bench-core bench-placement \
+.PHONY: docs dist bench-sim validate help install serve test check compat lint pages bench-core bench-placement bench-scale \
 	bench-start correctness soak soak-long chaos fuzz peers lock clean
 
 help: ## this list
@@ -59,7 +59,17 @@ docs: $(STAMP) ## the documentation as a site, in site/; a warning is an error
 	$(BIN)/mkdocs build --strict $(ARGS)
 
 bench-core: $(STAMP) ## benchmarks that need no server
-	$(TEST_ENV) $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m "not live" $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m "not live and not scale" $(ARGS)
+
+# Few rounds: what is asked for is the order of magnitude, with up to 256 engines and 320 ranks.
+SCALE := -q -s -o python_files='bench_*.py' --benchmark-only --benchmark-columns=median,iqr
+bench-scale: $(STAMP) ## what a decision, a scrape, a row and a plan cost with 8 to 320 engines
+	$(TEST_ENV) $(BIN)/python -m pytest benchmarks/bench_dispatch.py benchmarks/bench_board.py $(SCALE) \
+		-k "test_decision and not baselines and 3000 and cached or test_read or test_route or test_metrics or rows_of" $(ARGS)
+	$(TEST_ENV) PROMETHEUS_MULTIPROC_DIR=$$(mktemp -d) $(BIN)/python -m pytest benchmarks/bench_board.py $(SCALE) \
+		-k test_metrics $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest benchmarks/bench_placement_hook.py $(SCALE) -k test_propose $(ARGS)
+	$(TEST_ENV) $(BIN)/python benchmarks/bench_placement.py --cases R96 R320 --windows 4 --skip 2 --repeat 2 --shares 0.7
 
 bench-sim: $(STAMP) ## speed and memory of the simulator
 	$(TEST_ENV) $(BIN)/python benchmarks/bench_sim.py $(ARGS)

@@ -3,13 +3,18 @@
 Bounds: a snapshot at most 10 us with 10,000 waiting requests; reading the board is part of a
 decision's 15 us with 8 engines and 60 us with 64.
 
-Run: .venv/bin/pytest benchmarks/bench_board.py
+Run: .venv/bin/pytest benchmarks/bench_board.py; with up to 256 engines, and rows of other hosts, by
+`make bench-scale`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +25,11 @@ import pytest
 
 from gimbal.board.file import Board, board_directory, board_path
 from gimbal.board.slots import BoardReader, SlotWriter
-from gimbal.core.snapshot import ROW_WIDTH
+from gimbal.core.contracts import EngineLoads
+from gimbal.core.snapshot import ROW_WIDTH, Field
 
 ROUNDS = 20_000
+LARGE = [pytest.param(n, marks=pytest.mark.scale) for n in (128, 256)]
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ def test_snapshot(benchmark: Any, board: Board, waiting: int) -> None:
     assert signals.row[3] == waiting
 
 
-@pytest.mark.parametrize("engines", [2, 8, 64])
+@pytest.mark.parametrize("engines", [2, 8, 64, *LARGE])
 @pytest.mark.parametrize("changed", [False, True])
 def test_read(benchmark: Any, board: Board, engines: int, changed: bool) -> None:
     """One read of all engines, with one new snapshot in between or with none."""
@@ -91,7 +98,7 @@ def test_read(benchmark: Any, board: Board, engines: int, changed: bool) -> None
     assert np.array_equal(reader.read()[engines - 1], row)
 
 
-@pytest.mark.parametrize("engines", [8, 64])
+@pytest.mark.parametrize("engines", [8, 64, *LARGE])
 def test_route(benchmark: Any, board: Board, engines: int, monkeypatch: Any) -> None:
     """The whole hook around one new request: board, policy, metrics and vLLM's own bookkeeping.
 
@@ -108,7 +115,6 @@ def test_route(benchmark: Any, board: Board, engines: int, monkeypatch: Any) -> 
     from gimbal.board.clock import now_us
     from gimbal.core.compiled import compile_kernels
     from gimbal.core.config import parse_config
-    from gimbal.core.snapshot import Field
     from gimbal.vllm_plugin.dispatch.hook import FrontEnd
 
     client = DPLBAsyncMPClient.__new__(DPLBAsyncMPClient)
@@ -144,3 +150,100 @@ def test_route(benchmark: Any, board: Board, engines: int, monkeypatch: Any) -> 
     benchmark.pedantic(front_end.route, setup=prepare, rounds=5000, warmup_rounds=200)
     assert front_end.guard.counts == {}
     assert len(client.reqs_in_flight) == 5200
+
+
+def busy_loads(engines: int, number: int) -> EngineLoads:
+    """Engines of which every column has changed since the snapshot before `number`."""
+    board = np.random.default_rng(number).integers(1, 1000, (engines, ROW_WIDTH)).astype(float)
+    board += 1000.0 * number
+    board[:, Field.EPOCH] = 1.0
+    accounts = board[:, Field.RUNNING_TOKENS].copy()
+    return EngineLoads(board, *(accounts for _ in range(7)))
+
+
+@pytest.mark.parametrize("engines", [8, 64, *LARGE])
+@pytest.mark.parametrize("where", ["loop", "scrape"])
+def test_metrics(benchmark: Any, engines: int, where: str) -> None:
+    """What an API server's event loop does twice a second, and a thread at each scrape.
+
+    With PROMETHEUS_MULTIPROC_DIR set it is what one of several API servers does.
+    """
+    pytest.importorskip("prometheus_client")
+    from gimbal.vllm_plugin.dispatch.metrics import dispatch_metrics
+
+    metrics, number = dispatch_metrics(), 0
+    metrics.serve(f"{where} {engines}", range(engines))
+    metrics.at_scrape = True
+
+    def prepare() -> tuple[tuple[int, EngineLoads, None], dict[str, Any]]:
+        nonlocal number
+        number += 1
+        return (0, busy_loads(engines, number), None), {}
+
+    act = metrics.refresh if where == "loop" else metrics.show
+    benchmark.pedantic(act, setup=prepare, rounds=50, warmup_rounds=2)
+
+
+SENDER = """
+import sys, time, numpy
+from gimbal.core.snapshot import ROW_WIDTH
+from gimbal.vllm_plugin.engine.remote import RowSender
+address, engines, rate = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+senders = [RowSender(address, engine) for engine in range(engines)]
+row, sent = numpy.ones(ROW_WIDTH), 0
+time.sleep(1)
+start = time.perf_counter()
+while True:
+    while sent < (time.perf_counter() - start) * rate:
+        senders[sent % engines].publish(row)
+        sent += 1
+    time.sleep(0.001)
+"""
+"""A process that publishes `rate` rows a second, of all engines in turn."""
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("work", [0.0, 0.5], ids=["idle-loop", "half-busy-loop"])
+@pytest.mark.parametrize("rate", [2_500, 10_000, 40_000])
+def test_rows_of_other_hosts(benchmark: Any, board: Board, rate: int, work: float) -> None:
+    """Rows a second that the head's thread takes in, its share of a core, and what its event loop
+    has of that: how late it wakes, and how much of the work that it wants to do it does."""
+    from gimbal.vllm_plugin.engine.remote import RowReceiver
+
+    receiver = RowReceiver(board, "tcp://127.0.0.1:0")
+    command = [sys.executable, "-c", SENDER, receiver.address, "248", str(rate)]
+    sender, span_s = subprocess.Popen(command), 4.0
+    clock = time.pthread_getcpuclockid(receiver._thread.ident or 0)
+
+    async def loop() -> tuple[list[float], float]:
+        late, end = [], time.perf_counter() + span_s
+        while (now := time.perf_counter()) < end:
+            await asyncio.sleep(0.002)
+            late.append(time.perf_counter() - now - 0.002)
+            until = time.thread_time() + 0.002 * work / (1 - work)
+            while time.thread_time() < until:
+                pass
+        return late, len(late) * 0.002 * work / (1 - work)
+
+    def measured() -> None:
+        cpu, rows = time.clock_gettime(clock), receiver.received
+        late, worked = asyncio.run(loop())
+        benchmark.extra_info |= {
+            "written_per_s": (receiver.received - rows) / span_s,
+            "core_share": (time.clock_gettime(clock) - cpu) / span_s,
+            "loop_work_share": worked / span_s,
+            "loop_late_ms_p50_p99": (1e3 * np.percentile(late, [50, 99])).round(2).tolist(),
+        }
+
+    try:
+        deadline = time.monotonic() + 60
+        while not receiver.received:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1)
+        benchmark.pedantic(measured, rounds=1)
+    finally:
+        sender.kill()
+        sender.wait()
+        receiver.close()
+    print(f"\n{rate} rows/s: {benchmark.extra_info}")

@@ -29,6 +29,8 @@ from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, 
 
 CHUNKS = 1_000_000
 PROMPTS = 64
+ENGINES = [8, 64, *(pytest.param(n, marks=pytest.mark.scale) for n in (128, 256, 320))]
+"""The large ones are `make bench-scale`'s."""
 
 
 def busy_board(engines: int) -> np.ndarray:
@@ -126,7 +128,7 @@ class Server:
 
 @pytest.mark.parametrize("seen", [False, True], ids=["new-prompt", "cached-prompt"])
 @pytest.mark.parametrize("length", [217, 3000])
-@pytest.mark.parametrize("engines", [8, 64])
+@pytest.mark.parametrize("engines", ENGINES)
 def test_decision(benchmark, prompts, engines, length, seen):
     server = Server(engines, "gimbal", prompts[length], seen)
     gc.freeze()  # 1 M long-lived integers are not what is measured
@@ -151,7 +153,7 @@ def test_settle(benchmark, prompts, length):
     benchmark.pedantic(server.dispatcher.settle, setup=setup, rounds=2000)
 
 
-@pytest.mark.parametrize("engines", [8, 64])
+@pytest.mark.parametrize("engines", ENGINES)
 def test_ledger_observe(benchmark, engines):
     ledger, board = Ledger(engines), busy_board(engines)
 

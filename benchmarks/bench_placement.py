@@ -62,7 +62,9 @@ CASES = (
     Case("48x128 TP2xDP2", 48, 128, 4, 0, 2),
     Case("58x256 R32 +32", 58, 256, 32, 32),
     Case("58x256 R64 +64", 58, 256, 64, 64),
+    Case("58x256 R96 +32", 58, 256, 96, 32),
     Case("58x256 R256 +256", 58, 256, 256, 256),
+    Case("58x256 R320 +64", 58, 256, 320, 64),
 )
 
 
@@ -325,7 +327,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, help="timed calls, of which the least")
     parser.add_argument("--drift", type=float, default=0.97, help="1 is no drift")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.7, 0.3])
-    parser.add_argument("--cases", default="", help="only rows whose name contains this")
+    parser.add_argument("--cases", nargs="*", help="only rows whose name contains one of these")
     parser.add_argument("--all", action="store_true", help="every baseline, not only vLLM's")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -345,10 +347,12 @@ def main() -> None:
     for share in args.shares:
         view = table(f"synthetic routing, source share {share}, drift {args.drift}")
         for case in CASES:
-            if args.cases in case.name:
+            if args.cases is None or any(part in case.name for part in args.cases):
                 extra = others if args.all and case.ranks <= 4 else {}
                 add_rows(view, case.name, play(case, makes | extra, share, args))
         console.print(view)
+    if args.cases is not None:
+        return
     data = Path(os.environ.get("GIMBAL_DATA", "../shared/data")) / "esft_deepseek_v2_lite"
     if not data.is_dir():
         console.print(f"skipped: ESFT routing ({data} not found; set GIMBAL_DATA)")

@@ -2,7 +2,8 @@
 
 Run: ``pytest benchmarks/bench_placement_hook.py``. One thread. "Reduce" is this rank's part of the
 gather (vLLM's own sum over the window not included), "split" the replica shares of all sources,
-"tables" one rank's replica tables.
+"tables" one rank's replica tables, "propose" all from the gathered rows to this rank's vote, which
+`make bench-scale` runs with up to 320 ranks.
 """
 
 from types import SimpleNamespace
@@ -12,9 +13,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from gimbal.core.config import PlacementConfig  # noqa: E402
 from gimbal.core.contracts import Topology  # noqa: E402
+from gimbal.core.guard import LevelGuard  # noqa: E402
+from gimbal.core.placement.planner import ModelFacts, planner_for  # noqa: E402
 from gimbal.core.placement.replica_split import near_split  # noqa: E402
+from gimbal.vllm_plugin.placement.controller import Controller  # noqa: E402
 from gimbal.vllm_plugin.placement.replicas import write_tables  # noqa: E402
+from gimbal.vllm_plugin.placement.rows import PLANES, SCALARS  # noqa: E402
+from gimbal.vllm_plugin.placement.view import ModelView, Place  # noqa: E402
 from gimbal.vllm_plugin.placement.window import (  # noqa: E402
     WindowNotes,
     reduce_window,
@@ -23,11 +30,12 @@ from gimbal.vllm_plugin.placement.window import (  # noqa: E402
 
 # layers, experts, ranks, redundant experts; windows of 1,000 steps as vLLM's default.
 SHAPES = {"48x128 R4 +16": (48, 128, 4, 16), "58x256 R32 +32": (58, 256, 32, 32)}
+LARGE = {"58x256 R96 +32": (58, 256, 96, 32), "58x256 R320 +64": (58, 256, 320, 64)}
 WINDOW = 1000
 
 
 def setup(name):
-    layers, experts, ranks, redundant = SHAPES[name]
+    layers, experts, ranks, redundant = (SHAPES | LARGE)[name]
     rng = np.random.default_rng(0)
     slots = np.concatenate([np.arange(experts), rng.integers(0, experts, redundant)])
     placement = np.stack([rng.permutation(slots) for _ in range(layers)]).astype(np.int32)
@@ -69,3 +77,35 @@ def test_write_tables(benchmark, name):
         logical_replica_count=torch.ones(layers, experts, dtype=torch.long),
     )
     benchmark(write_tables, state, placement, shares)
+
+
+@pytest.mark.parametrize(
+    "name", [*SHAPES, *(pytest.param(name, marks=pytest.mark.scale) for name in LARGE)]
+)
+def test_propose(benchmark, name):
+    """From the rows of all ranks, in host memory already, to a vote; every source its own taste."""
+    placement, counts, _ = setup(name)
+    ranks, layers, experts = counts.shape
+    state = SimpleNamespace(
+        logical_replica_count=torch.ones(layers, experts, dtype=torch.long),
+        model=SimpleNamespace(moe_layers=[]),
+    )
+    config, facts = (
+        PlacementConfig(gate=0.0),
+        ModelFacts(44e6, 8, 14336.0, False, "deepep_low_latency", 3000),
+    )
+    controller = Controller(config, Place(0, ranks, 1, 8), LevelGuard("placement"), WINDOW)
+    controller.models.append(ModelView(state, planner_for(config, facts)))
+    gathered = np.zeros((ranks, PLANES * layers * experts + SCALARS))
+    planes = gathered[:, :-SCALARS].reshape(ranks, PLANES, layers, experts)
+    planes[:, :2] = counts[:, None]
+    planes[:, 2] = counts / 4
+    planes[:, 3] = np.minimum(counts, WINDOW)
+    gathered[:, -SCALARS:] = WINDOW, WINDOW, 0.0, 1e9
+    rows, old = torch.from_numpy(gathered), torch.from_numpy(placement).long()
+    benchmark.extra_info["gathered_mib"] = gathered.nbytes / 2**20
+    arguments = 0, rows, (layers, experts), old
+    controller.propose(*arguments)  # compiles
+    benchmark.pedantic(controller.propose, arguments, rounds=3)
+    print(f"\n{name}: rows of all ranks {benchmark.extra_info['gathered_mib']:.0f} MiB")
+    assert controller.guard.counts == {}

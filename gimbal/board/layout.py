@@ -9,9 +9,8 @@ from __future__ import annotations
 import struct
 from enum import Enum
 
-from gimbal.core.snapshot import ROW_WIDTH
+from gimbal.core.snapshot import MAX_ENGINES, ROW_WIDTH
 
-MAX_ENGINES = 256
 RECORDS = 4
 """Ring length of a slot: a reader is lapped only if it sleeps through three whole snapshots."""
 RETRIES = 4

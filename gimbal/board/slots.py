@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from gimbal.board.file import Board
 from gimbal.board.layout import (
-    MAX_ENGINES,
     NEWEST_AT,
     RECORD_WORDS,
     RECORDS,
@@ -23,7 +22,7 @@ from gimbal.board.layout import (
 )
 from gimbal.board.storage import Storage
 from gimbal.core.contracts import FloatArray
-from gimbal.core.snapshot import ROW_WIDTH, check_row
+from gimbal.core.snapshot import MAX_ENGINES, ROW_WIDTH, check_row
 
 WordArray = npt.NDArray[np.uint64]
 BoolArray = npt.NDArray[np.bool_]

@@ -30,12 +30,12 @@ from gimbal.board import locks
 from gimbal.board.layout import (
     BOARD_BYTES,
     EMPTY_HEADER,
-    MAX_ENGINES,
     Nature,
     control_version,
     is_header,
     nature,
 )
+from gimbal.core.snapshot import MAX_ENGINES
 
 PATIENCE_S, FIRST_PATIENCE_S = 0.1, 5.0
 """How long a change waits for another one: an event loop may be what waits. The second where a

@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 MAX_FRONT_ENDS = 16
 """API server processes that one board can tell apart."""
+MAX_ENGINES = 256
+"""Engines that one board holds."""
 
 
 class Field(IntEnum):

@@ -8,6 +8,7 @@ from typing import Any
 from gimbal.core.config import DispatchConfig, FeedbackConfig, PlacementConfig, QueueConfig
 from gimbal.core.errors import InputError
 from gimbal.core.numbers import whole
+from gimbal.core.snapshot import MAX_ENGINES
 from gimbal.report.arms import Arm, Simulated
 from gimbal.sim.cluster import Cluster
 
@@ -58,6 +59,14 @@ def policies_of(arm: Arm, cluster: Cluster, role: str = "") -> SimPolicies:
         raise InputError(
             f"arm {arm.name}: a pool leaves nothing to dispatch, feedback and affinity"
         )
+    # A pool is no server, and the coordinator tells of any number of engines.
+    if cluster.dp > MAX_ENGINES and not simulated.pool and arm.signals == "board":
+        need = [level for level in levels if level != "placement"]
+        if need:
+            raise InputError(
+                f"arm {arm.name}: {cluster.name} has {cluster.dp} engines: levels "
+                f"{', '.join(need)} serve at most {MAX_ENGINES}"
+            )
     dispatch, queue, placement = config.dispatch, config.queue, config.placement
     if "dispatch" not in levels:
         dispatch = replace(dispatch, policy="vllm", options={})

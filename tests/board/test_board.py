@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gimbal.board.file import Board, board_path, sweep
-from gimbal.board.layout import MAX_ENGINES, RECORD_WORDS, RECORDS, RECORDS_AT
+from gimbal.board.layout import RECORD_WORDS, RECORDS, RECORDS_AT
 from gimbal.board.slots import BoardReader, SlotWriter
-from gimbal.core.snapshot import ROW_WIDTH
+from gimbal.core.snapshot import MAX_ENGINES, ROW_WIDTH
 
 
 def row(value: float) -> np.ndarray:

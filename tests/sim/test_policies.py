@@ -1,5 +1,7 @@
 """Arms in the simulator: what is in force, and the flags that it understands."""
 
+from dataclasses import replace
+
 import pytest
 
 from gimbal.core.errors import InputError
@@ -13,6 +15,21 @@ CLUSTER, _ = load_cluster("h100x4-paper")
 def resolved(name):
     arm = get_arm(name)
     return policies_of(arm, with_flags(CLUSTER, arm))
+
+
+@pytest.mark.parametrize("name", ["gimbal", "gimbal-queue", "lmetric"])
+def test_more_engines_than_signals_hold_are_refused_as_a_server_refuses_them(name):
+    with pytest.raises(InputError) as refused:
+        policies_of(get_arm(name), replace(CLUSTER, dp=257))
+    line = str(refused.value)
+    assert line.startswith(f"arm {name}: h100x4-paper has 257 engines: levels ")
+    assert line.endswith(" serve at most 256")
+    policies_of(get_arm(name), replace(CLUSTER, dp=256))
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm-legacy", "gimbal-ep"])
+def test_what_needs_no_signals_is_simulated_with_any_number_of_engines(name):
+    policies_of(get_arm(name), replace(CLUSTER, dp=320))
 
 
 @pytest.mark.parametrize(

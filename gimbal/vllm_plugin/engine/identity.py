@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from gimbal.board.file import Board, board_path, sweep
-from gimbal.board.layout import MAX_ENGINES
 from gimbal.core.errors import InputError
-from gimbal.core.snapshot import MAX_FRONT_ENDS
+from gimbal.core.snapshot import MAX_ENGINES, MAX_FRONT_ENDS
 from gimbal.vllm_plugin import bridge
 
 logger = logging.getLogger("vllm.gimbal")

@@ -19,12 +19,11 @@ import zmq
 
 from gimbal.board.clock import now_us
 from gimbal.board.file import Board
-from gimbal.board.layout import MAX_ENGINES
 from gimbal.board.slots import SlotWriter
 from gimbal.board.wire import RefusedRow, bracketed, made_socket, parse_row, peer, row_head
 from gimbal.core.contracts import FloatArray
 from gimbal.core.errors import one_line
-from gimbal.core.snapshot import Field, check_row
+from gimbal.core.snapshot import MAX_ENGINES, Field, check_row
 from gimbal.vllm_plugin.engine.remote_control import HELD_MAGIC, ControlSender, parse_held
 
 logger = logging.getLogger("vllm.gimbal")

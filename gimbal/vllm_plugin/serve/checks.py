@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from gimbal.board.layout import MAX_ENGINES
 from gimbal.core.errors import InputError
 from gimbal.core.model import ModelConfig, count_experts, read_config
 from gimbal.core.model.config import HUGGING_FACE, MISTRAL
-from gimbal.core.snapshot import MAX_FRONT_ENDS
+from gimbal.core.snapshot import MAX_ENGINES, MAX_FRONT_ENDS
 from gimbal.vllm_plugin.serve.command_line import vllm_table
 from gimbal.vllm_plugin.serve.flags import VllmFlags
 from gimbal.vllm_plugin.versions import check_version

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from gimbal.board.clock import now_us
 from gimbal.board.file import Board, board_path
-from gimbal.board.layout import BOARD_BYTES, MAX_ENGINES
+from gimbal.board.layout import BOARD_BYTES
 from gimbal.board.slots import BoardReader
 from gimbal.board.wire import HEAD, RefusedRow, bracketed, parse_row
-from gimbal.core.snapshot import ROW_WIDTH, Field, ImplausibleRow, row_problem
+from gimbal.core.snapshot import MAX_ENGINES, ROW_WIDTH, Field, ImplausibleRow, row_problem
 from gimbal.vllm_plugin.engine import remote
 
 ENGINE = """
