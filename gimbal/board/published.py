@@ -18,12 +18,11 @@ from typing import NamedTuple
 import zmq
 
 from gimbal.board.clock import now_us
-from gimbal.board.layout import MAX_ENGINES
 from gimbal.board.wire import RefusedRow, made_socket, row_in
 from gimbal.core.contracts import FloatArray
 from gimbal.core.endpoints import MOST_NAME_BYTES, Endpoint
 from gimbal.core.errors import one_line
-from gimbal.core.snapshot import ROW_WIDTH
+from gimbal.core.snapshot import MAX_ENGINES, ROW_WIDTH
 
 logger = logging.getLogger("vllm.gimbal")
 

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import zmq
 
-from gimbal.board.layout import MAX_ENGINES
 from gimbal.core.contracts import FloatArray
-from gimbal.core.snapshot import ROW_WIDTH, row_problem
+from gimbal.core.snapshot import MAX_ENGINES, ROW_WIDTH, row_problem
 
 LARGEST_MESSAGE = 1 << 16
 """Bytes: rows and control are far smaller, also in a version with more; who sends more is cut

@@ -20,11 +20,12 @@ import zmq
 
 from gimbal.board.control import decoded_control, encoded_control
 from gimbal.board.file import Board
-from gimbal.board.layout import CONTROL_BYTES, MAX_ENGINES
+from gimbal.board.layout import CONTROL_BYTES
 from gimbal.board.wire import bracketed, made_socket
 from gimbal.core.config import GimbalConfig, parse_config
 from gimbal.core.errors import InputError, one_line
 from gimbal.core.queue import ORDERINGS
+from gimbal.core.snapshot import MAX_ENGINES
 
 logger = logging.getLogger("vllm.gimbal")
 
