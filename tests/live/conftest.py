@@ -52,6 +52,8 @@ def ends_it(item: pytest.Item) -> int:
     The test's own parameters tell: `fixturenames` holds `server_pool` for every test of a server.
     """
     names = inspect.signature(item.function).parameters  # type: ignore[attr-defined]
+    if "hosts" in names:  # servers of `test_hosts`
+        return 2
     if "server_pool" not in names:
         return 0
     return 1 if "server" in names else 2
