@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gimbal.core.files import writing
+from gimbal.core.files import write_whole, writing
 from gimbal.core.json_text import read_object, to_json
 from gimbal.sim.capacity import code_digest
 
@@ -23,15 +22,12 @@ def digest(definition: Mapping[str, Any]) -> str:
 def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `compute` gives and the version of the code (`code`), or what `path` holds of earlier.
 
-    The file appears whole or not at all, so a run may be stopped at any moment.
+    A run may be stopped at any moment: see `write_whole`.
     """
     if path.exists():
         return read_object(path)
     text = to_json(compute() | {"code": code_digest()})
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, text)
     written: dict[str, Any] = json.loads(text)  # as it is read back: keys have become text
     return written

@@ -116,3 +116,17 @@ def write_text(path: Path, text: str, name: str | Path | None = None) -> None:
     """Writes `text` as UTF-8; raises InputError where that is not possible."""
     with writing(path if name is None else name):
         path.write_text(text, encoding="utf-8")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8, in folders that are made; raises OSError.
+
+    The file appears whole or not at all, whatever stops the process and whoever else writes it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from typing import Any, cast
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from gimbal.board.published import Source
+from gimbal.core.compiled import compile_in_background
 from gimbal.core.config import parse_config
 from gimbal.core.endpoints import check_name, parse_called, read_secret
 from gimbal.core.errors import InputError, one_line, with_type
@@ -121,6 +122,7 @@ class GimbalRouter(RequestRouter):  # type: ignore[misc]  # no types without Ray
         self._describe: Describe = _function(describe) if describe else described
         self._reader = RowReader(listen, read_secret(publish_secret_file))
         self._choice = Replicas(self._reader, config)
+        compile_in_background()
         self._prompts: dict[str, Prompt] = {}
         self._awaited: set[Future[RunningReplica]] = set()
         self._accepted: set[str] = set()

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +23,7 @@ import gimbal
 from gimbal.core.caches import user_cache
 from gimbal.core.config_sources import to_mapping
 from gimbal.core.errors import InputError
-from gimbal.core.files import structured
+from gimbal.core.files import structured, write_whole
 from gimbal.core.json_text import read_object, to_json
 from gimbal.core.numbers import real
 from gimbal.report.arms import Arm
@@ -154,10 +153,7 @@ def known_capacity(
     found = find_capacity(bed, traffic, say)
     if path is not None:
         with contextlib.suppress(OSError):  # a folder that cannot be written costs a search
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.tmp")
-            partial.write_text(to_json(dataclasses.asdict(found)), encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(path, to_json(dataclasses.asdict(found)))
     return found
 
 
