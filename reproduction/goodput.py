@@ -184,7 +184,13 @@ def figures(
         for name, own in shares.items()
     }
     rates = {name: {key: estimate(own[key]) for key in keys} for name, own in bounds.items()}
-    best = {key: max(PEERS, key=lambda peer: rates[peer][key]["value"] or 0.0) for key in keys}
+
+    def rank(peer: str, key: str) -> tuple[bool, float]:
+        """A rate that is somewhere below a load is none to be ahead with."""
+        own = rates[peer][key]
+        return own["mark"] != "<=", own["value"] or 0.0
+
+    best = {key: max(PEERS, key=lambda peer: rank(peer, key)) for key in keys}
     ours = bounds[OURS]
     return {
         "rates": rates,

@@ -65,12 +65,12 @@ def draw_curves(axis: Any, curves: Curves, log: bool) -> None:
         axis.plot(loads, middle, label=name, **{"linewidth": 1.3, "markersize": 4} | style)
 
 
-def _grid(rows: int, columns: int) -> tuple[Any, Any]:
+def _grid(rows: int, columns: int, sharex: Any = False) -> tuple[Any, Any]:
     plt = pyplot()
     plt.rcParams |= {"svg.hashsalt": "gimbal", "svg.fonttype": "none", "font.size": 8}
     size = (2.7 * columns + 0.4, 2.2 * rows + 0.6)
     figure, axes = plt.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False, sharex="col"
+        rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=sharex
     )
     return figure, axes
 
@@ -96,7 +96,7 @@ def plot_regimes(groups: Sequence[Mapping[str, Any]], path: Path) -> None:
         groups: of a report (`regimes_report`), each with its ``runs``.
     """
     regimes = list(dict.fromkeys(own["regime"] for own in groups))
-    figure, axes = _grid(len(LATENCIES), len(regimes))
+    figure, axes = _grid(len(LATENCIES), len(regimes), "col")
     from matplotlib.ticker import LogFormatter as formatter
 
     for column, regime in enumerate(regimes):
@@ -143,7 +143,6 @@ def plot_goodput(regimes: Sequence[Mapping[str, Any]], path: Path) -> None:
         ticks = (1.0, 0.5, 0.1, 0.01, 0.001)
         axis.set_yticks(ticks, [f"{1.0 - miss:.4g}".replace("0.", ".", 1) for miss in ticks])
         axis.minorticks_off()
-        axis.tick_params(labelbottom=True)
         limits = ", ".join(f"{k[:-3].upper()} {v:,.0f} ms" for k, v in own["slo"].items())
         axis.set_title(f"{own['regime']}: {limits}", fontsize=8)
         axis.set_xlabel("requests/s")
