@@ -1,4 +1,4 @@
-"""One server over two hosts: signals and control between them.
+"""One server over two hosts: signals and control between them, a link that fails, a head that ends.
 
 The first host is this machine, the second a network namespace (`second_host`), one engine on each.
 All tests but the first share one start.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,19 @@ import numpy as np
 import pytest
 
 from gimbal.bench.servers import free_port
+from gimbal.core.config import LEVELS
+from gimbal.demo.manifest import load_manifest
+from tests.left_over import gone
 from tests.live.client import burst, call
 from tests.live.conftest import DemoServer
 from tests.live.second_host import FAR, FIRST, NEAR, SECOND, SecondHost, second_host
-from tests.live.test_placement import CONFIG, EPLB
+from tests.live.test_placement import CONFIG, EPLB, load
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
 SERVE = (sys.executable, "-m", "gimbal.cli", "serve", "--demo")
-START_TIMEOUT_S = 600.0
+START_TIMEOUT_S = MOVE_TIMEOUT_S = 600.0
+LINK_DOWN_S = 5.0
+"""Longer than dispatch trusts a row."""
 
 
 @dataclass(frozen=True)
@@ -175,3 +180,71 @@ def test_control_reaches_the_engine_of_the_other_host(hosts: Hosts) -> None:
     answer = call(f"{hosts.head.root}/gimbal/control", {"queue_ordering": "sjf"})
     assert (answer["followed"], answer["not_followed"]) == ([0, 1], [])
     said(hosts, hosts.node, "Gimbal: queue ordering sjf", work=True)
+    call(f"{hosts.head.root}/gimbal/control", {"levels": ["dispatch", "placement"]})
+    said(hosts, hosts.node, "Gimbal: queue ordering vllm", work=True)
+    call(f"{hosts.head.root}/gimbal/control", {"levels": list(LEVELS)})
+
+
+def test_experts_move_between_the_hosts(hosts: Hosts) -> None:
+    from gimbal.vllm_plugin.serve.plan import demo_model
+
+    manifest, rng = load_manifest(demo_model()), np.random.default_rng(0)
+    deadline_s = time.monotonic() + MOVE_TIMEOUT_S
+    while not hosts.total("gimbal_placement_commits_total"):  # of all ranks
+        assert time.monotonic() < deadline_s, "no experts moved"
+        load(hosts.head, manifest, rng)
+    assert hosts.total("gimbal_placement_moved_experts_total") > 0
+    pressure = hosts.head.metric_by_engine("gimbal_engine_expert_pressure_seconds")
+    assert len(pressure) == 2
+    assert max(pressure.values()) > 0.0
+
+
+def test_a_link_that_fails_for_some_seconds_costs_no_request(hosts: Hosts, capsys: Any) -> None:
+    before = hosts.stale()
+    answers: list[dict[str, Any]] = []
+
+    def fail() -> None:
+        time.sleep(1.0)
+        hosts.second.link("down")
+        try:
+            began_s = time.monotonic()
+            control = {"queue_ordering": "hrrn"}
+            answers.append(call(f"{hosts.head.root}/gimbal/control", control))
+            time.sleep(max(0.0, LINK_DOWN_S - (time.monotonic() - began_s)))
+        finally:
+            hosts.second.link("up")
+
+    began_s = time.monotonic()
+    burst(hosts.head, 80, rate=10, meanwhile=fail)
+    took_s = time.monotonic() - began_s
+    after = hosts.stale()
+    with capsys.disabled():
+        print(
+            f"\nlink down for {LINK_DOWN_S:.0f} s: 80 of 80 requests complete in {took_s:.1f} s, "
+            f"{after - before:.0f} of them sent without rows"
+        )
+    assert after > before, "seconds without a row went unnoticed"
+    assert answers[0]["not_followed"] == [1]
+    said(hosts, hosts.node, "Gimbal: queue ordering hrrn", work=True)
+    burst(hosts.head, 8)
+    assert hosts.stale() == after
+
+
+def test_a_headless_node_ends_with_its_head(hosts: Hosts) -> None:
+    from gimbal.vllm_plugin.serve.processes import descendants_of
+    from gimbal.vllm_plugin.serve.shared_memory import sweep
+
+    head = [hosts.head.pid, *descendants_of(hosts.head.pid)]
+    node = descendants_of(hosts.node.pid)
+    for pid in head:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert gone(head, 60)
+    assert hosts.node_process.wait(120) == 1
+    last = hosts.node.log.read_text(errors="replace").splitlines()[-1]
+    assert last.startswith("gimbal: ")
+    assert " ended while running: " in last
+    assert gone(sorted(node), 0)
+    assert not hosts.second.run("ls", "/dev/shm")
+    hosts.head_process.wait()
+    sweep()  # of this host's, which had no time to
