@@ -21,7 +21,7 @@ for path in sys.argv[1:]:
         if type(error).__name__ != "Skipped":  # without torch or vLLM some leave themselves out
             raise RuntimeError(path) from error
 """
-QUICK = ["bench_queue.py", "bench_board.py", "bench_placement_hook.py", "bench_client.py"]
+QUICK = ["bench_queue.py", "bench_board.py", "bench_client.py"]
 LONG = "not test_route and not test_500_streams"
 """Those import vLLM, or stream for six seconds."""
 
@@ -43,5 +43,5 @@ def test_all_can_be_imported() -> None:
 @pytest.mark.slow
 def test_the_quick_ones_run() -> None:
     files = [ROOT / "benchmarks" / name for name in QUICK]
-    options = ["-q", "--benchmark-disable", "-p", "no:cacheprovider", "-k", LONG]
+    options = ["-q", "--benchmark-disable", "-p", "no:cacheprovider", "-k", LONG, "-m", "not scale"]
     assert " passed" in run("-m", "pytest", *options, *files)
