@@ -29,6 +29,7 @@ GOOD = {
     "reproduce live": "",
     "reproduce paper": "",
     "reproduce regimes": "",
+    "reproduce goodput": "",
     "place": "--routing routing.npz --ranks 4",
     "top": "",
     "stats": "",

@@ -60,7 +60,7 @@ SLOW_ROWS = [
 ]
 BEFORE = {"report": f"{SIMULATE} --out run", "model stats": DEMO}
 """What makes the files that a row reads."""
-IN_PROCESS = {"reproduce live", "reproduce paper", "reproduce regimes"}
+IN_PROCESS = {"reproduce live", "reproduce paper", "reproduce regimes", "reproduce goodput"}
 
 
 def test_every_command_has_it() -> None:
@@ -196,6 +196,7 @@ def test_json_of_reproductions(
     monkeypatch.setattr("reproduction.regimes.REGIMES", regimes)
     size = ("--requests", "20", "--seeds", "1", "--loads", "0.5", "--jobs", "1")
     parsed(invoke(capfd, "regimes", *size), "groups")
+    parsed(invoke(capfd, "goodput", *size, "--slo", "ttft_ms=9"), "regimes")
 
 
 @pytest.mark.usefixtures("here")
