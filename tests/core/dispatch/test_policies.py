@@ -79,6 +79,13 @@ def test_baseline_costs(policy, state, expected):
     assert POLICIES.build(policy).costs(request(), state).tolist() == pytest.approx(expected)
 
 
+def test_a_rate_near_nothing_is_no_rate():
+    states = [loads(2, **QUEUED, prefill_tokens_per_s=rate) for rate in (0.0, 5e-324)]
+    unknown, tiny = (POLICIES.build("gimbal").costs(request(), state) for state in states)
+    assert np.isfinite(tiny).all()
+    assert (tiny == unknown).all()
+
+
 def terms(state, tokens=100, **options):
     """Terms by name of the gimbal policy."""
     policy = POLICIES.build("gimbal", {"expected_output_tokens": 0.0, **options})

@@ -228,7 +228,8 @@ def _price(
         if row[_SEATS] > 0.0:
             mean_tokens = row[_RUNNING_TOKENS] / max(row[_RUNNING], 1.0)
             lack = max(lack, (waiting + row[_RUNNING] + 1.0 - row[_SEATS]) * mean_tokens)
-        out[_ADMISSION, e] = lack * (1e6 / row[_RATE] if row[_RATE] > 0.0 else slice_us)
+        # Below a token a second nothing has been measured, and the quotient may be infinite.
+        out[_ADMISSION, e] = lack * (1e6 / row[_RATE] if row[_RATE] >= 1.0 else slice_us)
 
         total = 0.0
         for term in range(out.shape[0] - 1):
