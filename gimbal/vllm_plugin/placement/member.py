@@ -51,8 +51,7 @@ class Member:
         self.off_sent = False
         self._own_turn = False
         self._next_model = 0
-        self._models = 0
-        self._gathered: Any = None  # [ranks, n] rows of all models, on vLLM's device, until planned
+        self._gathered: Any = None  # [ranks, n] rows of all models, on vLLM's device
 
     @property
     def acting(self) -> Controller | None:
@@ -78,7 +77,6 @@ class Member:
         import torch
 
         rows = torch.cat([self._row(index, plane) for index, plane in enumerate(raw)])
-        self._models, self._gathered = len(raw), None  # those of a window that nobody planned for
         self._gathered = all_gather(rows)
         sums, offset = [], 0
         for plane in raw:
@@ -115,8 +113,6 @@ class Member:
             return self.fallback.rebalance_experts(*arguments)
         index, self._next_model = self._next_model, self._next_model + 1
         proposal = self._propose(index, weight, old)
-        if self._next_model == self._models:
-            self._gathered = None  # too large to lie there until the next rearrangement
         verdict = outcome(self.vote(proposal.vote))
         if verdict is Verdict.OFF:
             self.off = True
