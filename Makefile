@@ -8,7 +8,7 @@ STAMP := $(VENV)/.gimbal-installed
 # One thread per process: tests run side by side and torch would take every core in each.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: docs dist bench-sim validate help install serve test check compat lint pages bench-core bench-placement bench-scale \
+.PHONY: hosts docs dist bench-sim validate help install serve test check compat lint pages bench-core bench-placement bench-scale \
 	bench-start correctness soak soak-long chaos fuzz peers lock clean
 
 help: ## this list
@@ -27,7 +27,10 @@ serve: $(STAMP) ## make the demo model and serve it through vLLM, DP=2 + EP, Gim
 # With ARGS there may be none of a kind (exit code 5).
 test: $(STAMP) ## every test, live servers included
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not live" $(ARGS) || [ $$? -eq 5 ]
-	$(TEST_ENV) $(BIN)/python -m pytest -m live $(ARGS) || [ $$? -eq 5 ]
+	$(TEST_ENV) $(BIN)/python -m pytest -m "live and not hosts" $(ARGS) || [ $$? -eq 5 ]
+
+hosts: $(STAMP) ## two hosts, made of network namespaces (root; five minutes): not in `make test`, whose time it would take
+	$(TEST_ENV) $(BIN)/python -m pytest -m hosts $(ARGS)
 
 check: $(STAMP) ## the fast tests: no server, nothing slow
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 -m "not live and not slow" $(ARGS)

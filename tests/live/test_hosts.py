@@ -30,7 +30,7 @@ from tests.live.conftest import DemoServer
 from tests.live.second_host import FAR, FIRST, NEAR, SECOND, SecondHost, second_host
 from tests.live.test_placement import CONFIG, EPLB, load
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.live, pytest.mark.hosts, pytest.mark.timeout(900)]
 SERVE = (sys.executable, "-m", "gimbal.cli", "serve", "--demo")
 START_TIMEOUT_S = MOVE_TIMEOUT_S = 600.0
 LINK_DOWN_S = 5.0
