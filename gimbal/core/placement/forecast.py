@@ -87,7 +87,12 @@ def predict(state: ForecastState, total: FloatArray) -> Forecast:
     """Forecast of the window after `total`, which `state` has already observed."""
     if state.weight == 0.0:
         return Forecast(np.ones_like(total), None)
-    factor = np.sqrt(falling(state.next_share) / np.maximum(state.share, 1e-300))
+    # Of a place that nobody held in a window of few tokens nothing is known.
+    known = state.share > 0.0
+    grown = np.divide(
+        falling(state.next_share), state.share, out=np.ones_like(state.share), where=known
+    )
+    factor = np.sqrt(grown)
     spread = np.sqrt(falling(state.squares / state.weight))
     order = np.argsort(-total, axis=1, kind="stable")
     by_expert = np.empty(total.shape, dtype=np.intp)
