@@ -6,7 +6,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from gimbal.core.errors import InputError
 from gimbal.core.snapshot import ROW_WIDTH, Field, row_problem
 from gimbal.integrations import rows as integration
 from gimbal.integrations.rows import RowReader
+from tests.waiting import until
 
 SECRET = b"a secret of many bytes"
 WEB = Source("web:8000", 1)
@@ -32,13 +33,6 @@ def _row(sequence: float, epoch: float = 1.0, waiting: float = 0.0) -> np.ndarra
     row = np.zeros(ROW_WIDTH)
     row[Field.SEQUENCE], row[Field.EPOCH], row[Field.WAITING_REQUESTS] = sequence, epoch, waiting
     return row
-
-
-def _until(reached: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def _publisher(text: str, source: Source, secret: bytes | None = None) -> RowPublisher:
@@ -122,18 +116,18 @@ def test_who_comes_late_hears_of_an_idle_engine_and_of_its_end() -> None:
     reader, idle = RowReader(), [Source("idle", 0)]
     try:
         reader.follow(address)
-        _until(lambda: reader.sources() == tuple(idle))
-        _until(lambda: reader.received >= 3)
+        until(lambda: reader.sources() == tuple(idle))
+        until(lambda: reader.received >= 3)
         ages, heard = reader.ages_us(idle), reader.heard_us(idle)
         assert ages[0] > 2 * published.BEAT_S * 1e6 * 0.5, "said again is not taken again"
         assert heard[0] < ages[0]
         process.kill()
         process.wait()
-        _until(lambda: reader.heard_us(idle)[0] > 1e6)
+        until(lambda: reader.heard_us(idle)[0] > 1e6)
         assert reader.rows(idle)[0, Field.SEQUENCE] == 1.0, "the last word stays"
         reader.unfollow(address)
         reader.unfollow(address)
-        _until(lambda: reader.failures == 1)
+        until(lambda: reader.failures == 1)
     finally:
         process.kill()
         process.wait()
@@ -166,7 +160,7 @@ def test_a_wrong_secret_is_said_once_with_the_address(
     reader = RowReader(["@tcp://127.0.0.1:0"], ours)
     publisher = _publisher(reader.listens[0], WEB, theirs)
     try:
-        _until(lambda: publisher.publish(_row(1), 0.0) or reader.refused >= 3)
+        until(lambda: publisher.publish(_row(1), 0.0) or reader.refused >= 3)
     finally:
         publisher.close()
         reader.close()
@@ -289,9 +283,9 @@ def test_strangers_cost_nothing(reader: RowReader) -> None:
     stranger.connect(reader.listens[0])
     publisher = _publisher(reader.listens[0], WEB, SECRET)
     try:
-        _until(lambda: stranger.send(b"GBP1") or reader.refused)
+        until(lambda: stranger.send(b"GBP1") or reader.refused)
         stranger.send(bytes(64 << 20))
-        _until(lambda: publisher.publish(_row(1), 0.0) or reader.received)
+        until(lambda: publisher.publish(_row(1), 0.0) or reader.received)
     finally:
         stranger.close()
         publisher.close()

@@ -8,12 +8,10 @@ from click.testing import CliRunner
 
 from gimbal.commands import reproduce as command
 from gimbal.core.errors import InputError
-from gimbal.sim.capacity import Capacity
 from reproduction import regimes
 from reproduction.goodput import ARMS, bounds_of, estimate, figures, walk
 from reproduction.goodput_report import render
 from reproduction.plots import middle_and_band
-from reproduction.regimes import Regime
 
 LOADS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1)
 
@@ -136,17 +134,9 @@ def test_bands_are_intervals_over_five_seeds_or_more():
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """One small regime; its capacity is said, not searched."""
-    path = tmp_path / "trace.jsonl"
-    rows = [
-        {"arrival_s": i * 0.05, "prompt_tokens": 60 + 41 * i % 700, "output_tokens": 2 + i % 9}
-        for i in range(120)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    known = Capacity(40.0, ((20.0, 0.5), (40.0, 1.0)))
-    monkeypatch.setattr(regimes, "capacity_of", lambda options, bed, say: known)
-    own = {"small": Regime("small", str(path), "h100x4-paper")}
+def small(small_regime, monkeypatch):
+    """One small regime, and no other."""
+    own = {"small": small_regime}
     monkeypatch.setattr(regimes, "REGIMES", own)
     return own
 

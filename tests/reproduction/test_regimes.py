@@ -10,7 +10,6 @@ from gimbal.commands import reproduce as command
 from gimbal.core.errors import InputError
 from gimbal.records.schema import RequestRecord
 from gimbal.report.window import Window
-from gimbal.sim.capacity import Capacity
 from gimbal.sim.cells import CellResult
 from reproduction import regimes
 from reproduction.regimes import ARMS, REGIMES, Group, Plan, Regime
@@ -18,18 +17,9 @@ from reproduction.regimes_report import group_report, render, whole_report
 
 
 @pytest.fixture
-def plan(tmp_path, monkeypatch):
-    """Two loads of a small trace; its capacity is said, not searched."""
-    path = tmp_path / "trace.jsonl"
-    rows = [
-        {"arrival_s": i * 0.05, "prompt_tokens": 60 + 41 * i % 700, "output_tokens": 2 + i % 9}
-        for i in range(120)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    known = Capacity(40.0, ((20.0, 0.5), (40.0, 1.0)))
-    monkeypatch.setattr(regimes, "capacity_of", lambda options, bed, say: known)
-    small = Regime("small", str(path), "h100x4-paper")
-    return Plan((small,), (0.5, 0.8), seeds=2, requests=30)
+def plan(small_regime):
+    """Two loads of a small trace."""
+    return Plan((small_regime,), (0.5, 0.8), seeds=2, requests=30)
 
 
 def files(directory):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from gimbal.integrations.rows import RowReader
 from gimbal.vllm_plugin.engine import publishing, remote
 from gimbal.vllm_plugin.engine.identity import server_identity
 from tests.vllm_plugin import real_scheduler
+from tests.waiting import until
 
 SECRET = "a secret of many bytes"
 
@@ -27,13 +27,6 @@ def reader() -> Iterator[RowReader]:
     made = RowReader(["@tcp://127.0.0.1:0"], SECRET.encode())
     yield made
     made.close()
-
-
-def _until(reached: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def _scheduler(folder: Path, reader: RowReader, **config: Any) -> Any:
@@ -48,23 +41,23 @@ def test_rows_go_out_beside_the_board_even_without_a_level(
     scheduler = _scheduler(tmp_path, reader, publish_name="10.0.0.7:8000")
     source = [Source("10.0.0.7:8000", 0)]
     try:
-        _until(lambda: reader.sources() == tuple(source))
+        until(lambda: reader.sources() == tuple(source))
         sequence = reader.rows(source)[0, Field.SEQUENCE]
         request = real_scheduler.request("r", 100)
         scheduler.add_request(request)
         scheduler.schedule()
-        _until(lambda: reader.rows(source)[0, Field.SEQUENCE] > sequence)
+        until(lambda: reader.rows(source)[0, Field.SEQUENCE] > sequence)
         assert reader.rows(source)[0, Field.RUNNING_REQUESTS] == 1.0
         assert reader.rows(source)[0, Field.EPOCH] == scheduler.gimbal_signals.row[Field.EPOCH]
     finally:
         scheduler.shutdown()
-    _until(lambda: reader.heard_us(source)[0] > 1e6)
+    until(lambda: reader.heard_us(source)[0] > 1e6)
 
 
 def test_a_server_without_a_name_is_its_host_and_start(tmp_path: Path, reader: RowReader) -> None:
     scheduler = _scheduler(tmp_path, reader)
     try:
-        _until(reader.sources)
+        until(reader.sources)
         name = f"{socket.gethostname()}:{server_identity(scheduler.vllm_config)}"
         assert reader.sources() == (Source(name, 0),)
     finally:
@@ -77,7 +70,7 @@ def test_engines_away_from_their_front_end_publish_too(
     monkeypatch.setattr(remote, "front_end_is_elsewhere", lambda vllm_config: True)
     scheduler = _scheduler(tmp_path, reader, publish_name="web", board_port=1)
     try:
-        _until(lambda: reader.sources() == (Source("web", 0),))
+        until(lambda: reader.sources() == (Source("web", 0),))
     finally:
         scheduler.shutdown()
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from gimbal.board.slots import BoardReader
 from gimbal.board.wire import HEAD, RefusedRow, bracketed, parse_row
 from gimbal.core.snapshot import MAX_ENGINES, ROW_WIDTH, Field, ImplausibleRow, row_problem
 from gimbal.vllm_plugin.engine import remote
+from tests.waiting import until
 
 ENGINE = """
 import sys, time, numpy as np
@@ -48,7 +49,7 @@ def test_rows_of_another_process_arrive_with_this_hosts_clock(board: Board) -> N
     command = [sys.executable, "-c", ENGINE, receiver.address, "2", str(ROW_WIDTH)]
     process = subprocess.Popen(command)
     try:
-        _until(lambda: reader.read()[2][Field.SEQUENCE] >= 20)
+        until(lambda: reader.read()[2][Field.SEQUENCE] >= 20)
         row = reader.read()[2]
         assert row[Field.RUNNING_REQUESTS] == row[Field.SEQUENCE]
         assert 0 <= now_us() - row[Field.TIMESTAMP_US] < 5e6
@@ -147,16 +148,9 @@ def sender(receiver: remote.RowReceiver) -> Iterator[Any]:
     socket = zmq.Context.instance().socket(zmq.PUB)
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(receiver.address)
-    _until(lambda: socket.send(message(0)) or receiver.received)
+    until(lambda: socket.send(message(0)) or receiver.received)
     yield socket
     socket.close()
-
-
-def _until(reached: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -178,16 +172,16 @@ def test_a_row_that_no_engine_can_mean_is_refused_and_said_once(
     said: str,
 ) -> None:
     reader = BoardReader(board, 2)
-    _until(lambda: sender.send(message(1, DECODING_REQUESTS=4.0)) or reader.read()[1].any())
+    until(lambda: sender.send(message(1, DECODING_REQUESTS=4.0)) or reader.read()[1].any())
     before = receiver.received
     for _ in range(20):
         sender.send(message(1, **fields))
-    _until(lambda: receiver.refused >= 20)
+    until(lambda: receiver.refused >= 20)
     assert reader.read()[1, Field.DECODING_REQUESTS] == 4.0
     lines = [record.message for record in caplog.records if "refused" in record.message]
     assert len(lines) == 1
     assert f"from 127.0.0.1: engine 1: {said};" in lines[0]
-    _until(lambda: sender.send(message(1, DECODING_REQUESTS=5.0)) or receiver.received > before)
+    until(lambda: sender.send(message(1, DECODING_REQUESTS=5.0)) or receiver.received > before)
 
 
 def test_another_version_says_so_once_and_on_one_line(
@@ -244,7 +238,7 @@ def test_the_receiver_outlives_its_board(
         path.chmod(0o600)
     if replacement == "directory":
         path.mkdir()
-        _until(lambda: sender.send(message(1)) or receiver.failures >= 3)
+        until(lambda: sender.send(message(1)) or receiver.failures >= 3)
         path.rmdir()
 
     sequence = 0
@@ -256,9 +250,9 @@ def test_the_receiver_outlives_its_board(
         fresh = BoardReader(Board(path), 2) if path.is_file() and _whole(path) else None
         return fresh is not None and bool(fresh.read()[1, Field.SEQUENCE])
 
-    _until(send)
+    until(send)
     assert receiver._thread.is_alive()
-    _until(lambda: send() and reader.read()[1, Field.SEQUENCE] == sequence)
+    until(lambda: send() and reader.read()[1, Field.SEQUENCE] == sequence)
 
 
 def _whole(path: Path) -> bool:
@@ -275,10 +269,10 @@ def test_the_receiver_outlives_whatever_a_row_raises(
         raise Unforeseen("out of the blue")
 
     monkeypatch.setattr(receiver._board, "written_by_another", fail)
-    _until(lambda: sender.send(message(1)) or receiver.failures >= 3)
+    until(lambda: sender.send(message(1)) or receiver.failures >= 3)
     monkeypatch.undo()
     before = receiver.received
-    _until(lambda: sender.send(message(1)) or receiver.received > before)
+    until(lambda: sender.send(message(1)) or receiver.received > before)
     assert sum("out of the blue" in record.message for record in caplog.records) == 1
 
 
@@ -287,7 +281,7 @@ def test_an_oversized_message_costs_no_memory_and_no_rows(
 ) -> None:
     sender.send(bytes(64 << 20))
     before = receiver.received
-    _until(lambda: sender.send(message(0)) or receiver.received > before)
+    until(lambda: sender.send(message(0)) or receiver.received > before)
     assert receiver.refused == 0, "zmq cuts it off before it is taken in"
 
 
@@ -304,7 +298,7 @@ def test_closing_is_bounded(board: Board, monkeypatch: Any) -> None:
     socket = zmq.Context.instance().socket(zmq.PUB)
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(receiver.address)
-    _until(lambda: socket.send(message(0)) or stuck.is_set())
+    until(lambda: socket.send(message(0)) or stuck.is_set())
     receiver.close()
     assert receiver._thread.is_alive(), "it waited for a thread that hangs"
     go.set()
@@ -342,7 +336,7 @@ def test_rows_travel_over_ipv6(board: Board, host: str) -> None:
     port = receiver.address.rpartition(":")[2]
     sender = remote.RowSender(f"tcp://{host}:{port}", 1)
     row = np.ones(ROW_WIDTH)
-    _until(lambda: sender.publish(row) or receiver.received)
+    until(lambda: sender.publish(row) or receiver.received)
     assert BoardReader(board, 2).read()[1, Field.SEQUENCE] == 1.0
     sender.close()
     receiver.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from gimbal.core.snapshot import ROW_WIDTH, Field
 from gimbal.vllm_plugin.engine import remote
 from gimbal.vllm_plugin.engine import remote_control as rc
 from gimbal.vllm_plugin.engine.publishing import BoardSlot
+from tests.waiting import until
 
 CONFIG = parse_config({"levels": ["dispatch", "queue"], "admin": True})
 
@@ -39,13 +40,6 @@ def receiver(board: Board) -> Iterator[remote.RowReceiver]:
     made.close()
 
 
-def _until(reached: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_control_travels_and_the_board_knows_who_holds_it(
     board: Board, receiver: remote.RowReceiver
 ) -> None:
@@ -53,14 +47,14 @@ def test_control_travels_and_the_board_knows_who_holds_it(
     early = rc.RemoteControl(receiver.address, 1, CONFIG)
     try:
         version = board.write_control(first)
-        _until(lambda: board.held(0, 3) == [0, version, 0])
+        until(lambda: board.held(0, 3) == [0, version, 0])
         assert (early.control_version(), early.read_control()) == (version, first)
         # One that comes later is told without anybody switching anything again.
         late = rc.RemoteControl(receiver.address, 2, CONFIG)
         try:
-            _until(lambda: board.held(0, 3) == [0, version, version])
+            until(lambda: board.held(0, 3) == [0, version, version])
             version = board.write_control(last)
-            _until(lambda: board.held(1, 2) == [version, version])
+            until(lambda: board.held(1, 2) == [version, version])
             assert early.read_control() == late.read_control() == last
         finally:
             late.close()
@@ -74,8 +68,8 @@ def test_rows_and_control_share_the_port(board: Board, receiver: remote.RowRecei
     control = rc.RemoteControl(receiver.address, 1, CONFIG)
     version = board.write_control({"ordering": "sjf"})
     try:
-        _until(lambda: sender.publish(row) or receiver.received)
-        _until(lambda: sender.publish(row) or board.held(1, 1) == [version])
+        until(lambda: sender.publish(row) or receiver.received)
+        until(lambda: sender.publish(row) or board.held(1, 1) == [version])
         assert BoardReader(board, 2).read()[1, Field.SEQUENCE] == 1.0
     finally:
         control.close()
@@ -89,13 +83,13 @@ def test_a_head_that_comes_back_is_found_again(board: Board) -> None:
     control = rc.RemoteControl(address, 1, CONFIG)
     try:
         version = board.write_control({"ordering": "sjf"})
-        _until(lambda: board.held(1, 1) == [version])
+        until(lambda: board.held(1, 1) == [version])
         receiver.close()
         version = board.write_control({"ordering": "fcfs"})
         time.sleep(0.05)
         assert board.held(1, 1) != [version], "nobody told it"
         receiver = remote.RowReceiver(board, address)
-        _until(lambda: board.held(1, 1) == [version])
+        until(lambda: board.held(1, 1) == [version])
         assert control.read_control() == {"ordering": "fcfs"}
     finally:
         control.close()
@@ -162,9 +156,9 @@ def test_an_engine_keeps_what_it_had_when_it_cannot_follow(
     control = rc.RemoteControl(receiver.address, 1, CONFIG)
     try:
         good = board.write_control({"ordering": "sjf"})
-        _until(lambda: board.held(1, 1) == [good])
+        until(lambda: board.held(1, 1) == [good])
         board.write_control(values)
-        _until(lambda: control.refused >= 2)
+        until(lambda: control.refused >= 2)
         assert board.held(1, 1) == [good]
         assert control.read_control() == {"ordering": "sjf"}
         lines = [r.message for r in caplog.records if "keeps to the control before" in r.message]
@@ -172,7 +166,7 @@ def test_an_engine_keeps_what_it_had_when_it_cannot_follow(
         assert said in lines[0]
         assert "\n" not in lines[0]
         newest = board.write_control({})
-        _until(lambda: board.held(1, 1) == [newest])
+        until(lambda: board.held(1, 1) == [newest])
     finally:
         control.close()
 
@@ -234,8 +228,8 @@ def test_strangers_at_the_port_are_counted_and_harm_nobody(
     version = board.write_control({"ordering": "sjf"})
     try:
         bad = [b"GBH1", rc._HELD.pack(b"GBH1", 256, 1), bytes(64 << 20), b"\1", b""]
-        _until(lambda: [stranger.send(m) for m in bad] and receiver.refused >= 2)
-        _until(lambda: board.held(1, 1) == [version])
+        until(lambda: [stranger.send(m) for m in bad] and receiver.refused >= 2)
+        until(lambda: board.held(1, 1) == [version])
         assert board.held(0, 1) == [0]
     finally:
         control.close()
