@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,10 +163,17 @@ def invoke(*arguments):
 @pytest.mark.skipif(
     not any((d / "burstgpt_derived").is_dir() for d in data_directories()), reason="no BurstGPT"
 )
-def test_the_command_writes_table_json_and_runs_for_the_report(tmp_path):
+def test_the_command_writes_table_json_and_runs_for_the_report(tmp_path, monkeypatch):
     from gimbal.report.report import write_report
     from reproduction.report import write_reproduction
 
+    searched = []
+
+    def capacity(_bed, traffic, requests):  # the search itself: tests/sim/test_capacity.py
+        searched.append(len(traffic(9.0, requests)))
+        return SimpleNamespace(rate_rps=9.0)
+
+    monkeypatch.setattr(reproduce, "find_capacity", capacity)
     arguments = ("--quick", "--requests", "20", "--seeds", "1", "--jobs", "1")
     result = invoke(*arguments, "--scenarios", "today", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
@@ -174,6 +182,7 @@ def test_the_command_writes_table_json_and_runs_for_the_report(tmp_path):
     assert "paper: gimbal/vllm-legacy | -42.9 %" in text
     report = json.loads((tmp_path / "result.json").read_text())
     assert report["cells"] == 5 * 3 * 9
+    assert len(searched) == 5, "a capacity for each distribution"
     assert "What staying within CUDA graphs adds" in text
     assert write_report(tmp_path / "today").exists()
     page = write_reproduction(tmp_path).read_text()

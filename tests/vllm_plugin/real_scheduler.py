@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def request(
 
     init_none_hash(sha256)
     hasher = get_request_block_hasher(16, sha256) if hashed else None
-    first = hash(name) % 400
+    first = zlib.crc32(name.encode()) % 400  # the same in every process, as hash() is not
     return Request(
         request_id=name,
         prompt_token_ids=list(prompt or ((first + i) % 500 for i in range(tokens))),
