@@ -136,10 +136,9 @@ def per_source(rows: RankRows, ranks_per_source: int, sources: Sources) -> Sourc
     routing = RoutingCounts(pairs, np.clip(active, 0.0, 1.0), steps)
     if not rows.raw.any():
         routing = replace(routing, active=None)
-    kinds = step_kinds(
-        _typical(rows, sources, ranks_per_source),
-        float(rows.decode_pairs.sum() / max(rows.pairs.sum(), 1e-300)),
-    )
+    decoded, counted = float(rows.decode_pairs.sum()), float(rows.pairs.sum())
+    decode_share = decoded / counted if 0.0 < decoded < counted else float(decoded > 0.0)
+    kinds = step_kinds(_typical(rows, sources, ranks_per_source), decode_share)
     return SourceCounts(routing, decode_pairs, sources, kinds)
 
 
