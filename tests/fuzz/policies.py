@@ -118,6 +118,7 @@ class _Graphs:
     graph_tokens: int
     exploring: bool
     pays: bool
+    flat_tokens: int
 
     def small_steps_pay(self, backlog_tokens: float) -> bool:
         return self.pays
@@ -128,7 +129,7 @@ def step(rng: random.Random) -> None:
     budget = rng.choice((1, 16, 512, 2048, 1 + count(rng, 2**17)))
     decoding = min(rng.choice((0, 0, count(rng, 64))), budget)
     running = _candidates(rng)
-    graphs = _Graphs(count(rng), rng.random() < 0.2, rng.random() < 0.5)
+    graphs = _Graphs(count(rng), rng.random() < 0.2, rng.random() < 0.5, count(rng, 2**13))
     view = RecordedView(
         budget_tokens=budget,
         chunked=rng.random() < 0.9,

@@ -200,7 +200,9 @@ def test_tokens_are_counted_by_domain(domain):
 
 
 def test_a_step_is_cut_to_what_a_graph_covers():
-    graphs = SimpleNamespace(graph_tokens=8, exploring=False, small_steps_pay=lambda backlog: True)
+    graphs = SimpleNamespace(
+        graph_tokens=8, exploring=False, flat_tokens=0, small_steps_pay=lambda backlog: True
+    )
     group = Group(graphs=graphs)
     engine = make_engine(ordering="gimbal", queue=QueueConfig(), group=group)
     engine.add(SimRequest(0, "r0", 0.0, 2, 4), 0.0)

@@ -32,6 +32,10 @@ LEAST_GAIN = 0.1
 EXPLORE = 64
 """After so many decisions for small steps without a large one that they could have been, one is
 turned round, to see what it takes now. All engines of a group see it, so they do not all do so."""
+FLAT = 0.1
+"""A step without graphs that takes this share more than the shortest such one is no longer free."""
+ENOUGH = 3
+"""Large steps of one size that say how long it takes."""
 _INFINITY = float("inf")
 
 
@@ -57,6 +61,7 @@ class GraphStepCosts:
             deque(maxlen=REMEMBERED) for _ in range(FARTHEST * SIZES)
         ]
         self._decisions = 0
+        self._flat_tokens: int | None = 0  # None: to be found again
 
     def observe(
         self, decodes: float, duration_us: float, prefill_tokens: float, step_tokens: float
@@ -81,6 +86,7 @@ class GraphStepCosts:
         elif 0 < prefill_tokens < FARTHEST * self.graph_tokens:
             step = prefill_tokens, decodes, duration_us
             self._large[self._size(prefill_tokens)].append(step)
+            self._flat_tokens = None
             if prefill_tokens <= 2 * self.graph_tokens:
                 self._decisions = 0
 
@@ -110,6 +116,30 @@ class GraphStepCosts:
             return False
         small_us = us_per_token * backlog_tokens
         return small_us < (1.0 - LEAST_GAIN) * large_us[len(large_us) // 2]
+
+    @property
+    def flat_tokens(self) -> int:
+        """Prefill that a step without graphs holds in the time of the shortest such one.
+
+        Until it holds enough work to hide its launches it takes as long with more. Where nothing
+        larger was seen than what was found to be free, one size more; 0 while nothing is known.
+        """
+        if self._flat_tokens is None:
+            self._flat_tokens = self._find_flat_tokens()
+        return self._flat_tokens
+
+    def _find_flat_tokens(self) -> int:
+        medians = {
+            size: sorted(us for _, _, us in steps)[len(steps) // 2]
+            for size, steps in enumerate(self._large)
+            if len(steps) >= ENOUGH
+        }
+        if not medians:
+            return 0
+        most_us = (1.0 + FLAT) * min(medians.values())
+        largest = max(size for size, us in medians.items() if us <= most_us)
+        sizes = largest + 1 + (largest == max(medians))
+        return sizes * self.graph_tokens // SIZES
 
     @property
     def exploring(self) -> bool:

@@ -43,6 +43,8 @@ class GraphPrices(Protocol):
     def graph_tokens(self) -> int: ...
     @property
     def exploring(self) -> bool: ...
+    @property
+    def flat_tokens(self) -> int: ...
     def small_steps_pay(self, backlog_tokens: float) -> bool:
         """Whether prefilling `backlog_tokens` in small steps delays those who decode less."""
         ...
@@ -229,8 +231,10 @@ def _bounded(view: StepView, budget_tokens: int, decodes: int, config: QueueConf
         return budget_tokens  # however many decode: they are counted only where it matters
     decodes = decodes or view.decode_tokens
     # What a CUDA graph covers is prefilled at once: less would take as long.
+    # Nor does one that no graph covers take longer until its work hides its launches.
     if (graphs := view.graphs) is not None:
-        prefill = max(prefill, graphs.graph_tokens - decodes)
+        covered = graphs.graph_tokens - decodes
+        prefill = max(prefill, graphs.flat_tokens) if prefill > covered else covered
     return min(budget_tokens, decodes + prefill)
 
 

@@ -65,6 +65,38 @@ def test_small_steps_pay_where_launches_make_a_floor(floor_us, backlog, expected
     assert costs(floor_us).small_steps_pay(backlog) is expected
 
 
+@pytest.mark.parametrize(
+    ("floor_us", "expected"),
+    [
+        (25_000, 1664),  # 10 + 0.7 + 0.01 * 1664 = 27.3 ms, a tenth more than the floor
+        (0, 640),  # the smallest size that no graph covers
+    ],
+)
+def test_how_much_a_step_holds_while_launches_make_it_long(floor_us, expected):
+    assert costs(floor_us, steps=300).flat_tokens == expected
+
+
+def test_one_size_more_than_was_seen_is_tried_until_it_takes_longer():
+    learned = GraphStepCosts(512)
+    assert learned.flat_tokens == 0
+    sizes = []
+    for _ in range(20):
+        tokens = learned.flat_tokens or 600
+        sizes.append(tokens)
+        for _ in range(3):
+            learned.observe(20, max(25_000.0, 20.0 * tokens), tokens - 1, tokens + 20)
+    assert sizes[:3] == [600, 768, 896]
+    assert sizes[-1] == sizes[-2] == 1280, "with 1,408 it took more than a tenth longer"
+
+
+def test_a_stall_among_steps_of_a_size_is_not_how_long_they_take():
+    learned = GraphStepCosts(512)
+    for us in (25_000, 25_100, 600_000):
+        for tokens in (600, 700, 800):
+            learned.observe(20, us, tokens, tokens + 20)
+    assert learned.flat_tokens == 1024
+
+
 def test_nothing_is_said_before_both_kinds_of_step_were_seen():
     learned = GraphStepCosts(512)
     for prefill in (100, 700):

@@ -25,9 +25,12 @@ LONG, SHORT = PrefillCandidate(900.0, 3000), PrefillCandidate(100.0, 200)
 BESIDE_DECODES = {"decoding": 4, "decode_tokens": 4, "cost": StepCost(25_000.0, 500.0)}
 
 
-def graphs(tokens=128, pays=True, exploring=False):
+def graphs(tokens=128, pays=True, exploring=False, flat=0):
     return SimpleNamespace(
-        graph_tokens=tokens, exploring=exploring, small_steps_pay=lambda backlog: pays
+        graph_tokens=tokens,
+        exploring=exploring,
+        flat_tokens=flat,
+        small_steps_pay=lambda backlog: pays,
     )
 
 
@@ -134,6 +137,16 @@ TABLE = {
         {},
         StepDecision(128),
     ),
+    "and where no graph covers it, what takes as long": (
+        BESIDE_DECODES | {"group_backlog_tokens": 600.0, "graphs": graphs(flat=450)},
+        {},
+        StepDecision(454),
+    ),
+    "but not instead of a step that a graph covers": (
+        BESIDE_DECODES | {"group_backlog_tokens": 140.0, "graphs": graphs(flat=450)},
+        {},
+        StepDecision(128),
+    ),
     "a target of TPOT says what decodes bear": (
         BESIDE_DECODES | {"group_backlog_tokens": 140.0},
         {"slo_tpot_ms": 45.0},
@@ -182,7 +195,10 @@ views = st.builds(
     group_decode_tokens=st.floats(0.0, 1e3),
     cost=st.builds(StepCost, st.floats(0.0, 1e6), st.floats(0.0, 1e4)),
     oldest_wait_us=st.floats(0.0, 1e9),
-    graphs=st.builds(graphs, st.integers(0, 1000), st.booleans(), st.booleans()) | st.none(),
+    graphs=st.builds(
+        graphs, st.integers(0, 1000), st.booleans(), st.booleans(), st.integers(0, 9000)
+    )
+    | st.none(),
 )
 configs = st.builds(
     QueueConfig,

@@ -460,6 +460,7 @@ def with_graphs(scheduler, pays=True, tokens=128):
     scheduler.gimbal_state.graph_costs = SimpleNamespace(
         graph_tokens=tokens,
         exploring=False,
+        flat_tokens=0,
         small_steps_pay=lambda backlog: pays,
         decided=lambda: None,
         observe=lambda *a: None,
