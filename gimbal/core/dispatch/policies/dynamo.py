@@ -55,11 +55,13 @@ class DynamoPolicy:
             + loads.unacked_tokens
             + request.prompt_tokens
         )
-        requests = (
-            loads.column(Field.WAITING_REQUESTS)
-            + loads.column(Field.RUNNING_REQUESTS)
-            + loads.unacked_requests
-        )
-        uncached = np.maximum(0.0, prefill - loads.cached_tokens) / block
-        decode = loads.column(Field.KV_BLOCKS_USED) * self._tracks_blocks
-        return self._scale * uncached + decode + self._request_weight * requests
+        cost = self._scale * np.maximum(0.0, prefill - loads.cached_tokens) / block
+        if self._tracks_blocks:
+            cost += loads.column(Field.KV_BLOCKS_USED)
+        if self._request_weight:
+            cost += self._request_weight * (
+                loads.column(Field.WAITING_REQUESTS)
+                + loads.column(Field.RUNNING_REQUESTS)
+                + loads.unacked_requests
+            )
+        return np.asarray(cost)
