@@ -58,7 +58,7 @@ class QuietPool(ServerPool):
         return spec.config_json
 
 
-def arms_of(folder: Path, one_server: bool) -> list[Arm]:
+def arms_of(folder: Path, one_server: bool = False) -> list[Arm]:
     """Off and on; of one server, both with records."""
     still = {"levels": list(LEVELS), "placement": {"gate": 1e6}}
     records = str(folder / "records")
