@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from browser import CHROMIUM, Page, browser
 from synthetic import Server
 
+from gimbal.bench.servers import free_port
 from gimbal.vllm_plugin.operator import watcher
 
 pytestmark = [
@@ -51,12 +51,6 @@ async def served(server: Server, port: int) -> AsyncIterator[None]:
     finally:
         site.should_exit = True
         await serving
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
