@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
@@ -29,9 +29,10 @@ def test_nothing_but_the_documented_error_is_raised(target: Target) -> None:
     assert outcome.taken > 0
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, phases=(Phase.explicit, Phase.reuse, Phase.generate), print_blob=True)
 @given(st.randoms(use_true_random=False))
 def test_policies_hold_on_inputs_that_hypothesis_draws(rng: random.Random) -> None:
+    """Not shrunk: that may take as long as a test may run, and shows no numbers of a `Random`."""
     policies.queue(rng)
     policies.step(rng)
     policies.dispatcher(rng)

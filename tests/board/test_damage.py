@@ -37,7 +37,10 @@ last = np.zeros(2)
 while not Path(sys.argv[4]).exists():
     number += 1
     row[:] = number
-    writer.publish(row)
+    try:
+        writer.publish(row)
+    except OSError:  # as documented: the next call tries again, and has to get through in time
+        pass
     rows = reader.read()
     assert (rows == rows[:, :1]).all(), rows
     assert (rows[:, 0] >= last).all(), (rows[:, 0], last)
@@ -88,7 +91,8 @@ def _whole(path: Path, old_inode: int) -> bool:
 def _wait(reached: Any, processes: list[Any]) -> None:
     deadline = time.monotonic() + 60
     while not reached():
-        assert all(process.poll() is None for process in processes), "a process ended"
+        ended = [process for process in processes if process.poll() is not None]
+        assert not ended, [process.communicate() for process in ended]
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

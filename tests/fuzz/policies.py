@@ -29,7 +29,7 @@ from gimbal.core.queue import ORDERINGS
 from gimbal.core.queue.budget import PrefillCandidate, StepCost
 from gimbal.core.queue.heap import FRONT, Entry, WaitingHeap
 from gimbal.core.queue.step import LEAST_TOKENS, RecordedView, decide
-from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
+from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, LARGEST, ROW_WIDTH, Field
 from gimbal.testing import placement
 from tests.fuzz.values import check, count
 
@@ -218,7 +218,8 @@ def dispatcher(rng: random.Random) -> None:
 def _scribble(rng: random.Random, board: Any, now_us: float, sane: bool) -> None:
     """The next snapshots: plausible ones, or with numbers that no engine publishes.
 
-    All are finite and not negative: others are refused where rows enter (target `rows`).
+    All are finite, not negative and at most `LARGEST`: others are refused where rows enter
+    (target `rows`).
     """
     for row in board:
         row[Field.SEQUENCE] += 1
@@ -230,7 +231,7 @@ def _scribble(rng: random.Random, board: Any, now_us: float, sane: bool) -> None
     if not sane:
         for _ in range(rng.randrange(4)):
             row = rng.choice(board)
-            row[rng.randrange(ROW_WIDTH)] = rng.choice((0.0, 5e-324, 1e9, 2.0**53, 1e300))
+            row[rng.randrange(ROW_WIDTH)] = rng.choice((0.0, 5e-324, 1e9, LARGEST))
 
 
 _BASE_US, _DECODE_US, _PREFILL_US = 8000.0, 20.0, 5.0
