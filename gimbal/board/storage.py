@@ -40,6 +40,7 @@ from gimbal.core.snapshot import MAX_ENGINES
 PATIENCE_S, FIRST_PATIENCE_S = 0.1, 5.0
 """How long a change waits for another one: an event loop may be what waits. The second where a
 process opens its board: without one it would be silent for life."""
+_HEADER_BYTES = len(EMPTY_HEADER)
 _OPEN_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
@@ -57,6 +58,7 @@ class Storage:
         info = os.fstat(fd)
         self.inode = (info.st_dev, info.st_ino)
         self._mutex = threading.Lock()
+        self._header, self._version = b"", 0  # as read last
         _OPEN.add(self)
 
     def __del__(self) -> None:
@@ -100,8 +102,15 @@ class Storage:
             raise OSError(errno.EIO, "the board's header is gone", str(self.path))
 
     def control_version(self) -> int:
-        """Number of the newest control message. Raises OSError when this is no board any more."""
-        return control_version(self.head(len(EMPTY_HEADER) // 8))
+        """Number of the newest control message. Raises OSError when this is no board any more.
+
+        Asked before every step and every decision: a header that has not changed is not parsed.
+        """
+        data = os.pread(self.fd, _HEADER_BYTES, 0)
+        if data != self._header:
+            self.check_head(data, _HEADER_BYTES // 8)
+            self._header, self._version = data, control_version(data)
+        return self._version
 
     @property
     def nature(self) -> Nature:

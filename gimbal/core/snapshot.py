@@ -20,7 +20,7 @@ MAX_ENGINES = 256
 class Field(IntEnum):
     """Columns of one engine's snapshot row. All are float64: integers below 2**53 stay exact."""
 
-    SEQUENCE = 0  # snapshots published so far: about two a step
+    SEQUENCE = 0  # snapshots published so far: one or two a step
     TIMESTAMP_US = 1  # CLOCK_MONOTONIC when the snapshot was taken
     EPOCH = 2  # changes when the engine process is a new one: its counters restarted
     WAITING_REQUESTS = 3
@@ -129,12 +129,15 @@ def check_row(row: Row) -> None:
 
 
 def _has_foreign(row: Row) -> bool:
-    """Whether `row` may hold a number that no row does.
+    return words_have_foreign(row.view(np.uint64))
 
-    Read as integers, the float64 from 0 to `LARGEST` come first; what is larger, infinite, NaN or
-    has a sign (as -0 has, which is 0) comes after them.
+
+def words_have_foreign(words: npt.NDArray[np.uint64]) -> bool:
+    """Whether a row, given as integers, may hold a number that no row does.
+
+    Read so, the float64 from 0 to `LARGEST` come first; what is larger, infinite, NaN or has a sign
+    (as -0 has, which is 0) comes after them.
     """
-    words = row.view(np.uint64)
     return words.item(words.argmax()) > _LARGEST_BITS  # argmax: a third of what max takes
 
 

@@ -45,7 +45,8 @@ _RUNNING, _RUNNING_PREFILL = int(Field.RUNNING_REQUESTS), int(Field.RUNNING_PREF
 _DECODING, _RUNNING_TOKENS = int(Field.DECODING_REQUESTS), int(Field.RUNNING_TOKENS)
 _KV_USED, _KV_TOTAL = int(Field.KV_BLOCKS_USED), int(Field.KV_BLOCKS_TOTAL)
 _PREEMPTIONS, _PENDING_HITS = int(Field.PREEMPTIONS), int(Field.PENDING_PREFIX_HIT_TOKENS)
-_STEP_BASE = int(Field.STEP_BASE_US)
+_STEP_BASE, _STEP_TOKENS = int(Field.STEP_BASE_US), int(Field.STEP_TOKENS)
+_STEP_PREFILL, _IDLE = int(Field.STEP_PREFILL_TOKENS), int(Field.IDLE)
 _AWAITED, _LOADED = int(Field.AWAITED_KV_TOKENS), int(Field.LOADED_KV_TOKENS)
 _LOADING = int(Field.LOADING_REQUESTS)
 
@@ -114,9 +115,8 @@ class SchedulerSignals:
         self._published = 0
         self._idle_since_us: float | None = None
         self._unsaid = False  # something came or went since the last snapshot
-        self._recount_steps = (
-            RECOUNT_STEPS_SPECULATIVE if scheduler.num_spec_tokens else RECOUNT_STEPS
-        )
+        speculative = bool(scheduler.num_spec_tokens)
+        self._recount_steps = RECOUNT_STEPS_SPECULATIVE if speculative else RECOUNT_STEPS
         row, config = self.row, scheduler.scheduler_config
         row[Field.EPOCH] = time.time_ns() // 1000 if epoch is None else epoch
         pool = scheduler.kv_cache_manager.block_pool
@@ -186,12 +186,14 @@ class SchedulerSignals:
     # Events of one step.
 
     def scheduled(self, output: Any) -> None:
-        """A step was put together and is about to run."""
-        now = now_us()
+        """A step was put together and is about to run: said unless it is what the last one was."""
+        now, row = now_us(), self.row
+        news = self._unsaid or self.needs_recount or self._idle_since_us is not None
         self._idle_since_us = None
-        self.row[Field.IDLE] = 0.0
+        row[_IDLE] = 0.0
         self._waiting.scheduled()
         counts = output.num_scheduled_tokens
+        admitted = 0
         if counts:
             admitted, new_tokens, new_pairs = self._admit(output, counts)
             advanced, more_tokens, more_pairs = self._advance()
@@ -200,9 +202,12 @@ class SchedulerSignals:
             tokens, pairs = new_tokens + more_tokens, new_pairs + more_pairs
             self._steps.append(_Step(output, now, tokens, pairs, decodes))
         runs = self._steps[0] if self._steps else None
-        self.row[Field.STEP_PREFILL_TOKENS] = 0 if runs is None else runs.prefill_tokens
-        self.row[Field.STEP_TOKENS] = 0 if runs is None else runs.output.total_num_scheduled_tokens
-        self.publish(now)
+        prefill = 0 if runs is None else runs.prefill_tokens
+        total = 0 if runs is None else runs.output.total_num_scheduled_tokens
+        said = row.item(_STEP_PREFILL), row.item(_STEP_TOKENS)
+        if news or admitted or prefill or said != (0.0, total):
+            row[_STEP_PREFILL], row[_STEP_TOKENS] = prefill, total
+            self.publish(now)
 
     def completing(self) -> None:
         """A step has ended and its result is about to be taken in.
@@ -370,13 +375,11 @@ class SchedulerSignals:
                 decodes = tokens - step.prefill_tokens
                 graph_costs.observe(decodes, step_us, step.prefill_tokens, tokens)
             elif self._group_complete:
-                graph_costs.observe(
-                    self._group_decodes, step_us, self._group_prefill, self._group_tokens
-                )
+                fullest_of = self._group_decodes, step_us, self._group_prefill, self._group_tokens
+                graph_costs.observe(*fullest_of)
         if self.log is not None:
-            self.log.write(
-                self.row, now, step_us, step.prefill_tokens, step.prefill_pairs, step.decodes
-            )
+            prefill, pairs = step.prefill_tokens, step.prefill_pairs
+            self.log.write(self.row, now, step_us, prefill, pairs, step.decodes)
 
     def _recount(self) -> None:
         """Sets every total from the scheduler itself."""

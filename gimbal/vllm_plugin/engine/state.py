@@ -69,7 +69,7 @@ class EngineState:
 
     def field(self, field: Field) -> float:
         """One column of the engine's own row."""
-        return float(self.row[field])
+        return self.row.item(field)
 
     def forget(self) -> None:
         """Nothing here can be trusted any more: readers see an engine that knows nothing."""

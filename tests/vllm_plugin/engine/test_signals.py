@@ -360,3 +360,28 @@ def test_rows_that_tell_nonsense_do_not_poison_what_a_step_costs(engine: Any) ->
         real_scheduler.finish_step(scheduler, scheduler.schedule())
     assert scheduler.gimbal_signals.cost.steps > 10
     assert np.isfinite(rows.row).all()
+
+
+def test_a_step_like_the_last_one_is_said_once_at_its_end(engine: Any) -> None:
+    scheduler, rows = engine(budget=512)
+    scheduler.add_request(real_scheduler.request("a", 40, output=20))
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    real_scheduler.finish_step(scheduler, scheduler.schedule())  # the first without prefill
+    for _ in range(3):
+        before = rows.count
+        output = scheduler.schedule()
+        assert rows.count == before
+        assert (rows[Field.STEP_PREFILL_TOKENS], rows[Field.STEP_TOKENS]) == (0, 1)
+        real_scheduler.finish_step(scheduler, output)
+        assert rows.count == before + 1
+        check(scheduler, rows)
+    scheduler.add_request(real_scheduler.request("b", 40, output=20))
+    before = rows.count
+    output = scheduler.schedule()
+    assert rows.count > before
+    assert (rows[Field.STEP_PREFILL_TOKENS], rows[Field.STEP_TOKENS]) == (40, 41)
+    real_scheduler.finish_step(scheduler, output)
+    before = rows.count
+    scheduler.schedule()
+    assert rows.count > before, "one decode more, and no prefill any more"
+    assert (rows[Field.STEP_PREFILL_TOKENS], rows[Field.STEP_TOKENS]) == (0, 2)
