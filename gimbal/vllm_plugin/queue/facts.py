@@ -19,7 +19,6 @@ class EngineFacts:
     def __init__(self, scheduler: Any, state: EngineState) -> None:
         self.scheduler = scheduler
         self.state = state
-        self._row = state.row
         self._manager = scheduler.kv_cache_manager
         self.pool = self._manager.block_pool
         # Most tokens that must fit at once, read once: this is asked at every admission.
@@ -32,7 +31,7 @@ class EngineFacts:
 
     def field(self, field: Field) -> float:
         """One column of this engine's own snapshot; 0 without signals."""
-        return self._row.item(field)
+        return self.state.field(field)
 
     def uncached_tokens(self, request: Any) -> int:
         """As the signals counted when they looked the prompt up in the prefix cache."""
@@ -48,10 +47,10 @@ class EngineFacts:
         return entry is not None and entry.awaited > 0
 
     def prefill_tokens_per_s(self) -> float:
-        return self._row.item(Field.PREFILL_TOKENS_PER_S)
+        return self.field(Field.PREFILL_TOKENS_PER_S)
 
     def running_prefill_tokens(self) -> int:
-        return int(self._row.item(Field.RUNNING_PREFILL_TOKENS))
+        return int(self.field(Field.RUNNING_PREFILL_TOKENS))
 
     def keep_free(self, blocks: int) -> None:
         """Has vLLM admit nobody beside running requests into the last `blocks` free KV blocks.
