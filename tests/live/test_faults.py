@@ -15,11 +15,11 @@ import pytest
 
 pytestmark = pytest.mark.live
 
-INJECT = Path(__file__).with_name("inject_faults")
+FOLDERS = [str(Path(__file__).with_name(name)) for name in ("inject_faults", "on_import")]
 FAULTS = Path(tempfile.gettempdir()) / f"gimbal-live-faults-{os.getuid()}"
 EPLB = {"window_size": 30, "step_interval": 40, "communicator": "torch_gloo"}
 ENVIRONMENT = {
-    "PYTHONPATH": os.pathsep.join(filter(None, (str(INJECT), os.environ.get("PYTHONPATH")))),
+    "PYTHONPATH": os.pathsep.join(filter(None, (*FOLDERS, os.environ.get("PYTHONPATH")))),
     "FAULTS_FILE": str(FAULTS),
     "FAULTS_SEED": "7",
 }

@@ -17,12 +17,11 @@ from tests.live.client import call
 pytestmark = pytest.mark.live
 
 GRAPH_TOKENS = 128
+FOLDERS = [str(Path(__file__).with_name(name)) for name in ("launch_floor", "on_import")]
 ENVIRONMENT = {
     "LAUNCH_FLOOR": f"{GRAPH_TOKENS}:80",
     "LAUNCH_TOLD": "1",  # what is concluded must not depend on the machine's speed
-    "PYTHONPATH": os.pathsep.join(
-        filter(None, (str(Path(__file__).parent / "launch_floor"), os.environ.get("PYTHONPATH")))
-    ),
+    "PYTHONPATH": os.pathsep.join(filter(None, (*FOLDERS, os.environ.get("PYTHONPATH")))),
 }
 ADMIN = ("--additional-config", '{"gimbal": {"admin": true}}')
 CUT = "gimbal_engine_queue_graph_steps_total"

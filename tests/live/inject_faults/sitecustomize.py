@@ -1,5 +1,5 @@
-"""Has functions of every level raise, in every process of a server that has this folder in
-PYTHONPATH.
+"""Has functions of every level raise, in every process of a server that has this folder and
+on_import in PYTHONPATH.
 
 FAULTS_FILE in its environment names a file. While it is there, each call of a function below fails
 with the probability that the file holds. FAULTS_SEED makes two runs of a process draw alike.
@@ -9,15 +9,13 @@ meets the fault as well.
 
 import os
 import random
-import sys
 import time
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from multiprocessing import current_process
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
+
+from changed_on_import import Change, change_on_import
 
 FUNCTIONS = {
     "gimbal.core.dispatch.dispatcher": ("Dispatcher.dispatch", "Dispatcher.finished"),
@@ -85,40 +83,20 @@ def make_fail(function: Any, draws: Draws) -> None:
     function.__code__ = template.replace(co_consts=constants, co_name=code.co_name)
 
 
-class Changed(Loader):
-    """Runs a module's own loader, then has the functions in it fail."""
+def failing(names: tuple[str, ...], draws: Draws) -> Change:
+    """Has the functions `names` of a module fail."""
 
-    def __init__(self, loader: Any, names: tuple[str, ...], draws: Draws) -> None:
-        self.loader, self.names, self.draws = loader, names, draws
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        for name in self.names:
+    def change(module: ModuleType) -> None:
+        for name in names:
             found: Any = module
             for part in name.split("."):
                 found = getattr(found, part)
-            make_fail(found, self.draws)
+            make_fail(found, draws)
 
-
-class Finder(MetaPathFinder):
-    """Finds the modules of `FUNCTIONS`, once each."""
-
-    def __init__(self, draws: Draws) -> None:
-        self.left, self.draws = dict(FUNCTIONS), draws
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        names = self.left.pop(name, None)
-        if names is None:
-            return None
-        spec = find_spec(name)
-        assert spec is not None
-        spec.loader = Changed(spec.loader, names, self.draws)
-        return spec
+    return change
 
 
 if "FAULTS_FILE" in os.environ:
     file, seed = Path(os.environ["FAULTS_FILE"]), os.environ.get("FAULTS_SEED", "0")
-    sys.meta_path.insert(0, Finder(Draws(file, seed)))
+    drawn = Draws(file, seed)
+    change_on_import({module: failing(names, drawn) for module, names in FUNCTIONS.items()})

@@ -4,17 +4,15 @@ With LAUNCH_FLOOR=TOKENS:MS in its environment a server believes that graphs cov
 TOKENS tokens, and every larger step of an engine takes at least MS milliseconds. With
 LAUNCH_TOLD=1 engines are told that their steps take what they would on a machine of constant speed,
 so that what they conclude does not depend on the one they run on. Read by every process of a server
-that has this folder in PYTHONPATH; modules are changed as they are imported.
+that has this folder and on_import in PYTHONPATH.
 """
 
 import os
-import sys
 import time
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+from changed_on_import import Change, change_on_import
 
 
 def slow_down(module: ModuleType, tokens: int, floor_s: float) -> None:
@@ -46,39 +44,9 @@ def tell(module: ModuleType, tokens: int, floor_us: float) -> None:
     module.GraphStepCosts.observe = observed
 
 
-class Changed(Loader):
-    """Runs a module's own loader, then `change`."""
-
-    def __init__(self, loader: Any, change: Any) -> None:
-        self.loader, self.change = loader, change
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        self.change(module)
-
-
-class Finder(MetaPathFinder):
-    """Finds the modules to change, once each."""
-
-    def __init__(self, changes: dict[str, Any]) -> None:
-        self.changes = changes
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        change = self.changes.pop(name, None)
-        if change is None:
-            return None
-        spec = find_spec(name)
-        assert spec is not None
-        spec.loader = Changed(spec.loader, change)
-        return spec
-
-
 if "LAUNCH_FLOOR" in os.environ:
     largest, milliseconds = map(int, os.environ["LAUNCH_FLOOR"].split(":"))
-    changes: dict[str, Any] = {
+    changes: dict[str, Change] = {
         "vllm.v1.worker.cpu_worker": lambda m: slow_down(m, largest, milliseconds / 1e3),
         "gimbal.vllm_plugin.engine.state": lambda m: setattr(
             m, "graph_tokens", lambda vllm_config: largest
@@ -86,4 +54,4 @@ if "LAUNCH_FLOOR" in os.environ:
     }
     if os.environ.get("LAUNCH_TOLD") == "1":
         changes["gimbal.core.queue.graph_steps"] = lambda m: tell(m, largest, milliseconds * 1e3)
-    sys.meta_path.insert(0, Finder(changes))
+    change_on_import(changes)
