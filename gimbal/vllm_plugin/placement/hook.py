@@ -227,14 +227,14 @@ def _allreduce_list(original: Any) -> Any:
 
 def _all_gather(vector: Any) -> Any:
     """[ranks, n] from every rank's [n], in rank order, over the expert-parallel group."""
-    import torch
-    from torch.distributed import all_gather
+    from torch.distributed import all_gather_single
     from vllm.distributed.parallel_state import get_ep_group
 
     group = get_ep_group().device_group
-    parts = [torch.empty_like(vector) for _ in range(group.size())]
-    all_gather(parts, vector, group=group)
-    return torch.stack(parts)
+    # In place: a list of parts would be held beside the rows that are made of them.
+    gathered = vector.new_empty(group.size() * vector.numel())
+    all_gather_single(gathered, vector, group=group)
+    return gathered.view(group.size(), -1)
 
 
 def _commit(original: Any) -> Any:

@@ -51,7 +51,8 @@ class Member:
         self.off_sent = False
         self._own_turn = False
         self._next_model = 0
-        self._gathered: Any = None  # [ranks, n] rows of all models, on vLLM's device
+        self._models = 0
+        self._gathered: Any = None  # [ranks, n] rows of all models, on vLLM's device, until planned
 
     @property
     def acting(self) -> Controller | None:
@@ -77,6 +78,7 @@ class Member:
         import torch
 
         rows = torch.cat([self._row(index, plane) for index, plane in enumerate(raw)])
+        self._models, self._gathered = len(raw), None  # those of a window that nobody planned for
         self._gathered = all_gather(rows)
         sums, offset = [], 0
         for plane in raw:
@@ -113,6 +115,8 @@ class Member:
             return self.fallback.rebalance_experts(*arguments)
         index, self._next_model = self._next_model, self._next_model + 1
         proposal = self._propose(index, weight, old)
+        if self._next_model == self._models:
+            self._gathered = None  # too large to lie there until the next rearrangement
         verdict = outcome(self.vote(proposal.vote))
         if verdict is Verdict.OFF:
             self.off = True

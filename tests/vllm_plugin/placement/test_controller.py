@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
 sys.path.insert(0, str(Path(__file__).parent))
 from fakes import EXPERTS, LAYERS, Group, skewed
 
+from gimbal.bench.servers import free_port
 from gimbal.core.placement import verify
 from gimbal.core.placement.objective import local_share
+from gimbal.vllm_plugin.placement import hook
 from gimbal.vllm_plugin.placement.agreement import Verdict
 from gimbal.vllm_plugin.placement.view import Place
 
@@ -35,6 +41,42 @@ def test_sources_are_kept_apart_and_experts_move_to_who_asks():
     start = np.tile(np.arange(EXPERTS, dtype=np.int32), (LAYERS, 1))
     assert local_share(start, skewed(2), topology) < 0.1
     assert local_share(maps[0].astype(np.int32), skewed(2), topology) > 0.9
+
+
+def test_the_rows_of_all_ranks_are_held_once_and_until_they_are_planned_for():
+    group = filled(2)
+    group.rearrange()
+    member, raw = group.members[0], torch.ones(LAYERS, EXPERTS)
+    assert member._gathered is None
+    made = []
+
+    def all_gather(row):
+        assert member._gathered is None, "an older buffer stands beside the new one"
+        made.append(torch.stack([row, row]))
+        return made[-1]
+
+    for _ in range(2):  # the first is planned for by nobody
+        member.begin(True)
+        sums = member.gather([raw], all_gather)
+        assert torch.equal(sums[0], 2 * raw)
+        assert member._gathered is made[-1]
+
+
+def gathering(rank, port):
+    """One of two ranks; nothing of vLLM is needed but its group."""
+    parallel_state = SimpleNamespace(
+        get_ep_group=lambda: SimpleNamespace(device_group=dist.group.WORLD)
+    )
+    sys.modules["vllm.distributed.parallel_state"] = parallel_state
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    got = hook._all_gather(torch.arange(3, dtype=torch.float64) + 10 * rank)
+    assert got.tolist() == [[0, 1, 2], [10, 11, 12]]
+    dist.destroy_process_group()
+
+
+def test_rows_are_gathered_in_rank_order():
+    mp.spawn(gathering, (free_port(),), nprocs=2)
 
 
 def test_without_drift_the_second_rearrangement_moves_nothing():
