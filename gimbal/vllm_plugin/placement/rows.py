@@ -129,11 +129,14 @@ def per_source(rows: RankRows, ranks_per_source: int, sources: Sources) -> Sourc
     steps = max(1, round(window))
     scale = steps / window
     # Ranks of one engine take part in the same steps: the union of their activations.
-    missed = 1.0 - np.clip(rows.active_steps / window, 0.0, 1.0)
-    active = 1.0 - _folded(missed, sources, ranks_per_source, np.multiply)
+    # In place: with hundreds of ranks each array is tens of megabytes.
+    missed = rows.active_steps / window
+    np.subtract(1.0, np.clip(missed, 0.0, 1.0, out=missed), out=missed)
+    active = _folded(missed, sources, ranks_per_source, np.multiply)
+    np.subtract(1.0, active, out=active)
     pairs = _folded(rows.pairs, sources, ranks_per_source, np.add) * scale
     decode_pairs = _folded(rows.decode_pairs, sources, ranks_per_source, np.add) * scale
-    routing = RoutingCounts(pairs, np.clip(active, 0.0, 1.0), steps)
+    routing = RoutingCounts(pairs, active, steps)
     if not rows.raw.any():
         routing = replace(routing, active=None)
     decoded, counted = float(rows.decode_pairs.sum()), float(rows.pairs.sum())
@@ -157,9 +160,14 @@ def _typical(rows: RankRows, sources: Sources, ranks_per_source: int) -> float:
 def _folded(
     plane: FloatArray, sources: Sources, ranks_per_source: int, combine: np.ufunc
 ) -> FloatArray:
-    """[ranks, ...] of ranks as [sources, ...], those of one engine put together by `combine`."""
+    """[ranks, ...] of ranks as [sources, ...], those of one engine put together by `combine`.
+
+    A view of `plane` where nothing is to be put together.
+    """
     if sources is Sources.UNKNOWN:
         return plane[:1]
+    if ranks_per_source == 1:
+        return plane
     groups = plane.reshape(-1, ranks_per_source, *plane.shape[1:])
     if sources is Sources.PER_ENGINE:
         return groups[:, 0]
