@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import IO
@@ -16,6 +15,8 @@ logger = logging.getLogger("vllm.gimbal")
 
 BUFFER_BYTES = 1 << 16
 """Lines are written in blocks: a log must not slow the steps it times."""
+_LINE = "{" + ",".join(f'"{f.name}":%r' for f in dataclasses.fields(StepRecord)) + "}\n"
+"""JSON of a record's values in their order: whole numbers and floats, whose `repr` it is."""
 
 
 class StepLog:
@@ -50,24 +51,22 @@ class StepLog:
         decodes: int,
     ) -> None:
         """Records a finished step; `row` is the snapshot it leaves behind."""
-        total = row[Field.KV_BLOCKS_TOTAL]
-        record = StepRecord(
-            time_s=round((ended_us - duration_us) / 1e6, 6),
-            engine=self._engine,
-            duration_us=round(duration_us, 1),
-            prefill_tokens=prefill_tokens,
-            decode_requests=decodes,
-            waiting_requests=int(row[Field.WAITING_REQUESTS]),
-            waiting_prefill_tokens=int(row[Field.WAITING_PREFILL_TOKENS]),
-            kv_usage=float(row[Field.KV_BLOCKS_USED] / total) if total else 0.0,
-            context_tokens=int(row[Field.RUNNING_TOKENS]),
-            prefill_pairs=prefill_pairs,
-        )
-        values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-        line = json.dumps(values, separators=(",", ":")) + "\n"
         if self._file is None:
             self.lost += 1
             return
+        total = row.item(Field.KV_BLOCKS_TOTAL)
+        line = _LINE % (
+            round((ended_us - duration_us) / 1e6, 6),
+            self._engine,
+            round(duration_us, 1),
+            prefill_tokens,
+            decodes,
+            int(row.item(Field.WAITING_REQUESTS)),
+            int(row.item(Field.WAITING_PREFILL_TOKENS)),
+            row.item(Field.KV_BLOCKS_USED) / total if total else 0.0,
+            int(row.item(Field.RUNNING_TOKENS)),
+            prefill_pairs,
+        )
         try:
             self._file.write(line.encode())  # all of it, or nothing: what is buffered waits
         except OSError as error:
