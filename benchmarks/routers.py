@@ -4,12 +4,12 @@
     python benchmarks/routers.py DIR --router router/bin/vllm-router
     python benchmarks/routers.py DIR --report
 
-Each server is one engine on one core, with every level that one engine has. Its ``power_of_two``
-goes by the router's own counts until it has asked for loads; arm ``gimbal-load`` is the same policy
-asking ``GET /get_load`` of Gimbal every second. Lengths are BurstGPT's, the same requests in every
-arm of a turn.
-The rate is a share of what both servers finish a second of a pile of requests. A server is killed
-with SIGKILL, all processes of it, in the middle of a run at half that rate.
+Each server is one engine on one core, with every level that one engine has and `get_load` set. Its
+``power_of_two`` goes by the router's own counts until it has asked for loads; arm ``gimbal-load``
+is the same policy asking ``GET /get_load`` of Gimbal every second. Lengths are BurstGPT's, the same
+requests in every arm of a turn. The rate is a share of what both servers finish a second of a pile
+of requests. A server is killed with SIGKILL, all processes of it, in the middle of a run at half
+that rate.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def start_server(core: int, folder: Path) -> Server:
     """One engine on `core`."""
     port, log = free_port(), folder / f"server-{core}-{time.time_ns()}.log"
     flags = ["--data-parallel-size", "1", "--no-enable-eplb", "--no-enable-expert-parallel"]
+    flags += ["--additional-config", '{"gimbal": {"get_load": true}}']
     command = [sys.executable, "-m", "gimbal.cli", "serve", "--demo", "--port", str(port), *flags]
     log_file = log.open("wb")
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": str(core)}

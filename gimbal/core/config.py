@@ -157,6 +157,9 @@ class GimbalConfig:
         "", "file with the secret that signs it; empty: GIMBAL_PUBLISH_SECRET, or unsigned"
     )
     admin: bool = option(False, "POST /gimbal/control may switch policies on the running server")
+    get_load: bool = option(
+        False, "GET /get_load answers how busy the server is, for a router that asks"
+    )
     step_records: str = option("", "directory for one record per engine step; empty: none")
     trace_records: str = option(
         "", "directory for a trace of the requests served, without their texts; empty: none"

@@ -1,7 +1,8 @@
 """``GET /get_load``: one integer for routers that choose between servers.
 
 vllm-router's policy ``power_of_two`` asks every worker for it and adds the requests that it has in
-flight there itself. vLLM serves no such route.
+flight there itself. vLLM serves no such route, and Gimbal only where `get_load` is set: before two
+servers that router chose better by its own count alone (docs/routers.md).
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 
 
 async def load_route(request: Request) -> JSONResponse:
-    """``{"load": 12}``; 503 where nothing is known, so that a router goes by its own count."""
+    """``{"load": 12}``; 503 where nothing is known or to be said: a router then goes by its own."""
     operator: Operator | None = request.app.state.gimbal_operator
     if operator is None:
         return JSONResponse({"error": "Gimbal is off in this server"}, 503)
+    if not operator.config.get_load:
+        return JSONResponse({"error": "get_load is not set in Gimbal's configuration"}, 503)
     try:
         load = server_load(loads_of(operator))
     except (OSError, ValueError):

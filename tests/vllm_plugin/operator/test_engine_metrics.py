@@ -31,7 +31,7 @@ def external(tmp_path: Path, monkeypatch: Any) -> Any:
     """Rank 3 of four behind an external load balancer: routes, and what publishes its rows."""
     path = tmp_path / "gimbal-test.board"
     monkeypatch.setattr(routes, "server_board_path", lambda config: path)
-    engine, app, plugin = Engine({}), FastAPI(), routes.GimbalEndpoints()
+    engine, app, plugin = Engine({"get_load": True}), FastAPI(), routes.GimbalEndpoints()
     engine.vllm_config.model_config = SimpleNamespace(served_model_name=MODEL)
     engine.vllm_config.parallel_config.data_parallel_size = 4
     engine.engine_core = SimpleNamespace(engine_ranks_managed=[3], client_index=0)
@@ -123,6 +123,9 @@ def test_a_router_is_told_the_load(external: Any) -> None:
     assert client.get("/get_load").json() == {"load": 4}
 
 
-def test_a_server_without_gimbal_knows_no_load(site: Any) -> None:
-    client, _, _ = site(None)
-    assert client.get("/get_load").status_code == 503
+@pytest.mark.parametrize(("config", "why"), [(None, "off"), ({}, "get_load is not set")])
+def test_a_server_that_is_not_to_say_it_has_no_load(site: Any, config: Any, why: str) -> None:
+    client, _, _ = site(config)
+    answer = client.get("/get_load")
+    assert answer.status_code == 503
+    assert why in answer.json()["error"]
