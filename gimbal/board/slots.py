@@ -50,7 +50,6 @@ _NUMBER_WEIGHT = int(_WEIGHTS[_NUMBER])
 _ROW_WEIGHTS = _WEIGHTS[_ROW:_CHECK].copy()
 _WEIGHTS[_NUMBER] += np.uint64(1)  # a whole record sums to its number: one comparison tells both
 _RING = np.uint64(RECORDS)
-_BYTES = 8 * RECORD_WORDS
 _SLOT_WORDS = RECORDS * RECORD_WORDS
 
 
@@ -73,7 +72,6 @@ class SlotWriter:
         self._words = self._record[_ROW:_CHECK]
         self._row = self._words.view(np.float64)
         self._bytes = self._record.view(np.uint8).data
-        self._newest_at = 8 * (NEWEST_AT + slot)
         self._bind()
 
     def _bind(self) -> None:
@@ -104,11 +102,8 @@ class SlotWriter:
         record[_NUMBER] = number
         record[_CHECK] = (int(words.dot(_ROW_WEIGHTS)) + number * _NUMBER_WEIGHT) & _MASK
         place = self.slot * RECORDS + number % RECORDS
-        at, newest = 8 * (RECORDS_AT + place * RECORD_WORDS), WORD.pack(number)
-        fd = storage.fd
-        whole = os.pwrite(fd, self._bytes, at) == _BYTES
-        if not (whole and os.pwrite(fd, newest, self._newest_at) == len(newest)):
-            raise storage.full()
+        storage.write(RECORDS_AT + place * RECORD_WORDS, self._bytes)
+        storage.write(NEWEST_AT + self.slot, WORD.pack(number))
         self.number = number
 
 

@@ -88,11 +88,7 @@ class Storage:
     def write(self, first: int, data: Any) -> None:
         """Writes bytes at word `first`. Raises OSError when there is no room for all of them."""
         if os.pwrite(self.fd, data, 8 * first) != len(data):
-            raise self.full()
-
-    def full(self) -> OSError:
-        """What a write raises that has not written all of it."""
-        return OSError(errno.ENOSPC, "no room for what the board lost", str(self.path))
+            raise OSError(errno.ENOSPC, "no room for what the board lost", str(self.path))
 
     def head(self, words: int) -> bytes:
         """The first `words` words. Raises OSError when this is no board any more."""

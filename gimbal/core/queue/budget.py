@@ -10,6 +10,7 @@ whole lock-step group: its engines wait for the slowest, so they had better stal
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gimbal.core.queue.heap import FRONT, Entry, WaitingHeap
@@ -133,7 +134,8 @@ class PrefillSharing:
         self._hold_until = step + HOLD_STEPS
 
 
-class StepCost(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class StepCost:
     """Learned cost of a step: its time without prefill, and what one prefill token adds."""
 
     base_us: float

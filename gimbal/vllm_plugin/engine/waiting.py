@@ -140,8 +140,6 @@ class WaitingRequests:
 
     def take_resized(self) -> list[Any]:
         """Requests that lack more or fewer tokens than when they were queued, each once."""
-        if not self._resized:
-            return []
         resized = list(self._resized.values())
         self._resized.clear()
         return resized
@@ -158,13 +156,14 @@ class WaitingRequests:
             self._resized[request_id] = request
 
     def _add(self, entry: Lack, times: int) -> None:
-        uncached, cached, awaited, loaded = self.total
-        if entry.awaited or entry.loaded:
-            awaited += times * entry.awaited
-            loaded += times * entry.loaded
-            self.loads += times
-        uncached += times * entry.uncached
-        self.total = Lack(uncached, cached + times * entry.cached, awaited, loaded)
+        total = self.total
+        self.total = Lack(
+            total.uncached + times * entry.uncached,
+            total.cached + times * entry.cached,
+            total.awaited + times * entry.awaited,
+            total.loaded + times * entry.loaded,
+        )
+        self.loads += times * bool(entry.awaited or entry.loaded)
 
     def _cached_tokens(self, request: Any) -> int:
         """Prompt tokens the prefix cache holds now, without touching its statistics."""

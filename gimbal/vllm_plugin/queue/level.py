@@ -66,7 +66,7 @@ class QueueLevel:
         self.ordering = self.config.ordering
         self.active = True
         self.over = False
-        self._version = self._generation = -1  # of the control message in force
+        self._control: tuple[int, int] | None = None
         self._decision: StepDecision | None = None
         self.queue = GimbalRequestQueue(
             self._build(self.ordering, self.config),
@@ -132,8 +132,8 @@ class QueueLevel:
         source = self.state.control
         if source is None:
             return
-        version, generation = source.control_version(), source.generation
-        if version == self._version and generation == self._generation:
+        version = (source.control_version(), source.generation)
+        if version == self._control:
             return
         control = source.read_control()
         self.active = "queue" in control.get("levels", self.levels)
@@ -147,8 +147,7 @@ class QueueLevel:
                 logger.warning("Gimbal: the queue's ordering stays %s: %s", self.ordering, error)
             else:
                 logger.info("Gimbal: queue ordering %s %s", name, changes or "")
-        # Not before: what failed is tried again.
-        self._version, self._generation = version, generation
+        self._control = version  # not before: what failed is tried again
 
     def begin_step(self, throttled: bool) -> tuple[int, dict[str, int]]:
         """Before vLLM schedules: the step's token budget, and caps of running prefills.
