@@ -38,10 +38,10 @@ from gimbal.bench.servers import Server, free_port
 from gimbal.bench.session import to_records
 from gimbal.bench.turns import Turn
 from gimbal.records.environment import describe_environment
-from gimbal.records.schema import RequestRecord, RunInfo
+from gimbal.records.schema import RunInfo
 from gimbal.records.store import RunReader, RunWriter
 from gimbal.report.arms import Arm
-from gimbal.report.compare import compare, turns
+from gimbal.report.compare import compare, turns, whole_turns
 from gimbal.report.metrics import Slo, summarize
 from gimbal.workloads import WorkloadOptions, build_workload, load_trace
 from gimbal.workloads.prompts import Vocabulary, read_vocabulary
@@ -197,18 +197,9 @@ def kill(bed: Bed, arm: str, rate_rps: float) -> dict[str, Any]:
     }
 
 
-def runs_of(folder: Path) -> dict[str, list[list[RequestRecord]]]:
-    """Turns that every arm has run."""
-    found: dict[str, dict[int, list[RequestRecord]]] = {name: {} for name in ARMS}
-    for record in RunReader(folder).requests():
-        found[record.arm].setdefault(record.repeat, []).append(record)
-    whole = sorted(set.intersection(*(set(own) for own in found.values())))
-    return {name: [own[repeat] for repeat in whole] for name, own in found.items()}
-
-
 def table(folder: Path) -> Table:
     """Latencies of all arms, and their ratios to `BASE`."""
-    runs = runs_of(folder)
+    runs = whole_turns(RunReader(folder).requests(), ARMS)
     ratios = compare(runs, BASE, Slo())
     view = Table(title=f"{len(runs[BASE])} turns of each", caption=f"ratios to {BASE} [95 %]")
     for title in ("", *SHOWN.values(), "ended well"):

@@ -43,7 +43,7 @@ from gimbal.core.web import open_url
 from gimbal.records.environment import describe_environment
 from gimbal.records.schema import RequestRecord, RunInfo
 from gimbal.records.store import RunReader, RunWriter
-from gimbal.report.compare import compare
+from gimbal.report.compare import compare, whole_turns
 from gimbal.report.metrics import Slo, summarize
 from gimbal.workloads.prompts import read_vocabulary
 from gimbal.workloads.trace import Trace, TraceRequest
@@ -247,13 +247,8 @@ def runs_of(folders: list[Path]) -> dict[str, list[list[RequestRecord]]]:
     """Pairs of which both blocks have requests, those of all folders after each other."""
     runs: dict[str, list[list[RequestRecord]]] = {"off": [], "on": []}
     for folder in folders:
-        found: dict[tuple[str, int], list[RequestRecord]] = {}
-        for record in RunReader(folder).requests():
-            found.setdefault((record.arm, record.repeat), []).append(record)
-        for pair in sorted({repeat for _, repeat in found}):
-            if all((name, pair) in found for name in runs):
-                for name, own in runs.items():
-                    own.append(found[name, pair])
+        for name, own in whole_turns(RunReader(folder).requests(), runs).items():
+            runs[name] += own
     return runs
 
 

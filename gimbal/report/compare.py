@@ -20,7 +20,7 @@ procedure, 5 % for the comparison as a whole), so that an arm against itself sho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -117,6 +117,17 @@ def _evaluate(turns: Sequence[_Turn]) -> dict[str, float]:
         amount = sum(turn.amounts[name] for turn in turns)
         result[name] = amount / seconds if seconds > 0 else np.nan
     return result
+
+
+def whole_turns(
+    records: Iterable[RequestRecord], arms: Iterable[str]
+) -> dict[str, list[list[RequestRecord]]]:
+    """`records` as `compare` takes them: of every arm, the repeats that all `arms` have run."""
+    found: dict[str, dict[int, list[RequestRecord]]] = {name: {} for name in arms}
+    for record in records:
+        found[record.arm].setdefault(record.repeat, []).append(record)
+    whole = sorted(set.intersection(*map(set, found.values())))
+    return {name: [own[repeat] for repeat in whole] for name, own in found.items()}
 
 
 def compare(

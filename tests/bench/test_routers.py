@@ -10,21 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import routers
-from gimbal.records.schema import RequestRecord, RunInfo
+from gimbal.records.schema import RunInfo
 from gimbal.records.store import RunWriter
-
-REQUEST = RequestRecord(
-    request_id="",
-    arm="",
-    repeat=0,
-    arrival_s=0.0,
-    sent_s=0.0,
-    prompt_tokens=8,
-    output_tokens=3,
-    expected_output_tokens=3,
-    first_token_s=0.1,
-    last_token_s=0.3,
-)
+from tests.bench.a_request import REQUEST
 
 
 def test_turns_that_all_have_run_are_compared(tmp_path: Path) -> None:

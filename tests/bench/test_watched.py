@@ -18,8 +18,9 @@ import pytest
 
 from benchmarks import watched
 from gimbal.bench.client import ClientResult
-from gimbal.records.schema import RequestRecord, RunInfo
+from gimbal.records.schema import RunInfo
 from gimbal.records.store import RunWriter
+from tests.bench.a_request import REQUEST
 
 
 class _Server(ThreadingHTTPServer):
@@ -143,26 +144,14 @@ def test_modules_are_changed_as_they_are_imported(
 
 def test_parts_are_put_together(tmp_path: Path) -> None:
     """Three pairs and two; watched, a first token takes a tenth longer in every one."""
-    request = RequestRecord(
-        request_id="",
-        arm="",
-        repeat=0,
-        arrival_s=0.0,
-        sent_s=0.0,
-        prompt_tokens=8,
-        output_tokens=3,
-        expected_output_tokens=3,
-        first_token_s=0.1,
-        last_token_s=0.3,
-    )
     for part, pairs in enumerate((3, 2)):
         info = RunInfo("bench", (), 0, pairs, {}, {"off": {}, "on": {}}, {}, {})
         with RunWriter(tmp_path / str(part), info) as writer:
             for pair in range(pairs):
                 for name, first_s in (("off", 0.1), ("on", 0.11)):
                     own = {"request_id": f"{name}{pair}", "arm": name, "repeat": pair}
-                    writer.write([replace(request, **own, first_token_s=first_s)])
-            writer.write([replace(request, request_id="odd", arm="off", repeat=pairs)])
+                    writer.write([replace(REQUEST, **own, first_token_s=first_s)])
+            writer.write([replace(REQUEST, request_id="odd", arm="off", repeat=pairs)])
     table = watched.table([tmp_path / "0", tmp_path / "1"])
     assert table.title == "5 pairs of blocks"
     cells = [list(column.cells) for column in table.columns]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gimbal.records.schema import RequestRecord
-from gimbal.report.compare import LEAST_TURNS, compare, nested, turns, williams_order
+from gimbal.report.compare import LEAST_TURNS, compare, nested, turns, whole_turns, williams_order
 from gimbal.report.metrics import Slo
 from gimbal.report.student import quantile, within
 
@@ -139,3 +139,10 @@ def test_students_t_is_as_tabled(freedom: int) -> None:
     assert quantile(freedom) == pytest.approx(tabled.get(freedom, 1.96), abs=3e-3)
     assert within(quantile(freedom), freedom) == pytest.approx(0.95)
     assert quantile(freedom, 0.999) > quantile(freedom, 0.99) > quantile(freedom)
+
+
+def test_whole_turns_are_those_that_every_arm_has_run() -> None:
+    both = runs(np.random.default_rng(1), 3, 4, 1.0)
+    records = [*both["B"][2], *both["A"][0], *both["B"][0], *both["A"][2], *both["A"][1]]
+    whole = {name: [own[0], own[2]] for name, own in both.items()}
+    assert whole_turns(records, ("A", "B")) == whole

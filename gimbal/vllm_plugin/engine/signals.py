@@ -188,12 +188,11 @@ class SchedulerSignals:
     def scheduled(self, output: Any) -> None:
         """A step was put together and is about to run: said unless it is what the last one was."""
         now, row = now_us(), self.row
-        news = self._unsaid or self.needs_recount or self._idle_since_us is not None
+        self._unsaid |= self.needs_recount or self._idle_since_us is not None
         self._idle_since_us = None
         row[_IDLE] = 0.0
         self._waiting.scheduled()
         counts = output.num_scheduled_tokens
-        admitted = 0
         if counts:
             admitted, new_tokens, new_pairs = self._admit(output, counts)
             advanced, more_tokens, more_pairs = self._advance()
@@ -205,7 +204,7 @@ class SchedulerSignals:
         prefill = 0 if runs is None else runs.prefill_tokens
         total = 0 if runs is None else runs.output.total_num_scheduled_tokens
         said = row.item(_STEP_PREFILL), row.item(_STEP_TOKENS)
-        if news or admitted or prefill or said != (0.0, total):
+        if self._unsaid or prefill or said != (0.0, total):
             row[_STEP_PREFILL], row[_STEP_TOKENS] = prefill, total
             self.publish(now)
 
@@ -320,6 +319,7 @@ class SchedulerSignals:
         tokens, pairs = 0, 0.0
         resumed = output.scheduled_cached_reqs.resumed_req_ids
         admitted = [*(new.req_id for new in output.scheduled_new_reqs), *resumed]
+        self._unsaid |= bool(admitted)
         for request_id in admitted:
             self._waiting.leave(request_id)
             request = self.scheduler.requests[request_id]
