@@ -106,6 +106,7 @@ class Board:
     Args:
         path: its file.
         fallback: its file where there is no room at `path`; the default is `fallback_path`.
+        common: servers use it that come and go by themselves, so whoever made it leaves it to them.
 
     Attributes:
         path: where it is now, one of the two.
@@ -117,9 +118,10 @@ class Board:
     Raises OSError when there is no board to be had; the message says why.
     """
 
-    def __init__(self, path: Path, fallback: Path | None = None) -> None:
+    def __init__(self, path: Path, fallback: Path | None = None, common: bool = False) -> None:
         self.path = self._primary = path
         self._fallback = fallback or fallback_path(path)
+        self._common = common
         self.generation = 0
         self.recoveries = 0
         self.failures = 0
@@ -132,7 +134,7 @@ class Board:
 
     def for_another_thread(self) -> Board:
         """The same board opened once more: one object belongs to one thread."""
-        return Board(self._primary, self._fallback)
+        return Board(self._primary, self._fallback, self._common)
 
     # The file.
 
@@ -149,7 +151,8 @@ class Board:
                     return storage
             storage = self._create()
             if storage is not None:
-                _MADE_HERE.add(self.path)
+                if not self._common:
+                    _MADE_HERE.add(self.path)
                 return storage
         raise OSError(errno.EAGAIN, "made and removed again and again by others", str(self.path))
 
@@ -304,7 +307,11 @@ class Board:
         return [version for (version,) in WORD.iter_unpack(words)]
 
     def _remember_control(self) -> None:
-        if self.storage.control_version() != self._control[0]:
+        """Takes the newest message in; a board that has none was made anew, and gets the last."""
+        version = self.storage.control_version()
+        if version == 0:
+            self._restore_control()
+        elif version != self._control[0]:
             self._control = read_control(self.storage)
 
     def _restore_control(self) -> None:

@@ -82,6 +82,9 @@ ACCEPTED_REQUESTS = SNAPSHOT_FIELDS
 """First of MAX_FRONT_ENDS columns: requests accepted from front end f since EPOCH."""
 ACCEPTED_TOKENS = ACCEPTED_REQUESTS + MAX_FRONT_ENDS
 """First of MAX_FRONT_ENDS columns: prompt tokens accepted from front end f since EPOCH."""
+ROUTER = "gimbal_router"
+"""Name of a request's extra argument (``vllm_xargs``) with the number, 1 to MAX_FRONT_ENDS - 1, of
+the router that sent it: where no front end counts acknowledgements, they are that router's."""
 ROW_WIDTH = ACCEPTED_TOKENS + MAX_FRONT_ENDS
 
 LARGEST = 2.0**53

@@ -15,8 +15,11 @@ reads the rows of all replicas. Written for Ray 2.60's public interface, which R
 from __future__ import annotations
 
 import logging
+import os
 import random
+import socket
 import weakref
+import zlib
 from asyncio import Future
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,6 +33,7 @@ from gimbal.core.compiled import compile_in_background
 from gimbal.core.config import parse_config
 from gimbal.core.endpoints import check_name, parse_called, read_secret
 from gimbal.core.errors import InputError, one_line, with_type
+from gimbal.core.snapshot import MAX_FRONT_ENDS, ROUTER
 from gimbal.integrations.replicas import Prompt, Published, Replicas
 from gimbal.integrations.rows import RowReader
 
@@ -106,6 +110,7 @@ class GimbalRouter(RequestRouter):  # type: ignore[misc]  # no types without Ray
         publish_secret_file: str = "",
         listen: Sequence[str] = (),
         describe: str = "",
+        marks: bool = False,
     ) -> None:
         """Called by Ray with ``request_router_kwargs``.
 
@@ -115,13 +120,17 @@ class GimbalRouter(RequestRouter):  # type: ignore[misc]  # no types without Ray
             listen: addresses ``@tcp://HOST:PORT`` for replicas that call this router; those that
                 name an address in their metadata are called.
             describe: ``module:function`` in place of `described`.
+            marks: the mapping that holds the prompt gets a key `ROUTER` with this router's number,
+                which the deployment passes on to its engine as an extra argument: the replicas'
+                acknowledgements of several routers are told apart then.
 
         Raises InputError for what is none of these.
         """
         config = parse_config({"dispatch": dict(dispatch or {})}, "request_router_kwargs").dispatch
         self._describe: Describe = _function(describe) if describe else described
         self._reader = RowReader(listen, read_secret(publish_secret_file))
-        self._choice = Replicas(self._reader, config)
+        self._number = router_number() if marks else 0
+        self._choice = Replicas(self._reader, config, router=self._number)
         compile_in_background()
         self._prompts: dict[str, Prompt] = {}
         self._awaited: set[Future[RunningReplica]] = set()
@@ -158,6 +167,8 @@ class GimbalRouter(RequestRouter):  # type: ignore[misc]  # no types without Ray
                 return _two(candidate_replicas)
             request_id = pending_request.metadata.internal_request_id
             by_name = {_name(r.replica_id): r for r in candidate_replicas}
+            if self._number:
+                _mark(pending_request, self._number)
             ranked = self._choice.ranked(request_id, prompt, list(by_name))
             self._await(request_id, prompt, pending_request.future)
             return [[by_name[name]] for name in ranked]
@@ -216,6 +227,21 @@ class GimbalRouter(RequestRouter):  # type: ignore[misc]  # no types without Ray
         if said not in self._said and len(self._said) < 64:
             self._said.add(said)
             logger.warning("Gimbal: %s", said)
+
+
+def router_number() -> int:
+    """This process's among routers, 1 to ``MAX_FRONT_ENDS - 1``: two may have the same, and then
+    share their acknowledgements as routers without a number do."""
+    return zlib.crc32(f"{socket.gethostname()}:{os.getpid()}".encode()) % (MAX_FRONT_ENDS - 1) + 1
+
+
+def _mark(pending_request: PendingRequest, number: int) -> None:
+    """Adds `number` to the mapping that holds the prompt, in a copy: the caller keeps its own."""
+    for values in (pending_request.args, pending_request.kwargs):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            if isinstance(value, Mapping) and any(field in value for field in _FIELDS):
+                values[key] = {**value, ROUTER: number}
+                return
 
 
 def _name(replica_id: ReplicaID) -> str:

@@ -69,13 +69,19 @@ class Replicas:
         reader: has their rows.
         config: how to choose.
         clock: microseconds, the reader's.
+        router: this router's number among those before the same replicas, which its requests name
+            (`ROUTER`); 0 where they name none.
 
     Attributes:
         fallbacks: choices that failed; the fewest prompt tokens in flight decided then.
     """
 
     def __init__(
-        self, reader: Rows, config: DispatchConfig, clock: Callable[[], float] = now_us
+        self,
+        reader: Rows,
+        config: DispatchConfig,
+        clock: Callable[[], float] = now_us,
+        router: int = 0,
     ) -> None:
         self.fallbacks = 0
         self._reader = reader
@@ -83,7 +89,9 @@ class Replicas:
         policy = POLICIES.build(config.policy, config.options)
         self._open = _open_places(policy)
         # Replicas are servers of their own: none waits for another's step.
-        self.dispatcher = Dispatcher(1, config, policy=self._open, lock_step=False)
+        self.dispatcher = Dispatcher(
+            1, config, front_end=router, policy=self._open, lock_step=False
+        )
         self._places: dict[str, int] = {}
         self._published: dict[str, Published | None] = {}
         self._free = [0]

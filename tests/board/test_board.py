@@ -161,6 +161,20 @@ def test_the_creator_removes_the_file_and_others_do_not(folder: Path) -> None:
     other.close()
 
 
+def test_a_common_board_is_removed_by_whoever_leaves_last(folder: Path) -> None:
+    path = board_path("group", folder)
+    maker, other = Board(path, common=True), Board(path, common=True)
+    maker.close()
+    assert path.exists()
+    path.unlink()
+    assert other.check(), "made anew"
+    third = Board(path, common=True)
+    other.close()
+    assert path.exists()
+    third.close()
+    assert not path.exists()
+
+
 def test_a_dead_servers_board_is_replaced_and_swept(folder: Path) -> None:
     code = (
         "import os, sys, numpy; from pathlib import Path;"

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gimbal.board import file
 from gimbal.board.control import decoded_control, encoded_control, write_control
 from gimbal.board.file import Board
 from gimbal.board.layout import CONTROL_AT, CONTROL_BYTES
@@ -126,6 +127,26 @@ def test_the_last_message_goes_with_a_board_that_is_made_anew(path: Path) -> Non
     assert other.read_control() == {}
     assert front.check()
     assert other.read_control() == front.read_control() == {"levels": []}
+
+
+def test_a_message_that_could_not_be_put_back_is_kept_and_put_back_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may hold the board locked just then, or there may be no room."""
+    front = Board(path)
+    front.write_control({"levels": []})
+    path.unlink()
+
+    def refused(*_: object) -> None:
+        raise TimeoutError("another process keeps the board locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "write_control", refused)
+        front.look()
+        assert front.problem is not None
+        assert front.read_control() == {"levels": []}
+    front.look()
+    assert Board(path).read_control() == front.read_control() == {"levels": []}
 
 
 @pytest.mark.parametrize(

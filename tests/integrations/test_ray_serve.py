@@ -68,7 +68,7 @@ def _replica(name: str, metadata: dict[str, Any] | None = None) -> Any:
 
 def _pending(name: str, *args: Any) -> Any:
     return SimpleNamespace(
-        args=args,
+        args=list(args),
         kwargs={},
         metadata=SimpleNamespace(internal_request_id=name),
         future=asyncio.get_running_loop().create_future(),
@@ -215,6 +215,27 @@ def test_prompts_are_found(
     by_name = ray_serve.described((), {"request": {"prompt": [1], "session_id": "s"}})
     assert by_name.session == "s"
     assert ray_serve.described(({"prompt": [1], "session_id": 3},), {}).session is None
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_router_that_marks_names_itself_in_a_copy(ray_serve: ModuleType, by_name: bool) -> None:
+    router = ray_serve.GimbalRouter()
+    router.initialize_state(listen=["@tcp://127.0.0.1:0"], marks=True)
+    asked = {"prompt_token_ids": [1, 2, 3]}
+
+    async def ask() -> Any:
+        router.update_replicas([_replica("a"), _replica("b")])
+        pending = _pending("r", *[] if by_name else ["x", asked])
+        if by_name:
+            pending.kwargs = {"n": 1, "request": asked}
+        await router.choose_replicas(router.there, pending)
+        return pending.kwargs["request"] if by_name else pending.args[1]
+
+    sent = asyncio.run(ask())
+    router._reader.close()
+    assert sent == asked | {"gimbal_router": ray_serve.router_number()}
+    assert 1 <= sent["gimbal_router"] <= 15
+    assert "gimbal_router" not in asked
 
 
 @pytest.mark.parametrize(

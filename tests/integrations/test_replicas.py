@@ -49,10 +49,10 @@ class Rows:
 class World:
     """Replicas over rows and a clock of the test's."""
 
-    def __init__(self, names: str, **dispatch: Any) -> None:
+    def __init__(self, names: str, router: int = 0, **dispatch: Any) -> None:
         self.rows, self.now_us, self.number = Rows(), 1e9, 0
         config = parse_config({"dispatch": dispatch}).dispatch
-        self.replicas = Replicas(self.rows, config, lambda: self.now_us)
+        self.replicas = Replicas(self.rows, config, lambda: self.now_us, router)
         self.there(names)
         for name in names:
             self.say(name)
@@ -181,6 +181,22 @@ def test_a_prompt_goes_where_its_prefix_is() -> None:
         again = world.replicas.ranked(f"r{i}", Prompt(2000, tokens), list("abc"))
         assert again[0] == home
         world.replicas.unsent(f"r{i}")
+
+
+@pytest.mark.parametrize("router", [0, 3])
+def test_a_router_counts_the_acknowledgements_of_its_own_requests(router: int) -> None:
+    """Another one's, in another column, take nothing from what this one has sent."""
+    world = World("ab", router)
+    unacked = world.replicas.dispatcher.ledger.unacked_tokens
+    for _ in range(2):
+        world.ranked("ab", 1000)
+    world.say("a")[[ACCEPTED_REQUESTS + 7, ACCEPTED_TOKENS + 7]] = 1.0, 1000.0
+    world.ranked("ab", 10)
+    assert sorted(unacked.tolist()) == [1000.0, 1010.0]
+    for name in "ab":
+        world.say(name)[[ACCEPTED_REQUESTS + router, ACCEPTED_TOKENS + router]] = 1.0, 1000.0
+    world.ranked("ab", 20)
+    assert sorted(unacked.tolist()) == [10.0, 20.0]
 
 
 class Failing:

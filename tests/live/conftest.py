@@ -6,15 +6,18 @@ other flags says so, at the price of another start (about a minute):
     @pytest.mark.server("--tensor-parallel-size", "2", levels="none")
     def test_something(server: DemoServer) -> None: ...
 
-Tests are sorted so that those with equal flags share one server. Every stop checks that no
-process and no shared-memory file of the server is left.
+Tests are sorted so that those with equal flags share one server; `operated` is one that many can
+share. Every stop checks that no process and no shared-memory file of the server is left.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +33,33 @@ from gimbal.bench.servers import free_port
 READY_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
 Key = tuple[tuple[str, ...], str | None, tuple[tuple[str, str], ...]]
+
+
+def two_free_ports() -> int:
+    """The first of two neighbouring ports that nobody uses.
+
+    Below those that the system gives to whoever asks for any: vLLM's processes ask for many before
+    the second engine binds its own.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(lowest // 2, lowest - 1)
+        with socket.socket() as first, socket.socket() as second:
+            try:
+                first.bind(("", port))
+                second.bind(("", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+operated = pytest.mark.server(
+    *("--additional-config", '{"gimbal": {"admin": true}}'),
+    "--kv-events-config",
+    json.dumps({"enable_kv_cache_events": True, "endpoint": f"tcp://*:{two_free_ports()}"}),
+    env={"VLLM_SERVER_DEV_MODE": "1"},
+)
+"""A server that may be switched and paused, and whose caches tell what they hold."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,8 +81,8 @@ def ends_it(item: pytest.Item) -> int:
 
     The test's own parameters tell: `fixturenames` holds `server_pool` for every test of a server.
     """
-    names = inspect.signature(item.function).parameters  # type: ignore[attr-defined]
-    if "hosts" in names:  # servers of `test_hosts`
+    names = inspect.signature(item.function).parameters.keys()  # type: ignore[attr-defined]
+    if not names.isdisjoint(("hosts", "hybrid", "ranks")):  # servers of their modules
         return 2
     if "server_pool" not in names:
         return 0

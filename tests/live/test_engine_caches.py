@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
-import socket
 import time
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.live.conftest import operated
+
 pytestmark = pytest.mark.live
-
-
-def two_free_ports() -> int:
-    """The first of two neighbouring ports that nobody uses.
-
-    Below those that the system gives to whoever asks for any: vLLM's processes ask for many before
-    the second engine binds its own.
-    """
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = random.randrange(lowest // 2, lowest - 1)
-        with socket.socket() as first, socket.socket() as second:
-            try:
-                first.bind(("", port))
-                second.bind(("", port + 1))
-            except OSError:
-                continue
-            return port
-
-
-FLAGS = (
-    *("--additional-config", '{"gimbal": {"admin": true}}'),
-    "--kv-events-config",
-    json.dumps({"enable_kv_cache_events": True, "endpoint": f"tcp://*:{two_free_ports()}"}),
-)
 
 
 def engine_of(
@@ -60,7 +34,7 @@ def kv_events(server: Any) -> dict[str, int]:
     return found
 
 
-@pytest.mark.server(*FLAGS)
+@operated
 def test_the_prefix_index_hears_of_both_engines(server: Any) -> None:
     engines = {engine_of(server, f"{index} " + "word " * 400) for index in range(4)}
     assert engines == {0, 1}
@@ -72,7 +46,7 @@ def test_the_prefix_index_hears_of_both_engines(server: Any) -> None:
     assert counts["lost"] == counts["dropped"] == 0
 
 
-@pytest.mark.server(*FLAGS)
+@operated
 def test_requests_of_one_user_stay_on_one_engine(server: Any) -> None:
     homes = {"ann": 0, "bob": 1}
     for user, rank in homes.items():

@@ -11,10 +11,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-pytestmark = [
-    pytest.mark.live,
-    pytest.mark.server("--additional-config", '{"gimbal": {"admin": true}}'),
-]
+from tests.live.conftest import operated
+
+pytestmark = [pytest.mark.live, operated]
 TOKENS = 8
 HALF_AN_EMOJI = "\ud83d"
 AS_JSON = {"Content-Type": "application/json"}

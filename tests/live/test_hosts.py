@@ -39,7 +39,7 @@ LINK_DOWN_S = 5.0
 
 @dataclass(frozen=True)
 class Hosts:
-    """A server over two hosts: the head's side, and `node`, the headless one's."""
+    """A server over two hosts: the head's side, and `node`, the other's."""
 
     head: DemoServer
     node: DemoServer
@@ -65,18 +65,24 @@ def cores() -> tuple[str, str]:
 
 
 @contextmanager
-def two_hosts(folder: Path, node_board_port: int | None = None) -> Iterator[Hosts]:
+def two_hosts(
+    folder: Path, node_board_port: int | None = None, hybrid: bool = False
+) -> Iterator[Hosts]:
     """Starts a server and waits until it is ready; ends what is left of it.
 
     Args:
         folder: for the logs.
-        node_board_port: what the headless node takes for the port of rows, if not the head's.
+        node_board_port: what the other node takes for the port of rows, if not the head's.
+        hybrid: each host balances between two engines of its own; else the node is headless.
     """
     port, rpc_port, board_port = free_port(), free_port(), free_port()
+    local = 2 if hybrid else 1
+    node_role = ["--data-parallel-hybrid-lb", "--port", str(port)] if hybrid else ["--headless"]
+    head_role = ["--data-parallel-hybrid-lb"] if hybrid else []
 
     def options(board_port: int) -> list[str]:
         gimbal = {"admin": True, "board_port": board_port, "placement": CONFIG}
-        shared = ["--data-parallel-size", "2", "--data-parallel-size-local", "1"]
+        shared = ["--data-parallel-size", str(2 * local), "--data-parallel-size-local", str(local)]
         shared += ["--data-parallel-address", FIRST, "--data-parallel-rpc-port", str(rpc_port)]
         shared += ["--eplb-config", json.dumps(EPLB | {"use_async": False})]
         return [*shared, "--additional-config", json.dumps({"gimbal": gimbal})]
@@ -84,14 +90,16 @@ def two_hosts(folder: Path, node_board_port: int | None = None) -> Iterator[Host
     def environment(address: str, link: str) -> dict[str, str]:
         return os.environ | {"VLLM_HOST_IP": address, "GLOO_SOCKET_IFNAME": link}
 
-    def started(name: str, words: list[str], env: dict[str, str]) -> tuple[Any, DemoServer]:
+    def started(
+        name: str, words: list[str], env: dict[str, str], address: str
+    ) -> tuple[Any, DemoServer]:
         log = folder / f"{name}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
                 words, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
             )
         processes.append(process)
-        return process, DemoServer(f"http://127.0.0.1:{port}/v1", "gimbal-demo", process.pid, log)
+        return process, DemoServer(f"http://{address}:{port}/v1", "gimbal-demo", process.pid, log)
 
     processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
@@ -101,12 +109,13 @@ def two_hosts(folder: Path, node_board_port: int | None = None) -> Iterator[Host
             pytest.skip(f"no second host can be made here: {error}")
         stack.callback(lambda: end(*processes))
         near, far = cores()
-        words = ["taskset", "-c", near, *SERVE, "--port", str(port), *options(board_port)]
-        head_process, head = started("head", words, environment(FIRST, NEAR))
-        words = [*SERVE, "--headless", "--data-parallel-start-rank", "1"]
+        words = ["taskset", "-c", near, *SERVE, "--port", str(port), *head_role]
+        words += options(board_port)
+        head_process, head = started("head", words, environment(FIRST, NEAR), "127.0.0.1")
+        words = [*SERVE, *node_role, "--data-parallel-start-rank", str(local)]
         words += options(node_board_port or board_port)
         words = second.command("taskset", "-c", far, *words)
-        node_process, node = started("node", words, environment(SECOND, FAR))
+        node_process, node = started("node", words, environment(SECOND, FAR), SECOND)
         hosts = Hosts(head, node, head_process, node_process, second)
         said(hosts, head, "gimbal: ready in")
         said(hosts, node, "gimbal: ready in")

@@ -5,6 +5,9 @@ its own ``VllmConfig``). The process that launches the engines is the parent of 
 draws a run id there and leaves it in the environment, which engines and API servers inherit. Ray
 starts engines elsewhere and gives them the variables that vLLM is asked to copy. Where nobody drew
 a run id, the ``instance_id`` of the ``VllmConfig`` serves.
+
+Behind an external load balancer every rank is a server of its own, and still steps with the others.
+Those of one host share a board: its name comes from where their group meets.
 """
 
 from __future__ import annotations
@@ -48,6 +51,12 @@ def server_board_path(vllm_config: Any) -> Path:
     return board_path(server_identity(vllm_config))
 
 
+def server_board(vllm_config: Any) -> Board:
+    """That board, opened or made. Raises OSError as `Board`."""
+    common = bool(vllm_config.parallel_config.data_parallel_external_lb)
+    return Board(server_board_path(vllm_config), common=common)
+
+
 def why_dispatch_cannot_act(vllm_config: Any, client_count: int = 1) -> str | None:
     """Why dispatch cannot act in this server, or None."""
     parallel = vllm_config.parallel_config
@@ -76,15 +85,25 @@ def too_many_engines(vllm_config: Any) -> str | None:
     return None
 
 
+def _run_id(parallel: Any) -> str:
+    """One that no other server has; the same for all ranks on this host that are servers of their
+    own. Hosts that share a /dev/shm, as containers may, have networks of their own."""
+    if not parallel.data_parallel_external_lb:
+        return f"{os.getpid()}-{time.time_ns()}"
+    network = os.stat("/proc/self/ns/net").st_ino if os.path.exists("/proc/self/ns/net") else 0
+    return f"{parallel.data_parallel_master_ip}:{parallel.data_parallel_rpc_port}-{network}"
+
+
 def launch_board(vllm_config: Any) -> None:
-    """Draws a run id and makes the board before the engines start; this process removes it."""
-    os.environ[RUN_ID] = f"{os.getpid()}-{time.time_ns()}"
+    """Draws a run id and makes the board before the engines start; this process removes it, unless
+    it is other servers' too."""
+    os.environ[RUN_ID] = _run_id(vllm_config.parallel_config)
     os.environ[TRACE_SALT] = secrets.token_hex(32)
     copied = [name for name in os.environ.get(RAY_COPIES, "").split(",") if name.strip()]
     os.environ[RAY_COPIES] = ",".join(dict.fromkeys([*copied, RUN_ID]))
     for path in sweep():
         logger.info("Gimbal: removed the board %s of a server that is gone", path)
-    board = Board(server_board_path(vllm_config))
+    board = server_board(vllm_config)
     close_at_exit(board)
     logger.info("Gimbal: signal board at %s", board.path)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import zmq
 
-from gimbal.board.file import Board
 from gimbal.board.layout import EVERY_CONTROL
 from gimbal.board.published import RowPublisher, Source
 from gimbal.board.slots import BoardReader, SlotWriter
@@ -25,7 +24,7 @@ from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin.engine import remote
 from gimbal.vllm_plugin.engine.identity import (
     close_at_exit,
-    server_board_path,
+    server_board,
     server_identity,
 )
 from gimbal.vllm_plugin.engine.remote_control import RemoteControl
@@ -70,6 +69,7 @@ def open_signals(scheduler: Any) -> SchedulerSignals:
     Their `EngineState` is what the engine's queue reads.
     """
     signals = _publisher(scheduler)
+    signals.by_router = _chosen_by_routers(scheduler)
     directory = scheduler.gimbal_config.step_records
     if directory:
         rank = scheduler.vllm_config.parallel_config.data_parallel_index
@@ -90,7 +90,7 @@ def _publisher(scheduler: Any) -> SchedulerSignals:
         state = EngineState(scheduler, control)
         sender = _subscribed(remote.RowSender(address, rank), scheduler)
         return SchedulerSignals(scheduler, sender, state)
-    board = Board(server_board_path(vllm_config))
+    board = server_board(vllm_config)
     close_at_exit(board)
     logger.info("Gimbal: engine %d (process %d) publishes on %s", rank, os.getpid(), board.path)
     # Engines of a dense model run on their own: vLLM has set their data-parallel size to 1.
@@ -120,6 +120,18 @@ def _subscribed(sink: RowSink, scheduler: Any) -> RowSink:
     signed = "unsigned" if secret is None else "signed"
     logger.info("Gimbal: %s publishes to %s, %s", source, config.publish_to, signed)
     return Subscribed(sink, publisher)
+
+
+def _chosen_by_routers(scheduler: Any) -> bool:
+    """Whether only a router chooses this engine, so that no front end waits for acknowledgements.
+
+    Engines of a dense model have a data-parallel size of one, however many there are.
+    """
+    config, vllm_config = scheduler.gimbal_config, scheduler.vllm_config
+    parallel = vllm_config.parallel_config
+    alone = parallel.data_parallel_size == 1 and vllm_config.model_config.is_moe
+    external = parallel.data_parallel_external_lb
+    return bool(config.publish_to) and (alone or external or "dispatch" not in config.levels)
 
 
 def _remote_control(scheduler: Any, address: str, rank: int) -> RemoteControl | None:

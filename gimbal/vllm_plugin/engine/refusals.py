@@ -74,7 +74,7 @@ def _note_unread(signals: SchedulerSignals, request: Any, input_queue: Any) -> N
     from vllm.v1.engine import EngineCoreRequestType
 
     tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
-    signals.refused(request.client_index, tokens)
+    signals.refused(request, tokens)
     # An idle engine waits for its input queue, and would never publish the refusal.
     input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
 
@@ -94,4 +94,4 @@ def _taken_before(
 def _note_refused(signals: SchedulerSignals, request: Any, before: int) -> None:
     """Counts `request` unless the scheduler has taken it."""
     if signals.taken == before:
-        signals.refused(request[0].client_index, request[0].num_prompt_tokens)
+        signals.refused(request[0], request[0].num_prompt_tokens)

@@ -20,12 +20,12 @@ from gimbal.core.cost.online import smoothed
 from gimbal.core.snapshot import (
     ACCEPTED_REQUESTS,
     ACCEPTED_TOKENS,
-    MAX_FRONT_ENDS,
     Field,
     ImplausibleRow,
     mended,
     plausible,
 )
+from gimbal.vllm_plugin.engine.sender import sender_of
 from gimbal.vllm_plugin.engine.state import EngineState
 from gimbal.vllm_plugin.engine.step_log import StepLog
 from gimbal.vllm_plugin.engine.waiting import lacks_prompt
@@ -81,6 +81,7 @@ class SchedulerSignals:
         needs_recount: set when an event was missed; the next snapshot starts from a full count.
         taken: requests that reached the scheduler.
         log: takes one record per step, or None.
+        by_router: no front end reads acknowledgements, so that routers may (`ROUTER`).
         mended: numbers that no engine can have, left out of a snapshot.
     """
 
@@ -98,7 +99,7 @@ class SchedulerSignals:
         # Of the step that ends: the most that any engine of the group has.
         self._group_prefill = self._group_decodes = self._group_tokens = 0.0
         self._group_complete = False
-        self.needs_recount = False
+        self.needs_recount = self.by_router = False
         self.taken = self.mended = 0
         self.log: StepLog | None = None
         self._waiting = self.state.waiting
@@ -108,7 +109,7 @@ class SchedulerSignals:
         self._prefill_left = 0
         self._preemptions = 0
         self._steps: deque[_Step] = deque()
-        self._refused: deque[tuple[int, int]] = deque()  # client index, prompt tokens
+        self._refused: deque[tuple[int, int]] = deque()  # sender, prompt tokens
         self._step_us = 0.0
         self._prefill_rate = 0.0
         self._last_done_us = 0.0
@@ -132,12 +133,12 @@ class SchedulerSignals:
         """The engine took a message of a front end: what was sent is now the engine's."""
         if request.request_id in self.scheduler.requests:
             return  # the next chunk of a streaming session; front ends count sessions once
-        self._acknowledge(request.client_index, request.num_prompt_tokens)
+        self._acknowledge(sender_of(request, self.by_router), request.num_prompt_tokens)
         self.taken += 1
 
-    def refused(self, client_index: int, prompt_tokens: int) -> None:
+    def refused(self, request: Any, prompt_tokens: int) -> None:
         """The engine answered a message itself; for the next snapshot, from any thread."""
-        self._refused.append((client_index, prompt_tokens))
+        self._refused.append((sender_of(request, self.by_router), prompt_tokens))
         self._unsaid = True
 
     def enqueued(self, request: Any) -> None:
@@ -300,10 +301,9 @@ class SchedulerSignals:
 
     # Bookkeeping.
 
-    def _acknowledge(self, client_index: int, prompt_tokens: int) -> None:
-        front_end = min(client_index, MAX_FRONT_ENDS - 1)
-        self.row[ACCEPTED_REQUESTS + front_end] += 1
-        self.row[ACCEPTED_TOKENS + front_end] += prompt_tokens
+    def _acknowledge(self, sender: int, prompt_tokens: int) -> None:
+        self.row[ACCEPTED_REQUESTS + sender] += 1
+        self.row[ACCEPTED_TOKENS + sender] += prompt_tokens
 
     def _leave_running(self, request: Any) -> None:
         if request.request_id in self._running:

@@ -25,7 +25,6 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 import gimbal
 from gimbal.board.control import encoded_control
-from gimbal.board.file import Board
 from gimbal.board.slots import BoardReader
 from gimbal.core.config import LEVELS, GimbalConfig, modernized, parse_config
 from gimbal.core.contracts import FloatArray
@@ -36,7 +35,7 @@ from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin import bridge, versions
 from gimbal.vllm_plugin.dispatch.engine_header import EngineHeader
 from gimbal.vllm_plugin.dispatch.hook import FrontEnd, front_end_of
-from gimbal.vllm_plugin.engine.identity import close_at_exit, server_board_path
+from gimbal.vllm_plugin.engine.identity import close_at_exit, server_board
 from gimbal.vllm_plugin.engine.remote import spans_hosts
 from gimbal.vllm_plugin.operator.engine_metrics import ReadAtScrape, metrics_at_scrape
 from gimbal.vllm_plugin.operator.front_ends import Shared
@@ -116,8 +115,9 @@ class Operator:
             self.board, self.reader = self.front_end.board, self.front_end.reader
         else:
             parallel = engine_client.vllm_config.parallel_config
-            self.board = Board(server_board_path(engine_client.vllm_config))
-            # Behind an external load balancer the others have servers and boards of their own.
+            self.board = server_board(engine_client.vllm_config)
+            close_at_exit(self.board)
+            # Behind an external load balancer the others have servers of their own.
             ranks = getattr(engine_client.engine_core, "engine_ranks_managed", None)
             ranks = ranks or range(parallel.data_parallel_size)
             self.reader = BoardReader(self.board, len(ranks), ranks[0])

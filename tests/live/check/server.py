@@ -81,7 +81,7 @@ class CheckedServer:
 
     Attributes:
         plain_vllm: start vLLM's own server, which loads the plugin by itself, not ``gimbal serve``.
-        levels: Gimbal's levels, as in ``--levels``.
+        levels: Gimbal's levels, as in ``--levels``; None leaves its section out of plain vLLM's.
     """
 
     model: Path
@@ -89,7 +89,7 @@ class CheckedServer:
     log: Path
     extra: tuple[str, ...] = ()
     plain_vllm: bool = False
-    levels: str = "none"
+    levels: str | None = "none"
     port: int = 0
     start_s: float = 0.0
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
@@ -132,10 +132,13 @@ class CheckedServer:
     def _launcher(self) -> list[str]:
         if not self.plain_vllm:
             serve = [sys.executable, "-m", "gimbal.cli", "serve", str(self.model)]
-            return [*serve, "--levels", self.levels]
+            return [*serve, "--levels", self.levels or "none"]
         serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        serve += ["--model", str(self.model)]
+        if self.levels is None:
+            return serve
         section = json.dumps({"gimbal": {"levels": parse_levels(self.levels)}})
-        return [*serve, "--model", str(self.model), "--additional-config", section]
+        return [*serve, "--additional-config", section]
 
     def _wait_ready(self, began: float) -> None:
         assert self._process is not None

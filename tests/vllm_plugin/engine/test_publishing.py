@@ -54,6 +54,28 @@ def test_rows_go_out_beside_the_board_even_without_a_level(
     until(lambda: reader.heard_us(source)[0] > 1e6)
 
 
+@pytest.mark.parametrize(
+    ("levels", "parallel", "by_router"),
+    [
+        (["dispatch"], {}, True),
+        (["dispatch"], {"data_parallel_size": 2}, False),
+        (["dispatch"], {"data_parallel_size": 2, "data_parallel_external_lb": True}, True),
+        (["queue"], {"data_parallel_size": 2}, True),
+    ],
+)
+def test_a_router_may_count_where_no_front_end_does(
+    tmp_path: Path, reader: RowReader, levels: list[str], parallel: Any, by_router: bool
+) -> None:
+    scheduler = _scheduler(tmp_path, reader, levels=levels)
+    try:
+        assert scheduler.gimbal_signals.by_router
+        for name, value in parallel.items():
+            setattr(scheduler.vllm_config.parallel_config, name, value)
+        assert publishing._chosen_by_routers(scheduler) is by_router
+    finally:
+        scheduler.shutdown()
+
+
 def test_a_server_without_a_name_is_its_host_and_start(tmp_path: Path, reader: RowReader) -> None:
     scheduler = _scheduler(tmp_path, reader)
     try:

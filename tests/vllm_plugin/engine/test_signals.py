@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field, check_row
+from gimbal.core.snapshot import (
+    ACCEPTED_REQUESTS,
+    ACCEPTED_TOKENS,
+    MAX_FRONT_ENDS,
+    ROUTER,
+    ROW_WIDTH,
+    Field,
+    check_row,
+)
 
 pytest.importorskip("vllm")
 from gimbal.records.schema import StepRecord
@@ -112,7 +120,7 @@ def test_accepted_is_counted_by_front_end_when_the_engine_takes_it(engine: Any) 
         request.client_index = front_end
         scheduler.add_request(request)
     scheduler.finish_requests(["b"], _aborted())
-    scheduler.gimbal_signals.refused(1, 7)
+    scheduler.gimbal_signals.refused(SimpleNamespace(client_index=1), 7)
     scheduler.schedule()
     requests = rows.row[ACCEPTED_REQUESTS : ACCEPTED_REQUESTS + 4].tolist()
     assert requests == [1, 1, 2, 0], "an abort does not take back that the request arrived"
@@ -164,11 +172,34 @@ def test_a_paused_engine_is_idle_and_says_at_once_who_came_and_went(engine: Any)
     assert rows[Field.IDLE] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("named", "column"),
+    [(1, 1), (15, 15), (0, 2), (16, 2), (-1, 2), (True, 2), ("3", 2), (3.0, 2), (None, 2)],
+)
+def test_routers_are_told_apart_where_only_they_choose(
+    engine: Any, named: Any, column: int
+) -> None:
+    scheduler, rows = engine()
+    for by_router in (False, True):
+        scheduler.gimbal_signals.by_router = by_router
+        request = real_scheduler.request(f"r{by_router}", 10)
+        request.client_index = 2
+        request.sampling_params.extra_args = {ROUTER: named}
+        scheduler.add_request(request)
+    scheduler.gimbal_signals.refused(request, 5)
+    scheduler.schedule()
+    accepted = rows.row[ACCEPTED_REQUESTS : ACCEPTED_REQUESTS + MAX_FRONT_ENDS]
+    expected = np.zeros(MAX_FRONT_ENDS)
+    expected[2] += 1
+    expected[column] += 2
+    assert accepted.tolist() == expected.tolist()
+
+
 def test_an_idle_engine_says_at_once_that_it_refused_somebody(engine: Any) -> None:
     scheduler, rows = engine()
     scheduler.has_requests()
     before = rows.count
-    scheduler.gimbal_signals.refused(2, 30)
+    scheduler.gimbal_signals.refused(SimpleNamespace(client_index=2), 30)
     scheduler.has_requests()
     assert rows.count == before + 1
     assert rows.row[ACCEPTED_REQUESTS + 2] == 1.0

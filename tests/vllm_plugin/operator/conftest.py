@@ -21,7 +21,10 @@ class Engine:
             additional_config={} if gimbal is None else {"gimbal": gimbal},
             instance_id="x",
             parallel_config=SimpleNamespace(
-                data_parallel_size=2, data_parallel_size_local=2, local_engines_only=False
+                data_parallel_size=2,
+                data_parallel_size_local=2,
+                local_engines_only=False,
+                data_parallel_external_lb=False,
             ),
         )
         self.engine_core = object()
@@ -38,10 +41,11 @@ def site(tmp_path: Path, monkeypatch: Any) -> Any:
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
 
+    from gimbal.vllm_plugin.engine import identity
     from gimbal.vllm_plugin.operator import routes
 
     board = tmp_path / "gimbal-test.board"
-    monkeypatch.setattr(routes, "server_board_path", lambda config: board)
+    monkeypatch.setattr(identity, "server_board_path", lambda config: board)
 
     def make(
         gimbal: dict[str, Any] | None, key: str | None = None

@@ -20,6 +20,7 @@ from gimbal.board.clock import now_us
 from gimbal.board.file import Board
 from gimbal.board.slots import SlotWriter
 from gimbal.core.snapshot import ROW_WIDTH, Field
+from gimbal.vllm_plugin.engine import identity
 from gimbal.vllm_plugin.operator import routes
 from tests.vllm_plugin.operator.conftest import Engine
 
@@ -30,10 +31,11 @@ MODEL = "behind a balancer"
 def external(tmp_path: Path, monkeypatch: Any) -> Any:
     """Rank 3 of four behind an external load balancer: routes, and what publishes its rows."""
     path = tmp_path / "gimbal-test.board"
-    monkeypatch.setattr(routes, "server_board_path", lambda config: path)
+    monkeypatch.setattr(identity, "server_board_path", lambda config: path)
     engine, app, plugin = Engine({"get_load": True}), FastAPI(), routes.GimbalEndpoints()
     engine.vllm_config.model_config = SimpleNamespace(served_model_name=MODEL)
     engine.vllm_config.parallel_config.data_parallel_size = 4
+    engine.vllm_config.parallel_config.data_parallel_external_lb = True
     engine.engine_core = SimpleNamespace(engine_ranks_managed=[3], client_index=0)
 
     async def metrics() -> PlainTextResponse:

@@ -353,8 +353,16 @@ def test_status_survives_numbers_that_are_none(site: Any, monkeypatch: Any) -> N
     assert engine["running_requests"] == 0.0
 
 
+def launched(**parallel: Any) -> Any:
+    """The ``VllmConfig`` of a server that starts."""
+    internal = {"data_parallel_external_lb": False}
+    return SimpleNamespace(
+        instance_id="abc", parallel_config=SimpleNamespace(**internal | parallel)
+    )
+
+
 def test_two_launches_have_two_boards(monkeypatch: Any) -> None:
-    config = SimpleNamespace(instance_id="abc")
+    config = launched()
     monkeypatch.delenv(identity.RUN_ID, raising=False)
     paths = []
     for _ in range(2):
@@ -368,10 +376,31 @@ def test_two_launches_have_two_boards(monkeypatch: Any) -> None:
     monkeypatch.delenv(identity.RUN_ID)
 
 
+def test_ranks_that_are_servers_of_their_own_share_a_board(monkeypatch: Any) -> None:
+    """As long as one of them is there, and with no other group of the host."""
+    boards: list[Board] = []
+    monkeypatch.setenv(identity.RUN_ID, "")
+    monkeypatch.setattr(identity, "close_at_exit", boards.append)
+    group = {"data_parallel_external_lb": True, "data_parallel_master_ip": "127.0.0.1"}
+    ports = (29550, 29550, 29551)
+    for config in (*(launched(**group, data_parallel_rpc_port=p) for p in ports), launched()):
+        identity.launch_board(config)
+    first, second, elsewhere, alone = (board.path for board in boards)
+    assert first == second
+    assert len({first, elsewhere, alone}) == 3
+    assert boards[0].write_control({"levels": []}) == 1
+    boards[0].close()
+    assert first.exists(), "of the one that is still there"
+    assert boards[1].read_control() == {"levels": []}
+    for board in boards[1:]:
+        board.close()
+    assert not any(board.path.exists() for board in boards)
+
+
 def test_rays_actors_are_given_the_name_of_the_board(monkeypatch: Any) -> None:
     from vllm.ray.ray_env import get_env_vars_to_copy
 
-    config = SimpleNamespace(instance_id="abc")
+    config = launched()
     monkeypatch.setenv(identity.RUN_ID, "")
     monkeypatch.setenv(identity.RAY_COPIES, "MINE, OURS")
     for _ in range(2):
