@@ -27,9 +27,9 @@ serve: $(STAMP) ## make the demo model and serve it through vLLM, DP=2 + EP, Gim
 # With ARGS there may be none of a kind (exit code 5).
 test: $(STAMP) ## every test, live servers included
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not live" $(ARGS) || [ $$? -eq 5 ]
-	$(TEST_ENV) $(BIN)/python -m pytest -m "live and not hosts" $(ARGS) || [ $$? -eq 5 ]
+	$(TEST_ENV) $(BIN)/python -m pytest -m live $(ARGS) || [ $$? -eq 5 ]
 
-hosts: $(STAMP) ## two hosts, made of network namespaces (root; five minutes): not in `make test`, whose time it would take
+hosts: $(STAMP) ## of the live tests those over two hosts, made of network namespaces (root; two minutes)
 	$(TEST_ENV) $(BIN)/python -m pytest -m hosts $(ARGS)
 
 check: $(STAMP) ## the fast tests: no server, nothing slow
