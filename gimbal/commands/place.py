@@ -127,6 +127,7 @@ def _read(values: dict[str, Any]) -> tuple[PlacementProblem, FloatArray | None]:
 
     from gimbal.core.contracts import Topology
     from gimbal.core.cost.profile import load_profile
+    from gimbal.core.errors import InputError, one_line
     from gimbal.core.placement.problem import PlacementProblem, constants_of, validate_counts
     from gimbal.workloads.routing import read_routing
 
@@ -138,6 +139,10 @@ def _read(values: dict[str, Any]) -> tuple[PlacementProblem, FloatArray | None]:
     topology = Topology(
         values["ranks"], per_rank, values["ranks_per_source"], values["ranks_per_node"]
     )
+    answered = recording.metadata.get("answered")
+    if answered and len(routing.counts) < topology.sources:
+        said = f"{values['routing'][0]}: only what ranks {one_line(answered)} send"
+        raise InputError(f"{said}: record on every host, and give all files (--routing, once each)")
     constants = constants_of(profile)
     if values["model_dir"]:
         constants = _for_model(constants, values["model_dir"], routing.counts.shape)
@@ -233,8 +238,8 @@ def _placer(problem: PlacementProblem, values: dict[str, Any]) -> Any:
 
     name, options = values["placer"], _options(values["placer_option"])
     placer = PLACERS.build(name, options)
+    _show_history(placer, problem, values)  # first: half a minute of compiling would hide a fault
     _warm_up(PLACERS.build(name, options))
-    _show_history(placer, problem, values)
     return placer
 
 

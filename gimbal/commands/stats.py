@@ -155,9 +155,17 @@ def _print(summary: dict[str, Any]) -> None:
         elif isinstance(value, float):
             value = f"{value:.4g}"
         table.add_row(name.replace("_", " "), str(value))
-    for name in ("served_locally", "step", "proposed", "committed", "fallbacks", "sources"):
+    for name in (
+        "served_locally",
+        "step",
+        "proposed",
+        "committed",
+        "fallbacks",
+        "answered",
+        "sources",
+    ):
         if metadata.get(name):
-            shown = "rows" if name == "sources" else name
+            shown = {"sources": "rows", "answered": "of ranks"}.get(name, name)
             value = metadata[name]
             text = f"{value:.4g}" if isinstance(value, float) else str(value)
             table.add_row(shown.replace("_", " "), text)

@@ -14,6 +14,7 @@ from gimbal.commands.place import command
 from gimbal.core.contracts import Topology
 from gimbal.core.errors import InputError
 from gimbal.core.placement import verify
+from gimbal.workloads.routing import RoutingFile, save_routing
 
 
 @pytest.fixture
@@ -129,6 +130,20 @@ def test_negative_counts_name_array_and_index(tmp_path: Path) -> None:
     np.savez(path, counts=counts)
     with pytest.raises(InputError, match=r"bad.npz: counts\[2, 1, 3\]: negative"):
         run("--routing", path, "--ranks", 4)
+
+
+def test_what_some_ranks_recorded_is_no_recording_of_all(tmp_path: Path) -> None:
+    """Of each host of hybrid balancing, or of each rank behind an external balancer."""
+    counts = np.random.default_rng(0).integers(1, 99, (2, 1, 3, 16)).astype(float)
+    files = [tmp_path / "first.npz", tmp_path / "second.npz"]
+    for rank, file in enumerate(files):
+        metadata = {"answered": [rank], "ranks": 2}
+        save_routing(file, RoutingFile(counts[rank], steps=4, metadata=metadata))
+    refused = CliRunner().invoke(command, ["--routing", str(files[0]), "--ranks", "2"])
+    assert isinstance(refused.exception, InputError)
+    assert "first.npz: only what ranks [0] send: record on every host" in str(refused.exception)
+    both = run("--routing", files[0], "--routing", files[1], "--ranks", 2, "--json")
+    assert json.loads(both)["local_share"]["before"] > 0.0
 
 
 def test_a_placers_options(routing: Path) -> None:

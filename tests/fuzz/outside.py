@@ -155,7 +155,10 @@ class _Engine:
         additional_config={"gimbal": {"admin": True, "levels": ["dispatch", "queue"]}},
         instance_id="fuzz",
         parallel_config=SimpleNamespace(
-            data_parallel_size=2, data_parallel_size_local=2, local_engines_only=False
+            data_parallel_size=2,
+            data_parallel_size_local=2,
+            local_engines_only=False,
+            data_parallel_external_lb=False,
         ),
     )
     engine_core = object()

@@ -62,12 +62,6 @@ operated = pytest.mark.server(
 """A server that may be switched and paused, and whose caches tell what they hold."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "server(*flags, levels=None, env=None): the demo server with these flags"
-    )
-
-
 def server_key(item: pytest.Item) -> Key:
     mark = item.get_closest_marker("server")
     if mark is None:

@@ -24,7 +24,8 @@ def expert_load(answers: Sequence[dict[str, Any]]) -> bytes:
     """JSON of the answers of all workers; raises InputError as `combine` does.
 
     ``ranks`` [layers][ranks] and ``experts`` [layers][experts] are per cent of the layer's mean,
-    under an even split over replicas. After a rearrangement ``before`` is ``ranks`` for today's
+    under an even split over replicas. Where others have the rest of the group, it is the load that
+    the ranks in ``answered`` make. After a rearrangement ``before`` is ``ranks`` for today's
     load under the map it replaced, and ``received`` [layers] says how many experts travelled.
     """
     counts, placement, facts = combine(answers)
@@ -41,6 +42,7 @@ def expert_load(answers: Sequence[dict[str, Any]]) -> bytes:
         "balance": balance(placement, counts.routing.counts, topology),
         "served_locally": facts.get("served_locally"),
         "last": facts["last"],
+        "answered": facts.get("answered"),
     }
     replaced = _replaced(answers, placement)
     if replaced is not None:

@@ -108,13 +108,19 @@ def served_locally(controller: Any, model_state: Any) -> tuple[int, int]:
 def combine(answers: Sequence[dict[str, Any]]) -> tuple[SourceCounts, np.ndarray, dict[str, Any]]:
     """Counts per source, physical_to_logical [layers, slots] and metadata of the first model.
 
-    Raises InputError when a rank is missing or the level is off.
+    Where other hosts or servers have the rest of the group, the sources are those that answered,
+    and ``answered`` in the metadata are their ranks. Raises InputError when a rank of an engine is
+    missing or the level is off.
     """
     ranks = sorted((a for a in answers if a), key=lambda a: a["rank"])
     if not ranks:
         raise InputError("the level placement is off, or EPLB is (--enable-eplb)")
-    if [a["rank"] for a in ranks] != list(range(ranks[0]["ranks"])):
-        raise InputError(f"{len(ranks)} of {ranks[0]['ranks']} ranks answered")
+    known, together = [a["rank"] for a in ranks], ranks[0]["ranks_per_source"]
+    engines = sorted({rank // together for rank in known})
+    if known != [e * together + i for e in engines for i in range(together)]:
+        raise InputError(
+            f"{len(known)} of {ranks[0]['ranks']} ranks answered, not all of an engine"
+        )
     first = ranks[0]["models"][0]
     shape = first["layers"], first["experts"]
     rows = np.stack([np.frombuffer(a["models"][0]["row"], "<f8") for a in ranks])
@@ -123,6 +129,8 @@ def combine(answers: Sequence[dict[str, Any]]) -> tuple[SourceCounts, np.ndarray
     placement = np.frombuffer(first["physical_to_logical"], "<i4").reshape(shape[0], -1)
     facts = {k: v for k, v in ranks[0].items() if k not in ("models", "rank")}
     facts["pressure_us"] = [r["pressure_us"] for r in ranks[:: ranks[0]["ranks_per_source"]]]
+    if len(known) < facts["ranks"]:
+        facts["answered"] = known
     facts["fallbacks"] = {str(a["rank"]): a["fallbacks"] for a in ranks if a["fallbacks"]}
     served = [(a["models"][0]["local_pairs"], a["models"][0]["pairs"]) for a in ranks]
     pairs = sum(p for _, p in served)

@@ -204,6 +204,7 @@ class Server:
                     data_parallel_size=engines,
                     data_parallel_size_local=engines,
                     local_engines_only=False,
+                    data_parallel_external_lb=False,
                 ),
             ),
         )

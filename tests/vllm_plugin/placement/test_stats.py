@@ -1,5 +1,6 @@
 """What workers answer and what is made of it."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from fakes import EXPERTS, LAYERS, Group, skewed
 
 from gimbal.commands.stats import summarize
 from gimbal.core.errors import InputError
+from gimbal.vllm_plugin.placement.experts import expert_load
 from gimbal.vllm_plugin.placement.stats import gimbal_routing, to_file
 
 
@@ -55,8 +57,23 @@ def test_served_locally_counts_from_the_last_migration_on(group):
 def test_answers_that_make_no_recording(group):
     with pytest.raises(InputError, match="level placement is off"):
         to_file([{}, {}])
-    with pytest.raises(InputError, match="1 of 2 ranks answered"):
-        to_file([answer(group.members[1])])
+    halves = [answer(m) | {"ranks": 4, "ranks_per_source": 2} for m in group.members]
+    with pytest.raises(InputError, match="1 of 4 ranks answered, not all of an engine"):
+        to_file(halves[:1])
+
+
+def test_ranks_of_this_host_alone_tell_of_what_they_send(group):
+    recording = to_file([answer(group.members[1])])
+    np.testing.assert_allclose(recording.counts / recording.steps, skewed(2)[1:])
+    assert recording.metadata["answered"] == [1]
+    assert recording.metadata["ranks"] == 2
+    summary = summarize(recording)
+    assert summary["sources"] == 1
+    assert "local_share" not in summary
+    assert json.loads(expert_load([answer(group.members[1])]))["answered"] == [1]
+    both = [answer(member) for member in group.members]
+    assert "answered" not in to_file(both).metadata
+    assert json.loads(expert_load(both))["answered"] is None
 
 
 def test_a_worker_without_the_level_answers_nothing():

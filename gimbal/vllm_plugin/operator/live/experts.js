@@ -55,7 +55,8 @@ async function askWorkers() {
       const load = await reply.json();
       if (!reply.ok) throw new Error(load.error);
       measured(() => drawExperts(load));
-      $("asked").textContent = `of ${number(load.steps)} steps, at ${clock(Date.now() / 1e3)}`;
+      const part = load.answered ? `, as ranks ${load.answered.join(", ")} send it: others were not asked` : "";
+      $("asked").textContent = `of ${number(load.steps)} steps, at ${clock(Date.now() / 1e3)}${part}`;
     } catch (error) {
       $("asked").textContent = `no answer: ${error.message}`;
     }
