@@ -41,11 +41,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("ray", "gimbal")
 """Ray's own router takes the shorter queue of two replicas at random."""
 BASE, REPLICAS = "ray", 2
+SCALE = 0.4
+"""Of the lengths of `chat`."""
 SHOWN = {"ttft_ms.mean": "mean TTFT", "ttft_ms.p99": "P99 TTFT", "tpot_ms.mean": "mean TPOT"}
 FLAGS = {
     "max_model_len": 8192,
     "max_num_batched_tokens": 512,
-    "kv_cache_memory_bytes": 64 << 20,
     "enforce_eager": True,
     "seed": 0,
 }
@@ -110,7 +111,9 @@ class Bed:
 
     def trace(self, seed: int, rate_rps: float, requests: int) -> Trace:
         """Conversations, scaled down to what two cores serve."""
-        options = WorkloadOptions(rate_rps=rate_rps, requests=requests, max_total=4096)
+        options = WorkloadOptions(
+            rate_rps=rate_rps, requests=requests, scale_length=SCALE, max_total=4096
+        )
         return build_workload(load_trace("chat"), options, seed, self.vocabulary.names)
 
     async def replay(self, trace: Trace, arm: str, salt: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -264,14 +267,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--report", action="store_true", help="of what has been measured")
     parser.add_argument("--turns", type=int, default=6, help="of every arm")
-    parser.add_argument("--span", type=float, default=20.0, help="seconds of arrivals of a turn")
-    parser.add_argument("--rate", type=float, default=3.0, help="requests per second")
-    parser.add_argument("--kv-mb", type=int, default=64, help="KV memory of an engine")
+    parser.add_argument("--span", type=float, default=40.0, help="seconds of arrivals of a turn")
+    parser.add_argument("--rate", type=float, default=1.5, help="requests per second")
+    parser.add_argument("--kv-mb", type=int, default=32, help="KV memory of an engine")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not args.report:
         import ray
         from ray import serve
+
+        from gimbal.vllm_plugin.serve.shared_memory import sweep
 
         args.folder.mkdir(parents=True)
         # What Ray's workers import: this folder's packages.
@@ -288,6 +293,7 @@ def main() -> None:
         finally:
             serve.shutdown()
             ray.shutdown()
+            sweep()  # of what those that were killed have left
     console = Console(width=110)
     console.print(table(args.folder))
     kills = json.loads((args.folder / "beside.json").read_text())["kills"]

@@ -54,6 +54,11 @@ class Engine:
         arguments = AsyncEngineArgs(model=model, additional_config=section, **flags)
         self.engine = AsyncLLM.from_engine_args(arguments)
 
+    def __del__(self) -> None:
+        """Ray Serve stops a replica: what the engine has in shared memory goes with it."""
+        if hasattr(self, "engine"):
+            self.engine.shutdown()
+
     def record_replica_metadata(self) -> dict[str, Any]:
         """Where routers find the engine's rows."""
         address = ray.util.get_node_ip_address()

@@ -31,7 +31,7 @@ def test_every_request_ends_and_a_dead_replica_costs_what_was_on_it(
     server_pool.stop()
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "benchmarks.ray_serve", str(folder)]
-    command += ["--turns", "2", "--span", "8"]
+    command += ["--turns", "2", "--span", "16"]
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540
