@@ -276,7 +276,7 @@ def main() -> None:
         import ray
         from ray import serve
 
-        from gimbal.vllm_plugin.serve.shared_memory import sweep
+        from gimbal.board.file import sweep
 
         args.folder.mkdir(parents=True)
         # What Ray's workers import: this folder's packages.
@@ -293,7 +293,7 @@ def main() -> None:
         finally:
             serve.shutdown()
             ray.shutdown()
-            sweep()  # of what those that were killed have left
+            sweep()  # the boards of those that were killed
     console = Console(width=110)
     console.print(table(args.folder))
     kills = json.loads((args.folder / "beside.json").read_text())["kills"]

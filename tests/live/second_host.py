@@ -6,7 +6,9 @@ Everything it is made of goes with the process that holds it, however the tests 
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,6 +55,7 @@ def second_host() -> Iterator[SecondHost]:
         _run("ip", "link", "set", NEAR, "up")
         host.run("ip", "address", "add", f"{SECOND}/30", "dev", FAR)
         host.link("up")
+        _check(host)
         yield host
     finally:
         # Without waiting for the kernel, which takes both ends away with the last process there.
@@ -60,6 +63,13 @@ def second_host() -> Iterator[SecondHost]:
             _run("ip", "link", "delete", NEAR)
         holder.kill()
         holder.communicate()
+
+
+def _check(host: SecondHost) -> None:
+    """Raises OSError unless it reaches this machine: a firewall may stand between."""
+    with socket.create_server((FIRST, 0)) as listener:
+        address = listener.getsockname()
+        host.run(sys.executable, "-c", f"import socket; socket.create_connection({address}, 5)")
 
 
 def _run(*words: str) -> str:

@@ -240,9 +240,11 @@ def test_a_link_that_fails_for_some_seconds_costs_no_request(hosts: Hosts, capsy
 
 
 def test_a_headless_node_ends_with_its_head(hosts: Hosts) -> None:
+    """Also without work, when its engine waits for nothing that the head does."""
     from gimbal.vllm_plugin.serve.processes import descendants_of
     from gimbal.vllm_plugin.serve.shared_memory import sweep
 
+    time.sleep(3.0)
     head = [hosts.head.pid, *descendants_of(hosts.head.pid)]
     node = descendants_of(hosts.node.pid)
     for pid in head:

@@ -22,6 +22,7 @@ class VllmFlags:
         rest: the arguments for vLLM, all but ``--additional-config``, in their order.
         given: names of what is set, as vLLM has them (``data_parallel_size``).
         host: None: every address.
+        dp_address: of the head.
         dp_local: DP engines of this machine where that is said or follows from ``--nnodes``.
         api_servers: API servers asked for.
         balancing: who chooses the engine: ``internal``, ``hybrid`` or ``external``.
@@ -39,6 +40,7 @@ class VllmFlags:
     tls: bool = False
     grpc: bool = False
     dp: int = 1
+    dp_address: str | None = None
     dp_local: int | None = None
     tp: int = 1
     pp: int = 1
@@ -99,6 +101,7 @@ def read_flags(arguments: Sequence[str], version: str) -> VllmFlags:
         tls=bool(found.get("ssl_keyfile") or found.get("ssl_certfile")),  # as uvicorn has it
         grpc=found.get("grpc", False),
         dp=size("data_parallel_size"),
+        dp_address=found.get("data_parallel_address"),
         dp_local=_local_engines(found, size),
         tp=size("tensor_parallel_size"),
         pp=size("pipeline_parallel_size"),

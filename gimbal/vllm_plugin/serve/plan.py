@@ -66,6 +66,7 @@ class ServePlan:
         dispatches: there is something for a front end of Gimbal's to choose between.
         warnings: what is worth saying before the start.
         page: the server answers below ``/gimbal``.
+        head: address of a headless node's head; None where it is not said, or there is none.
     """
 
     arguments: tuple[str, ...]
@@ -79,6 +80,7 @@ class ServePlan:
     eplb: bool = False
     dispatches: bool = True
     warnings: tuple[str, ...] = ()
+    head: str | None = None
 
     @property
     def places_experts(self) -> bool:
@@ -140,6 +142,7 @@ def plan_server(
         address=address_of(flags),
         model=flags.served_name or flags.model,
         headless=flags.headless,
+        head=flags.dp_address if flags.headless else None,
         local_engines=flags.local_engines,
         page=bool(config.levels) and not rust,
         eplb=flags.eplb,

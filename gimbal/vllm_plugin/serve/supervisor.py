@@ -25,6 +25,7 @@ from gimbal.core.caches import temporary_folder
 from gimbal.core.errors import InputError
 from gimbal.vllm_plugin.serve import processes, shared_memory
 from gimbal.vllm_plugin.serve.family import REPORTS, Ended, Family
+from gimbal.vllm_plugin.serve.head import GONE_S, Head
 from gimbal.vllm_plugin.serve.plan import ServePlan
 
 # What a line of vLLM's log says about the phase of the start; the first match of a later phase
@@ -79,6 +80,8 @@ class Supervisor:
         self.engines_started = 0
         self.tail: collections.deque[str] = collections.deque(maxlen=60)
         self.started_s = time.monotonic()
+        self._head: Head | None = None
+        self._lost_head = False
         self._stopping = False
         self._stop_s = self._lost_s = math.inf
         # Not an Event: its lock would be taken twice by a signal that comes while it is waited for.
@@ -89,6 +92,7 @@ class Supervisor:
     def run(self) -> int:
         processes.adopt_orphans()
         self._listen()
+        self._head = Head(self.plan.head) if self.plan.head else None
         if swept := shared_memory.sweep():
             self._say(f"removed {swept} files that a crashed server had left in /dev/shm")
         with _scratch_folder() as scratch:
@@ -151,7 +155,9 @@ class Supervisor:
         if self._stopping or server.child.poll() is not None:
             return False
         if server.family.first_failure(None) is None:
-            return True
+            if self._head is not None and self.ready:
+                self._lost_head = self._head.is_gone(processes.descendants())
+            return not self._lost_head
         self._lost_s = min(self._lost_s, time.monotonic())
         return time.monotonic() - self._lost_s < LOST_GRACE_S
 
@@ -273,7 +279,10 @@ class Supervisor:
             self.console.out("".join(self.tail), end="", highlight=False)
         when = "while running" if self.ready else f"while {PHASES[self.phase][1]}"
         assert failed is not None
-        print(f"gimbal: {failed} ended {when}: {failed.how}", file=sys.stderr)
+        how = failed.how
+        if self._lost_head and self._head is not None:
+            how = f"no connection to its head at {self._head.address} for {GONE_S:g} s"
+        print(f"gimbal: {failed} ended {when}: {how}", file=sys.stderr)
 
     def _say(self, text: str) -> None:
         self.console.out(f"gimbal: {text}", highlight=False)

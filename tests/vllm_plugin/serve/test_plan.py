@@ -268,12 +268,14 @@ def test_what_vllm_refuses_beside_headless_is_refused_at_once(
 
 
 def test_a_headless_node_takes_no_flag_of_the_heads(model: str) -> None:
-    words = ["--headless", "-dp", "4", "-dpl", "2", "-dpr", "2"]
+    words = ["--headless", "-dp", "4", "-dpl", "2", "-dpr", "2", "-dpa", "10.0.0.7"]
     made = plan.plan_server(words, demo=True, environment={})
     assert made.headless
+    assert made.head == "10.0.0.7"
     assert "--api-server-count" not in made.arguments
     head = plan.plan_server(["-dp", "4"], demo=True, environment={})
     assert "--api-server-count" in head.arguments
+    assert head.head is None
 
 
 def test_no_model() -> None:

@@ -28,7 +28,7 @@ from rich.console import Console
 from gimbal.core.config import GimbalConfig
 from gimbal.vllm_plugin.serve.address import Address
 from gimbal.vllm_plugin.serve.plan import ServePlan
-from gimbal.vllm_plugin.serve import supervisor
+from gimbal.vllm_plugin.serve import head, supervisor
 from gimbal.vllm_plugin.serve.supervisor import Supervisor
 
 class Plan(ServePlan):
@@ -39,6 +39,9 @@ headless = sys.argv[1].startswith("# headless")
 engines = 2 if sys.argv[1].startswith("# headless 2") else 1
 address = None if headless else Address("127.0.0.1", int(sys.argv[2]))
 plan = Plan((sys.argv[1],), {}, GimbalConfig(), address, "m", headless, engines)
+if "127.0.0.77" in sys.argv[1]:
+    plan = dataclasses.replace(plan, head="127.0.0.77")
+head.LOOK_S, head.GONE_S = 0.1, 1.0
 supervisor.LOST_GRACE_S = 1.0
 sys.exit(Supervisor(plan, verbose=False, console=Console(soft_wrap=True)).run())
 """
@@ -130,6 +133,25 @@ def test_a_headless_node_says_ready_once_its_engines_have_started() -> None:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
+
+
+def test_an_idle_headless_node_ends_when_its_head_has_closed_all_connections() -> None:
+    with socket.socket() as head:
+        head.bind(("127.0.0.77", 0))
+        head.listen()
+        process = start(
+            "# headless\nimport socket, time\n"
+            f"kept = socket.create_connection({head.getsockname()})\n"
+            "print('init engine (profile) took 1 s', flush=True); time.sleep(60)"
+        )
+        there, _ = head.accept()
+        time.sleep(3.0)
+        assert process.poll() is None, "as long as it is connected"
+    there.close()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    how = r"ended while running: no connection to its head at 127\.0\.0\.77 for 10 s"
+    assert re.fullmatch(rf"gimbal: headless node \(process \d+\) {how}\n", errors), errors
 
 
 def test_a_headless_node_that_is_asked_to_stop_is_none() -> None:
