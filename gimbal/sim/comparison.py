@@ -159,6 +159,8 @@ def _plan(
     if settle_s is None:
         say("how long requests stay")
         settle_s = stay_s(bed, traffic, rate, own=workload.rate_rps is None)
+    if workload.rate_rps:
+        rate /= workload.scale_time  # at which they come: times are scaled after a rate is set
     span_s = count / rate
     if workload.requests is None:
         span_s = max(span_s, LEAST_STAYS * settle_s)

@@ -1,11 +1,14 @@
 """The capacity run against a made-up server with a known capacity."""
 
+from typing import Any
+
 import pytest
 
 from gimbal.bench.capacity import measure_capacity
 from gimbal.bench.client import ClientResult, ClientUsage, Replay
 from gimbal.bench.client_process import ReplayJob
-from gimbal.workloads import TraceRequest
+from gimbal.bench.session import BenchOptions, BenchSession
+from gimbal.workloads import TraceRequest, WorkloadOptions, build_workload, load_trace
 from gimbal.workloads.prompts import uniform_vocabulary
 from gimbal.workloads.trace import make_trace
 
@@ -85,3 +88,14 @@ def test_nothing_completes() -> None:
 
     with pytest.raises(RuntimeError, match="too long"):
         measure_capacity(job(), replay)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_a_load_is_a_share_of_the_capacity_whatever_times_are_scaled_by(scale: float) -> None:
+    workload = WorkloadOptions(scale_time=scale, requests=400)
+    options = BenchOptions(load_trace("burst"), workload, load=0.5, capacity_rps=20.0)
+    unused: Any = None
+    session = BenchSession(options, [], unused, unused, unused, unused)
+    session.settle_rate(unused, unused)
+    trace = build_workload(options.trace, session.sized_workload(), 0)
+    assert len(trace) / trace.span_s == pytest.approx(10.0, rel=0.02)

@@ -55,7 +55,7 @@ async function askWorkers() {
       const load = await reply.json();
       if (!reply.ok) throw new Error(load.error);
       measured(() => drawExperts(load));
-      const part = load.answered ? `, as ranks ${load.answered.join(", ")} send it: others were not asked` : "";
+      const part = load.answered ? `, as ranks ${load.answered.join(", ")} send it` : "";
       $("asked").textContent = `of ${number(load.steps)} steps, at ${clock(Date.now() / 1e3)}${part}`;
     } catch (error) {
       $("asked").textContent = `no answer: ${error.message}`;
