@@ -18,6 +18,7 @@ import asyncio
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
@@ -26,13 +27,12 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.routers import table
 from gimbal.records.environment import describe_environment
 from gimbal.records.schema import RequestRecord, RunInfo
-from gimbal.records.store import RunReader, RunWriter
-from gimbal.report.compare import compare, turns, whole_turns
-from gimbal.report.metrics import Slo, summarize
+from gimbal.records.store import RunWriter
+from gimbal.report.compare import turns
 from gimbal.workloads import WorkloadOptions, build_workload, load_trace
 from gimbal.workloads.prompts import PromptWriter, Vocabulary, read_vocabulary
 from gimbal.workloads.trace import Trace
@@ -43,7 +43,6 @@ ARMS = ("ray", "gimbal")
 BASE, REPLICAS = "ray", 2
 SCALE = 0.4
 """Of the lengths of `chat`."""
-SHOWN = {"ttft_ms.mean": "mean TTFT", "ttft_ms.p99": "P99 TTFT", "tpot_ms.mean": "mean TPOT"}
 FLAGS = {
     "max_model_len": 8192,
     "max_num_batched_tokens": 512,
@@ -238,29 +237,6 @@ async def killed(bed: Bed, arm: str, rate_rps: float) -> dict[str, Any]:
     }
 
 
-def table(folder: Path) -> Table:
-    """Latencies and hit rates of both arms, and the ratios to `BASE`."""
-    runs = whole_turns(RunReader(folder).requests(), ARMS)
-    ratios = compare(runs, BASE, Slo())
-    beside = json.loads((folder / "beside.json").read_text())
-    view = Table(title=f"{len(runs[BASE])} turns of each", caption=f"ratios to {BASE} [95 %]")
-    for title in ("", *SHOWN.values(), "from cache", "ended well"):
-        view.add_column(title)
-    for name, own in runs.items():
-        figures, cells = summarize(own, Slo()), []
-        for path in SHOWN:
-            metric, key = path.split(".")
-            cell = f"{figures[metric][key]:.1f} ms"
-            if name != BASE:
-                ratio = ratios[name][path]
-                cell += f"\n{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
-            cells.append(cell)
-        hits = beside["hits"][name]
-        cells.append(f"{100 * sum(hits) / len(hits):.0f} %")
-        view.add_row(name, *cells, f"{figures['completed']} of {figures['requests']}")
-    return view
-
-
 def main() -> None:
     """Measures, or reports what has been measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -295,9 +271,10 @@ def main() -> None:
             ray.shutdown()
             sweep()  # the boards of those that were killed
     console = Console(width=110)
-    console.print(table(args.folder))
-    kills = json.loads((args.folder / "beside.json").read_text())["kills"]
-    for name, found in kills.items():
+    beside = json.loads((args.folder / "beside.json").read_text())
+    hits = {name: f"{100 * statistics.mean(own):.0f} %" for name, own in beside["hits"].items()}
+    console.print(table(args.folder, ARMS, BASE, {"from cache": hits}))
+    for name, found in beside["kills"].items():
         console.print(f"replica killed, {name}: {found}")
 
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -197,22 +197,29 @@ def kill(bed: Bed, arm: str, rate_rps: float) -> dict[str, Any]:
     }
 
 
-def table(folder: Path) -> Table:
-    """Latencies of all arms, and their ratios to `BASE`."""
-    runs = whole_turns(RunReader(folder).requests(), ARMS)
-    ratios = compare(runs, BASE, Slo())
-    view = Table(title=f"{len(runs[BASE])} turns of each", caption=f"ratios to {BASE} [95 %]")
-    for title in ("", *SHOWN.values(), "ended well"):
+def table(
+    folder: Path,
+    arms: Collection[str] = ARMS,
+    base: str = BASE,
+    beside: Mapping[str, Mapping[str, str]] | None = None,
+) -> Table:
+    """Latencies of all arms, and their ratios to `base`; `beside` has more columns, by title and
+    arm."""
+    runs, more = whole_turns(RunReader(folder).requests(), arms), beside or {}
+    ratios = compare(runs, base, Slo())
+    view = Table(title=f"{len(runs[base])} turns of each", caption=f"ratios to {base} [95 %]")
+    for title in ("", *SHOWN.values(), *more, "ended well"):
         view.add_column(title)
     for name, own in runs.items():
         figures, cells = summarize(own, Slo()), []
         for path in SHOWN:
             metric, key = path.split(".")
             cell = f"{figures[metric][key]:.1f} ms"
-            if name != BASE:
+            if name != base:
                 ratio = ratios[name][path]
                 cell += f"\n{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
             cells.append(cell)
+        cells += [column[name] for column in more.values()]
         view.add_row(name, *cells, f"{figures['completed']} of {figures['requests']}")
     return view
 

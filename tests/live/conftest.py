@@ -115,6 +115,15 @@ class DemoServer:
         samples = (line.rsplit(" ", 1) for line in text.splitlines() if line[:1] not in ("", "#"))
         return {name: float(value) for name, value in samples}
 
+    def total(self, name: str, **labels: str) -> float:
+        """Sum of the samples of metric `name` that carry `labels`."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        return sum(
+            value
+            for sample, value in self.metrics().items()
+            if sample.partition("{")[0] == name and all(label in sample for label in wanted)
+        )
+
     def metric_by_engine(self, name: str) -> dict[str, float]:
         """Sum of the samples of metric `name` per value of its label ``engine``."""
         found: dict[str, float] = {}

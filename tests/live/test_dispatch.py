@@ -23,16 +23,6 @@ TRACES = Path(tempfile.gettempdir()) / f"gimbal-live-traces-{os.getpid()}"
 RECORDED = f'{{"gimbal": {{"admin": true, "trace_records": "{TRACES}"}}}}'
 
 
-def total(server: Any, name: str, **labels: str) -> float:
-    """Sum of the samples of `name` that carry `labels`."""
-    wanted = [f'{key}="{value}"' for key, value in labels.items()]
-    return sum(
-        value
-        for sample, value in server.metrics().items()
-        if sample.partition("{")[0] == name and all(label in sample for label in wanted)
-    )
-
-
 def engine_process(server: Any, rank: int) -> int:
     from gimbal.vllm_plugin.serve.processes import descendants_of
 
@@ -72,19 +62,19 @@ def the_page(server: Any) -> dict[str, Any]:
 
 
 def test_decisions_and_signals_are_in_the_metrics(server: Any) -> None:
-    before = total(server, "gimbal_dispatch_decisions_total", policy="gimbal")
+    before = server.total("gimbal_dispatch_decisions_total", policy="gimbal")
     burst(server, 24)
     settle(server)
-    assert total(server, "gimbal_dispatch_decisions_total", policy="gimbal") - before == 24
-    assert total(server, "gimbal_dispatch_decision_seconds_count") >= 24
-    assert total(server, "gimbal_signal_age_seconds_count") >= 24
+    assert server.total("gimbal_dispatch_decisions_total", policy="gimbal") - before == 24
+    assert server.total("gimbal_dispatch_decision_seconds_count") >= 24
+    assert server.total("gimbal_signal_age_seconds_count") >= 24
     for engine in ("0", "1"):
-        assert total(server, "gimbal_engine_snapshots_total", engine=engine) > 10
-        assert total(server, "gimbal_engine_kv_blocks", engine=engine) > 0
-        assert total(server, "gimbal_engine_step_time_seconds", engine=engine) > 0
-        assert total(server, "gimbal_engine_prefill_seconds_per_token", engine=engine) > 0
-        assert 0 <= total(server, "gimbal_engine_decode_seconds_per_request", engine=engine) < 1
-    assert total(server, "gimbal_fallback_total") == 0
+        assert server.total("gimbal_engine_snapshots_total", engine=engine) > 10
+        assert server.total("gimbal_engine_kv_blocks", engine=engine) > 0
+        assert server.total("gimbal_engine_step_time_seconds", engine=engine) > 0
+        assert server.total("gimbal_engine_prefill_seconds_per_token", engine=engine) > 0
+        assert 0 <= server.total("gimbal_engine_decode_seconds_per_request", engine=engine) < 1
+    assert server.total("gimbal_fallback_total") == 0
     terms = [s for s in server.metrics() if s.startswith("gimbal_dispatch_cost_seconds{")]
     assert any('term="queue"' in sample for sample in terms)
 
@@ -93,9 +83,9 @@ def test_decisions_and_signals_are_in_the_metrics(server: Any) -> None:
 def test_an_operator_compares_policies_on_one_server(server: Any) -> None:
     for policy in ("round-robin", "vllm", "gimbal"):
         call(f"{server.root}/gimbal/control", {"policy": policy, "reset": True})
-        before = total(server, "gimbal_dispatch_decisions_total", policy=policy)
+        before = server.total("gimbal_dispatch_decisions_total", policy=policy)
         burst(server, 8)
-        assert total(server, "gimbal_dispatch_decisions_total", policy=policy) - before == 8
+        assert server.total("gimbal_dispatch_decisions_total", policy=policy) - before == 8
     with pytest.raises(urllib.error.HTTPError) as error:
         call(f"{server.root}/gimbal/control", {"policy": "gimball"})
     assert error.value.code == 400
@@ -104,7 +94,7 @@ def test_an_operator_compares_policies_on_one_server(server: Any) -> None:
 
 @operated
 def test_a_stopped_engine_loses_no_request(server: Any) -> None:
-    before = total(server, "gimbal_fallback_total", level="dispatch", reason="stale")
+    before = server.total("gimbal_fallback_total", level="dispatch", reason="stale")
     pid = engine_process(server, 1)
 
     def stop_for_5_s() -> None:
@@ -114,11 +104,11 @@ def test_a_stopped_engine_loses_no_request(server: Any) -> None:
         os.kill(pid, signal.SIGCONT)
 
     burst(server, 80, rate=10, meanwhile=stop_for_5_s)
-    after = total(server, "gimbal_fallback_total", level="dispatch", reason="stale")
+    after = server.total("gimbal_fallback_total", level="dispatch", reason="stale")
     assert after > before, "five seconds without a snapshot went unnoticed"
     settle(server)
     burst(server, 8)
-    assert total(server, "gimbal_fallback_total", level="dispatch", reason="stale") == after
+    assert server.total("gimbal_fallback_total", level="dispatch", reason="stale") == after
     assert not status(server)["dispatch"]["switched_itself_off"]
 
 
@@ -145,13 +135,13 @@ def test_two_api_servers_share_one_board_and_record_one_trace(
     request.addfinalizer(lambda: shutil.rmtree(TRACES))
     burst(server, 40)
     deadline = time.monotonic() + 60
-    while total(server, "gimbal_unacknowledged_tokens") or total(server, "gimbal_inflight_tokens"):
+    while server.total("gimbal_unacknowledged_tokens") or server.total("gimbal_inflight_tokens"):
         assert time.monotonic() < deadline, "outstanding for ever"
         time.sleep(0.2)
-    assert total(server, "gimbal_dispatch_decisions_total", policy="gimbal") == 40
-    assert total(server, "gimbal_unacknowledged_tokens") == 0
-    assert total(server, "gimbal_inflight_tokens") == 0
-    assert total(server, "gimbal_engine_snapshots_total", engine="1") > 10
+    assert server.total("gimbal_dispatch_decisions_total", policy="gimbal") == 40
+    assert server.total("gimbal_unacknowledged_tokens") == 0
+    assert server.total("gimbal_inflight_tokens") == 0
+    assert server.total("gimbal_engine_snapshots_total", engine="1") > 10
     found = the_page(server)
     assert found["front_ends"] == 2
     assert sum(found["decisions"].values()) == 40
@@ -161,7 +151,7 @@ def test_two_api_servers_share_one_board_and_record_one_trace(
     assert {newest["engine"], newest["runner_up"]} == {0, 1}
     call(f"{server.root}/gimbal/control", {"policy": "round-robin"})
     burst(server, 20)
-    assert total(server, "gimbal_dispatch_decisions_total", policy="round-robin") == 20
+    assert server.total("gimbal_dispatch_decisions_total", policy="round-robin") == 20
     time.sleep(3 * IDLE_S)
     files = sorted(TRACES.glob("trace-*.jsonl"))
     assert len(files) == 2

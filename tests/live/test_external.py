@@ -165,12 +165,8 @@ def test_experts_move_between_the_servers(ranks: Ranks) -> None:
 
     manifest, rng = load_manifest(demo_model()), np.random.default_rng(0)
     deadline_s = time.monotonic() + MOVE_TIMEOUT_S
-
-    def moved(server: DemoServer) -> float:
-        found = server.metrics().items()
-        return sum(v for k, v in found if k.startswith("gimbal_placement_moved_experts_total"))
-
-    while not all(moved(server) for server in ranks.servers):
+    name = "gimbal_placement_moved_experts_total"
+    while not all(server.total(name) for server in ranks.servers):
         assert time.monotonic() < deadline_s, "no experts moved"
         for rank, server in enumerate(ranks.servers):
             for domain in DOMAIN_OF_ENGINE[rank]:

@@ -47,14 +47,9 @@ class Hosts:
     node_process: subprocess.Popen[bytes]
     second: SecondHost
 
-    def total(self, name: str, label: str = "") -> float:
-        """Sum of the samples of metric `name` that carry `label`."""
-        samples = self.head.metrics().items()
-        return sum(v for k, v in samples if k.partition("{")[0] == name and label in k)
-
     def stale(self) -> float:
         """Decisions so far that were taken without the engines' rows."""
-        return self.total("gimbal_dispatch_decisions_total", 'reason="stale"')
+        return self.head.total("gimbal_dispatch_decisions_total", reason="stale")
 
 
 def cores() -> tuple[str, str]:
@@ -199,10 +194,10 @@ def test_experts_move_between_the_hosts(hosts: Hosts) -> None:
 
     manifest, rng = load_manifest(demo_model()), np.random.default_rng(0)
     deadline_s = time.monotonic() + MOVE_TIMEOUT_S
-    while not hosts.total("gimbal_placement_commits_total"):  # of all ranks
+    while not hosts.head.total("gimbal_placement_commits_total"):  # of all ranks
         assert time.monotonic() < deadline_s, "no experts moved"
         load(hosts.head, manifest, rng)
-    assert hosts.total("gimbal_placement_moved_experts_total") > 0
+    assert hosts.head.total("gimbal_placement_moved_experts_total") > 0
     pressure = hosts.head.metric_by_engine("gimbal_engine_expert_pressure_seconds")
     assert len(pressure) == 2
     assert max(pressure.values()) > 0.0

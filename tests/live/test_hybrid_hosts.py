@@ -12,7 +12,6 @@ import pytest
 from gimbal.commands.stats import fetch
 from gimbal.demo.manifest import load_manifest
 from tests.live.client import burst, call
-from tests.live.conftest import DemoServer
 from tests.live.test_hosts import MOVE_TIMEOUT_S, Hosts, said, two_hosts
 from tests.live.test_placement import load
 
@@ -57,13 +56,8 @@ def test_experts_move_between_the_hosts_of_hybrid_balancing(hybrid: Hosts) -> No
 
     manifest, rng = load_manifest(demo_model()), np.random.default_rng(0)
     deadline_s = time.monotonic() + MOVE_TIMEOUT_S
-    while not all(moved(host) for host in (hybrid.head, hybrid.node)):
+    name = "gimbal_placement_moved_experts_total"
+    while not all(host.total(name) for host in (hybrid.head, hybrid.node)):
         assert time.monotonic() < deadline_s, "no experts moved"
         for host in (hybrid.head, hybrid.node):
             load(host, manifest, rng)
-
-
-def moved(host: DemoServer) -> float:
-    """Experts that ranks of `host` have taken in."""
-    name = "gimbal_placement_moved_experts_total"
-    return sum(v for k, v in host.metrics().items() if k.partition("{")[0] == name)

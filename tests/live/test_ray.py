@@ -49,22 +49,16 @@ def servers(count: int) -> Any:
     )
 
 
-def total(server: DemoServer, name: str, label: str = "") -> float:
-    """Sum of the samples of metric `name` that carry `label`."""
-    samples = server.metrics().items()
-    return sum(v for k, v in samples if k.partition("{")[0] == name and label in k)
-
-
 @pytest.mark.parametrize("count", [servers(1), servers(2)])
 def test_all_levels_act(server: DemoServer, count: int) -> None:
     from gimbal.vllm_plugin.serve.plan import demo_model
 
     burst(server, 8)  # the first rows come
     decisions = "gimbal_dispatch_decisions_total"
-    before = total(server, decisions, 'reason="policy"')
+    before = server.total(decisions, reason="policy")
     burst(server, 40)
-    assert total(server, decisions, 'reason="policy"') - before == 40
-    assert total(server, "gimbal_fallback_total") == 0
+    assert server.total(decisions, reason="policy") - before == 40
+    assert server.total("gimbal_fallback_total") == 0
     board = Path(call(f"{server.root}/gimbal/status")["board"]["path"])
     assert sorted(board.parent.glob("gimbal-*.board")) == [board]
     rows = server.metric_by_engine("gimbal_engine_snapshots_total")
@@ -78,6 +72,6 @@ def test_all_levels_act(server: DemoServer, count: int) -> None:
 
     manifest, rng = load_manifest(demo_model()), np.random.default_rng(0)
     deadline_s = time.monotonic() + MOVE_TIMEOUT_S
-    while not total(server, "gimbal_placement_moved_experts_total"):
+    while not server.total("gimbal_placement_moved_experts_total"):
         assert time.monotonic() < deadline_s, "no experts moved"
         load(server, manifest, rng)

@@ -77,6 +77,17 @@ def test_what_is_measured_lies_within_arrivals_that_go_on(trace, tmp_path):
     assert "arrivals that go on" in shown
 
 
+def test_the_window_holds_the_requests_asked_for_when_times_are_scaled(trace):
+    arguments = ("--trace", trace, "--requests", "100", "--arms", "vllm-no-eplb", "--settle", "2")
+    arguments += ("--rate", "4", "--scale-time", "0.5", "--jobs", "1", "--json")
+    result = simulate(*arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    window = report["window"]
+    assert window["end_s"] - window["begin_s"] == pytest.approx(100 / 8.0)
+    assert report["arms"]["vllm-no-eplb"]["requests"] == pytest.approx(100, abs=15)
+
+
 def test_an_overload_says_that_it_is_none_of_a_steady_state(trace):
     overload = ("--trace", trace, "--requests", "4000", "--rate", "3000", "--settle", "1")
     shown = simulate(*overload, "--arms", "vllm-no-eplb").stdout

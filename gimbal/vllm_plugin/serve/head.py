@@ -14,6 +14,8 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
+from gimbal.vllm_plugin.serve.processes import tcp_connections
+
 LOOK_S = 2.0
 GONE_S = 10.0
 """Without a connection for so long, after there was one: a start makes and ends some."""
@@ -60,17 +62,10 @@ def _peers(pids: Sequence[int]) -> set[str] | None:
     """IP addresses that `pids` have TCP connections with; None where that cannot be seen."""
     import psutil
 
-    found = set()
-    for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            try:
-                connections = psutil.Process(pid).net_connections("tcp")
-            except psutil.AccessDenied:
-                return None
-            for one in connections:
-                if one.status == psutil.CONN_ESTABLISHED and one.raddr:
-                    found.add(_plain(one.raddr.ip))
-    return found
+    found = tcp_connections(pids)
+    if found is None:
+        return None
+    return {_plain(c.raddr.ip) for c in found if c.status == psutil.CONN_ESTABLISHED and c.raddr}
 
 
 def _plain(address: str) -> str:

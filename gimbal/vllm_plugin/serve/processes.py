@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 TRACKER_GRACE_S = 5.0
 """How long multiprocessing's resource tracker gets to remove what dead processes left."""
@@ -57,19 +58,28 @@ def resident_bytes(pids: list[int]) -> int:
     return total
 
 
+def tcp_connections(pids: Sequence[int]) -> list[Any] | None:
+    """TCP connections of `pids`, as psutil has them; None where they cannot be seen."""
+    import psutil
+
+    found: list[Any] = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            try:
+                found += psutil.Process(pid).net_connections("tcp")
+            except psutil.AccessDenied:
+                return None
+    return found
+
+
 def listens(pids: list[int], port: int) -> bool:
     """Whether one of `pids` listens on TCP `port`; True where that cannot be seen."""
     import psutil
 
-    for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            try:
-                found = psutil.Process(pid).net_connections("tcp")
-            except psutil.AccessDenied:
-                return True
-            if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in found):
-                return True
-    return False
+    found = tcp_connections(pids)
+    if found is None:
+        return True
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in found)
 
 
 def end_all(first: int, grace_s: float, look: Callable[[], None] = lambda: None) -> None:
