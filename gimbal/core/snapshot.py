@@ -74,6 +74,7 @@ class Field(IntEnum):
     AWAITED_KV_TOKENS = 48  # to be loaded for waiting requests, which have no blocks for it yet
     LOADED_KV_TOKENS = 49  # in blocks that waiting requests hold: on their way, or there
     LOADING_REQUESTS = 50  # waiting requests with tokens of either kind
+    STEP_PREFILL_DEPTH_TOKENS = 51  # mean context before a prefill token of the step that runs now
 
 
 SNAPSHOT_FIELDS = len(Field)

@@ -76,7 +76,7 @@ class EngineGroup:
         self.dispatcher = Dispatcher(len(self.engines), policies.dispatch, feedback_weight=weight)
         homes = self._use_affinity(arm, requests)
         interval_us = cluster.stats_interval_ms * 1e3
-        self.signals = Signals(self.engines, policies.fresh_signals, interval_us, self._view.graphs)
+        self.signals = Signals(self.engines, policies.fresh_signals, interval_us, self._view)
         self.dispatcher.fit_prefix_index(self.signals.board)
         expected = self._expected_tokens(requests, homes) if policies.simulated.oracle else None
         self.experts = Experts(cluster, profile, population, policies, seed, expected)
@@ -246,6 +246,7 @@ class EngineGroup:
         if engines[0].decides:
             view.backlog_tokens = max([engine.backlog_tokens for engine in engines])
             view.decode_tokens = max([engine.decodes for engine in engines])
+            view.base_us = self.signals.base_us([engine.decodes for engine in engines])
         batches = [engine.schedule(start_us / 1e6, due) for engine in engines]
         if view.graphs is not None and any(e.decision.asked_graphs for e in engines):
             view.graphs.decided()

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from gimbal.core.contracts import FloatArray
+from gimbal.core.cost.depth import PrefillDepthCost
 from gimbal.core.cost.online import OnlineStepCost, smoothed
-from gimbal.core.queue.graph_steps import GraphStepCosts
 from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 from gimbal.sim.engine import Engine
 from gimbal.sim.requests import StepBatch
+from gimbal.sim.step_view import Group
 
 _SEQUENCE = int(Field.SEQUENCE)
 _COLUMNS = np.array(
@@ -47,8 +48,8 @@ class Signals:
         fresh: True publishes every step; False only request counts and KV usage, at most every
             `stats_interval_us` and only when a count changed, as vLLM's coordinator does.
         stats_interval_us: see `fresh`.
-        graph_costs: learns what steps with and without CUDA graphs take; None where nobody asks.
-            On a server every engine has its own; told the same, they come to the same conclusions.
+        group: gets what steps take: on a server every engine has its own accounts, and told the
+            same, they come to the same conclusions.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Signals:
         engines: Sequence[Engine],
         fresh: bool,
         stats_interval_us: float,
-        graph_costs: GraphStepCosts | None = None,
+        group: Group | None = None,
     ) -> None:
         self._engines = engines
         self._fresh = fresh
@@ -75,7 +76,9 @@ class Signals:
         if bounded:
             for engine, cost in zip(engines, self.costs, strict=True):
                 engine.view.learned = cost
-        self.graph_costs = graph_costs
+        self._group = Group() if group is None else group
+        if bounded:
+            self._group.depth = PrefillDepthCost(engines[0].budget)
 
     def changed(self) -> None:
         """The engines are no more as they were published."""
@@ -92,11 +95,21 @@ class Signals:
                 fullest = max(fullest, batch.prefill_tokens)
                 rate = batch.prefill_tokens / max(duration_us, 1.0) * 1e6
                 engine.prefill_rate = smoothed(engine.prefill_rate, rate)
+        group = self._group
+        if group.depth is not None and fullest:
+            own, pairs = [b.prefill_tokens for b in batches], [b.prefill_pairs for b in batches]
+            slowest = group.depth.slowest(own, pairs)
+            before_us = self.base_us([batch.decodes for batch in batches])
+            group.depth.observe(own[slowest], pairs[slowest], duration_us - before_us)
         if self._learns:
             for cost, batch in zip(self.costs, batches, strict=True):
                 cost.observe(batch.prefill_tokens, batch.decodes, duration_us, fullest)
-        if self.graph_costs is not None:
-            self.graph_costs.observe(decodes, duration_us, fullest, tokens)
+        if group.graphs is not None:
+            group.graphs.observe(decodes, duration_us, fullest, tokens)
+
+    def base_us(self, decodes: Sequence[int]) -> float:
+        """Learned time of a step without prefill: of the engine where it is longest."""
+        return max([cost.step_base_us(n) for cost, n in zip(self.costs, decodes, strict=True)])
 
     def read(self, now_us: float) -> FloatArray:
         """The board as a front end sees it at `now_us`."""

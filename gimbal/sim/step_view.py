@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gimbal.core.cost.depth import PrefillDepthCost
 from gimbal.core.cost.online import OnlineStepCost
 from gimbal.core.queue.budget import (
     NEWCOMERS,
@@ -15,7 +16,7 @@ from gimbal.core.queue.budget import (
     waiting_candidate,
 )
 from gimbal.core.queue.graph_steps import GraphStepCosts
-from gimbal.core.queue.step import StepMemory
+from gimbal.core.queue.step import UNKNOWN_COST, StepMemory
 
 if TYPE_CHECKING:
     from gimbal.sim.engine import Engine
@@ -27,11 +28,15 @@ class Group:
 
     Attributes:
         backlog_tokens, decode_tokens: of the engine that has most.
-        graphs: learned by all alike; None where steps are never cut.
+        base_us: learned time of a step without prefill, of the engine where it is longest.
+        depth: learned by all alike.
+        graphs: the same; None where steps are never cut.
     """
 
     backlog_tokens: int = 0
     decode_tokens: int = 0
+    base_us: float = 0.0
+    depth: PrefillDepthCost | None = None
     graphs: GraphStepCosts | None = None
 
 
@@ -120,11 +125,18 @@ class EngineView:
 
     @property
     def cost(self) -> StepCost:
-        learned = self.learned
-        if learned is None:
-            return StepCost(0.0, 0.0)
-        base_us = learned.step_base_us(self._engine.decodes)
-        return StepCost(base_us, learned.prefill_us_per_token)
+        learned, group = self.learned, self.group
+        if learned is None or group.depth is None:
+            return UNKNOWN_COST
+        token_us = group.depth.us_per_token(self._next_depth_tokens())
+        return StepCost(group.base_us, token_us or learned.prefill_us_per_token)
+
+    def _next_depth_tokens(self) -> int:
+        """Context before the next token that is prefilled here."""
+        engine = self._engine
+        if engine.prefilling:
+            return max([request.computed for request in engine.prefilling])
+        return engine.waiting.first(1)[0].item.computed if engine.waiting else 0
 
     @property
     def oldest_wait_us(self) -> float:

@@ -69,7 +69,7 @@ class StepView(Protocol):
         group_backlog_tokens: the same as published, on the engine of the lock-step group that has
             most, so that all engines decide by the same figure.
         group_decode_tokens: as published, on the engine that has most.
-        cost: learned cost of this engine's steps.
+        cost: learned cost of a step of the group, and of a token of the prompt that is next here.
         block_tokens: tokens of a KV block, the least prefill of a step without graphs.
         oldest_wait_us: how long the oldest prompt that waits or runs has been here.
         graphs: what steps with and without CUDA graphs take; None where a step is never cut.
@@ -179,7 +179,8 @@ def decide(view: StepView, config: QueueConfig) -> StepDecision:
     if graphs is not None and not 0 < graphs.graph_tokens < budget:
         graphs = None
     running = view.running if config.in_batch else ()
-    bounded = config.step_budget and decoding > 0
+    # A step without decodes of its own stalls those of the engines that step with it.
+    bounded = config.step_budget and (decoding > 0 or view.group_decode_tokens > 0.0)
     decodes = 0
     if graphs is not None or running:
         decodes = view.decode_tokens  # a server counts it over all that run

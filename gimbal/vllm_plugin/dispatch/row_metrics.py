@@ -85,6 +85,10 @@ ENGINE: dict[Field, tuple[str, str]] = {
         "step_prefill_tokens",
         "Prefill tokens of the step that runs now",
     ),
+    Field.STEP_PREFILL_DEPTH_TOKENS: (
+        "step_prefill_depth_tokens",
+        "Context before a prefill token of the step that runs now, on average",
+    ),
     Field.STEP_TOKENS: ("step_tokens", "Prefill and decode tokens of the step that runs now"),
     Field.QUEUE_OVERTAKES: (
         "queue_overtakes_total",

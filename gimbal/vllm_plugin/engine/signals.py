@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from gimbal.board.clock import now_us
 from gimbal.core.contracts import FloatArray
-from gimbal.core.cost.online import smoothed
 from gimbal.core.snapshot import (
     ACCEPTED_REQUESTS,
     ACCEPTED_TOKENS,
@@ -25,6 +24,7 @@ from gimbal.core.snapshot import (
     mended,
     plausible,
 )
+from gimbal.vllm_plugin.engine.learning import StepLessons
 from gimbal.vllm_plugin.engine.sender import sender_of
 from gimbal.vllm_plugin.engine.state import EngineState
 from gimbal.vllm_plugin.engine.step_log import StepLog
@@ -47,6 +47,7 @@ _KV_USED, _KV_TOTAL = int(Field.KV_BLOCKS_USED), int(Field.KV_BLOCKS_TOTAL)
 _PREEMPTIONS, _PENDING_HITS = int(Field.PREEMPTIONS), int(Field.PENDING_PREFIX_HIT_TOKENS)
 _STEP_BASE, _STEP_TOKENS = int(Field.STEP_BASE_US), int(Field.STEP_TOKENS)
 _STEP_PREFILL, _IDLE = int(Field.STEP_PREFILL_TOKENS), int(Field.IDLE)
+_STEP_DEPTH = int(Field.STEP_PREFILL_DEPTH_TOKENS)
 _AWAITED, _LOADED = int(Field.AWAITED_KV_TOKENS), int(Field.LOADED_KV_TOKENS)
 _LOADING = int(Field.LOADING_REQUESTS)
 
@@ -96,9 +97,7 @@ class SchedulerSignals:
         self.sink = sink
         self.state = EngineState(scheduler) if state is None else state
         self.row, self.cost = self.state.row, self.state.cost
-        # Of the step that ends: the most that any engine of the group has.
-        self._group_prefill = self._group_decodes = self._group_tokens = 0.0
-        self._group_complete = False
+        self._lessons = StepLessons(self.state)
         self.needs_recount = self.by_router = False
         self.taken = self.mended = 0
         self.log: StepLog | None = None
@@ -110,8 +109,6 @@ class SchedulerSignals:
         self._preemptions = 0
         self._steps: deque[_Step] = deque()
         self._refused: deque[tuple[int, int]] = deque()  # sender, prompt tokens
-        self._step_us = 0.0
-        self._prefill_rate = 0.0
         self._last_done_us = 0.0
         self._published = 0
         self._idle_since_us: float | None = None
@@ -202,31 +199,19 @@ class SchedulerSignals:
             tokens, pairs = new_tokens + more_tokens, new_pairs + more_pairs
             self._steps.append(_Step(output, now, tokens, pairs, decodes))
         runs = self._steps[0] if self._steps else None
-        prefill = 0 if runs is None else runs.prefill_tokens
-        total = 0 if runs is None else runs.output.total_num_scheduled_tokens
+        prefill, pairs, total = 0, 0.0, 0
+        if runs is not None:
+            prefill, pairs = runs.prefill_tokens, runs.prefill_pairs
+            total = runs.output.total_num_scheduled_tokens
         said = row.item(_STEP_PREFILL), row.item(_STEP_TOKENS)
         if self._unsaid or prefill or said != (0.0, total):
             row[_STEP_PREFILL], row[_STEP_TOKENS] = prefill, total
+            row[_STEP_DEPTH] = pairs / prefill if prefill else 0.0
             self.publish(now)
 
     def completing(self) -> None:
-        """A step has ended and its result is about to be taken in.
-
-        What the group ran in it is read now: a moment later those with less to do publish the next.
-        """
-        group = self.state.group
-        if group is None:
-            return
-        rows = group.read()
-        prefill = rows[:, Field.STEP_PREFILL_TOKENS]
-        self._group_prefill = float(prefill.max())
-        if self.state.graph_costs is not None:
-            tokens = rows[:, Field.STEP_TOKENS]
-            self._group_tokens = float(tokens.max())
-            self._group_decodes = float((tokens - prefill).max())
-            if not self._group_complete:
-                # Behind an external load balancer other engines publish on boards of their own.
-                self._group_complete = bool(rows[:, Field.SEQUENCE].all())
+        """A step has ended and its result is about to be taken in."""
+        self._lessons.look()
 
     def completed(self, output: Any) -> None:
         """A step's result is in: learn what it took."""
@@ -246,7 +231,7 @@ class SchedulerSignals:
             if self.log is not None and self._idle_since_us is None:
                 self.log.flush()
             self._idle_since_us = now
-            self.row[[Field.STEP_PREFILL_TOKENS, Field.STEP_TOKENS, Field.IDLE]] = 0.0, 0.0, 1.0
+            self.row[[_STEP_PREFILL, _STEP_DEPTH, _STEP_TOKENS, _IDLE]] = 0.0, 0.0, 0.0, 1.0
             self.publish(now)
 
     def publish(self, now: float) -> None:
@@ -358,28 +343,11 @@ class SchedulerSignals:
     def _learn(self, step: _Step, now: float) -> None:
         step_us = now - max(self._last_done_us, step.scheduled_us)
         self._last_done_us = now
-        self._step_us = smoothed(self._step_us, step_us)
-        self.row[Field.STEP_TIME_US] = self._step_us
-        if step.prefill_tokens:
-            rate = step.prefill_tokens / max(step_us, 1.0) * 1e6
-            self._prefill_rate = smoothed(self._prefill_rate, rate)
-            self.row[Field.PREFILL_TOKENS_PER_S] = self._prefill_rate
-        group, graph_costs = self.state.group, self.state.graph_costs
-        fullest = None if group is None else self._group_prefill
-        self.cost.observe(step.prefill_tokens, step.decodes, step_us, fullest)
-        self.row[Field.PREFILL_US_PER_TOKEN] = self.cost.prefill_us_per_token
-        self.row[Field.DECODE_US_PER_REQUEST] = self.cost.decode_us_per_request
-        if graph_costs is not None:
-            if group is None:
-                tokens = float(step.output.total_num_scheduled_tokens)
-                decodes = tokens - step.prefill_tokens
-                graph_costs.observe(decodes, step_us, step.prefill_tokens, tokens)
-            elif self._group_complete:
-                fullest_of = self._group_decodes, step_us, self._group_prefill, self._group_tokens
-                graph_costs.observe(*fullest_of)
+        prefill = step.prefill_tokens, step.prefill_pairs
+        tokens = step.output.total_num_scheduled_tokens
+        self._lessons.learn(step_us, tokens, prefill, step.decodes)
         if self.log is not None:
-            prefill, pairs = step.prefill_tokens, step.prefill_pairs
-            self.log.write(self.row, now, step_us, prefill, pairs, step.decodes)
+            self.log.write(self.row, now, step_us, *prefill, step.decodes)
 
     def _recount(self) -> None:
         """Sets every total from the scheduler itself."""

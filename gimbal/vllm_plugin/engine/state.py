@@ -8,6 +8,7 @@ import numpy as np
 
 from gimbal.board.slots import BoardReader
 from gimbal.core.contracts import FloatArray
+from gimbal.core.cost.depth import PrefillDepthCost
 from gimbal.core.cost.online import OnlineStepCost
 from gimbal.core.queue.graph_steps import GraphStepCosts
 from gimbal.core.snapshot import ROW_WIDTH, Field
@@ -50,6 +51,7 @@ class EngineState:
     Attributes:
         row: [ROW_WIDTH] the snapshot under construction.
         cost: what a step of this engine takes.
+        depth: what a prefill token takes by the context before it.
         graph_costs: what steps with and without CUDA graphs take; None where vLLM uses none.
         waiting: what every waiting request lacks.
     """
@@ -60,7 +62,9 @@ class EngineState:
         self.control = control
         self.group = group
         self.row: FloatArray = np.zeros(ROW_WIDTH)
-        self.cost = OnlineStepCost(scheduler.scheduler_config.max_num_batched_tokens)
+        budget_tokens = scheduler.scheduler_config.max_num_batched_tokens
+        self.cost = OnlineStepCost(budget_tokens)
+        self.depth = PrefillDepthCost(budget_tokens)
         graph = graph_tokens(scheduler.vllm_config)
         alone = scheduler.vllm_config.parallel_config.data_parallel_size == 1
         sees_all = alone or group is not None

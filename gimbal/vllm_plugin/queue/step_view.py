@@ -236,8 +236,22 @@ class SchedulerView:
 
     @property
     def cost(self) -> StepCost:
-        facts = self.facts
-        return StepCost(facts.field(Field.STEP_BASE_US), facts.field(Field.PREFILL_US_PER_TOKEN))
+        facts, rows = self.facts, self._group_rows()
+        base_us = facts.field(Field.STEP_BASE_US)
+        if rows is not None:
+            base_us = max(base_us, float(rows[:, Field.STEP_BASE_US].max()))
+        token_us = self.state.depth.us_per_token(self._next_depth_tokens())
+        return StepCost(base_us, token_us or facts.field(Field.PREFILL_US_PER_TOKEN))
+
+    def _next_depth_tokens(self) -> int:
+        """Context before the next token that is prefilled here."""
+        running = self.scheduler._inflight_prefills
+        if running:
+            return max([int(request.num_computed_tokens) for request in running])
+        for entry in self.queue.heap.first(1):
+            lack = self.state.waiting.get(entry.item.request_id)
+            return 0 if lack is None else lack.cached
+        return 0
 
     @property
     def oldest_wait_us(self) -> float:

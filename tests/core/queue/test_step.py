@@ -77,6 +77,20 @@ TABLE = {
         {},
         StepDecision(512),
     ),
+    "an engine without decodes spares those of its group": (
+        {
+            "group_backlog_tokens": 700.0,
+            "group_decode_tokens": 4.0,
+            "cost": StepCost(25_000.0, 500.0),
+        },
+        {},
+        StepDecision(350),
+    ),
+    "and takes a full step where nobody decodes": (
+        {"group_backlog_tokens": 700.0, "cost": StepCost(25_000.0, 500.0)},
+        {},
+        StepDecision(512),
+    ),
     "a backlog of two graphs is prefilled in graphs": (
         {"backlog_tokens": 240, "decoding": 1, "decode_tokens": 1, "graphs": graphs()},
         {},

@@ -90,6 +90,7 @@ def test_the_life_of_one_request(engine: Any) -> None:
     assert rows[Field.WAITING_REQUESTS] == 0
     assert rows[Field.RUNNING_PREFILL_TOKENS] == 188
     assert rows[Field.STEP_PREFILL_TOKENS] == 512
+    assert rows[Field.STEP_PREFILL_DEPTH_TOKENS] == 256
     assert rows[Field.DECODING_REQUESTS] == 0
     real_scheduler.finish_step(scheduler, first)
     assert rows[Field.STEP_TIME_US] > 0
@@ -329,6 +330,28 @@ def test_a_step_is_as_large_as_the_fullest_of_its_group(engine: Any) -> None:
     rows[:, Field.SEQUENCE] = 7.0, 1.0  # only now has everybody been heard
     real_scheduler.finish_step(scheduler, scheduler.schedule())
     assert [(figures[0], *figures[2:]) for figures in seen] == [(0, 40, 40.0), (7, 90.0, 95.0)]
+
+
+def test_depth_is_learned_from_the_slowest_of_the_group(engine: Any) -> None:
+    scheduler, _ = engine()
+    seen: list[tuple[float, ...]] = []
+    state = scheduler.gimbal_signals.state
+    state.depth.observe = lambda *figures: seen.append(figures)
+    scheduler.add_request(real_scheduler.request("a", 40))
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    assert seen[0][:2] == (40, 40 * 20.0)
+    rows = np.zeros((2, ROW_WIDTH))
+    rows[:, Field.STEP_PREFILL_TOKENS] = 30.0, 90.0
+    rows[:, Field.STEP_PREFILL_DEPTH_TOKENS] = 1e5, 50.0
+    rows[:, Field.STEP_BASE_US] = 1e9, 0.0
+    state.group = SimpleNamespace(read=rows.copy)
+    state.depth._near, state.depth._far = 1.0, 100.0
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    assert seen[1][:2] == (30.0, 3e6)
+    assert seen[1][2] < -9e8  # the step less the longest base
+    rows[:, Field.STEP_PREFILL_TOKENS] = 0.0
+    real_scheduler.finish_step(scheduler, scheduler.schedule())
+    assert len(seen) == 2, "a step without prefill says nothing of it"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e300])

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from gimbal.core.snapshot import Field
+from gimbal.core.snapshot import ROW_WIDTH, Field
 from tests.vllm_plugin import real_scheduler as real
 
 pytestmark = pytest.mark.slow  # importing vLLM takes most of ten seconds
@@ -424,8 +424,6 @@ def test_a_request_that_left_the_queue_is_not_held_by_its_place(build):
 
 
 def test_the_budget_goes_by_the_fullest_engine_of_the_group(build):
-    from gimbal.core.snapshot import ROW_WIDTH, Field
-
     scheduler = build({})
     learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
     scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
@@ -435,6 +433,37 @@ def test_the_budget_goes_by_the_fullest_engine_of_the_group(build):
     requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 600))]
     # The other engine has 700 tokens: half of them, where its own 600 would give 300.
     assert run(scheduler, requests)[2] == {"decodes": 1, "long": 350}
+
+
+def test_an_engine_that_decodes_nothing_spares_its_neighbours_a_full_step(build):
+    scheduler = build({})
+    rows = np.zeros((2, ROW_WIDTH))
+    rows[:, Field.STEP_BASE_US] = 25_000.0, 5_000.0
+    scheduler.gimbal_queue.facts.field = lambda field: {
+        Field.STEP_BASE_US: 5_000.0,
+        Field.PREFILL_US_PER_TOKEN: 500.0,
+    }.get(field, 0.0)
+    scheduler.gimbal_state.group = SimpleNamespace(read=rows.copy)
+    assert run(scheduler, [(0, real.request("alone", 700))])[0] == {"alone": 512}
+    rows[1, Field.DECODING_REQUESTS], rows[1, Field.RUNNING_PREFILL_TOKENS] = 3.0, 600.0
+    # Half of the largest backlog; what decodes bear of the group's longest base would be 75.
+    assert run(scheduler, [(0, real.request("beside", 700))])[0] == {"beside": 300}
+
+
+def test_a_deep_prompt_takes_fewer_tokens_of_a_step(build):
+    scheduler = build({"queue": {"slo_tpot_ms": 50.0, "slo_ttft_ms": 1e6}}, blocks=4000)
+    state, facts = scheduler.gimbal_state, scheduler.gimbal_queue.facts
+    field, learned = facts.field, {Field.STEP_BASE_US: 25_000.0}
+    facts.field = lambda name: learned.get(name, field(name))
+    for step in range(400):  # 100 us a token, 100 more with every 500 tokens of context
+        tokens, pairs = 500, 500 * 500.0 * (7 * step % 64)
+        state.depth.observe(tokens, pairs, 100.0 * tokens + 0.2 * pairs)
+    state.depth.observe = lambda *step: None  # steps without a model take microseconds
+    requests = [(0, real.request("decodes", 50, 200)), (2, real.request("deep", 3000))]
+    chunks = [step["deep"] for step in run(scheduler, requests) if step.get("deep", 0) > 1]
+    assert chunks[0] == pytest.approx(250, abs=10)  # 25 ms beside a decode
+    assert chunks[-2] < 60
+    assert chunks[:-1] == sorted(chunks[:-1], reverse=True)
 
 
 def test_the_budget_knows_how_long_a_prompt_has_waited(build):
@@ -488,8 +517,6 @@ def test_a_backlog_of_two_graphs_is_prefilled_in_graphs(build, pays, most_steps,
 
 
 def test_graphs_go_by_the_fullest_engine_of_the_group(build):
-    from gimbal.core.snapshot import ROW_WIDTH, Field
-
     def tokens_in_step_2(backlog, decodes):
         scheduler = with_graphs(build({"queue": GRAPHS_ALONE}))
         rows = np.zeros((2, ROW_WIDTH))
@@ -505,8 +532,6 @@ def test_graphs_go_by_the_fullest_engine_of_the_group(build):
 
 
 def test_an_engine_that_decodes_nothing_spares_its_neighbours_a_large_step(build):
-    from gimbal.core.snapshot import ROW_WIDTH, Field
-
     scheduler = with_graphs(build({}))
     rows = np.zeros((2, ROW_WIDTH))
     rows[1, Field.STEP_TOKENS], rows[1, Field.STEP_PREFILL_TOKENS] = 40.0, 10.0
