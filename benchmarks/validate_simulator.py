@@ -5,7 +5,8 @@
 Without options: the published runs of Qwen3-30B-A3B whose kernel tables the profiles were fitted
 to, none of whose requests were. With --runs: directories written by ``gimbal bench --out`` on a
 machine whose profile ``gimbal calibrate`` wrote; each arm's requests are replayed in the simulator
-and compared, and so is the order of the arms wherever the measured difference is significant.
+and compared in the run's window, and so is the order of the arms wherever the measured difference
+is significant.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from gimbal.report.arms import Arm, get_arm
 from gimbal.report.arms_file import parse_arm
 from gimbal.report.compare import compare
 from gimbal.report.metrics import Slo, samples, summarize
+from gimbal.report.window import Window, window_of
 from gimbal.sim.cells import gaps_ms
 from gimbal.sim.cluster import Cluster, load_cluster
 from gimbal.sim.routing import make_population, named_population
@@ -164,7 +166,10 @@ def replay(run: list[RequestRecord], arm: Arm, cluster: Cluster, profile: Profil
 
 
 def validate_live(directory: Path, cluster: Cluster, profile: Profile) -> bool:
-    """Replays every run of `directory`; targets TPOT 5 %, mean TTFT 15 %."""
+    """Replays every run of `directory`; targets TPOT 5 %, mean TTFT 15 %.
+
+    A run in steady state is replayed whole, and compared in its window.
+    """
     info, records = RunReader(directory).info(), RunReader(directory).requests()
     replays: dict[str, list[Replay]] = {}
     for name, spec in info.arms.items():
@@ -174,13 +179,15 @@ def validate_live(directory: Path, cluster: Cluster, profile: Profile) -> bool:
         ]
         replays[name] = [replay(run, live_arm(name, spec), cluster, profile) for run in runs]
     good = True
-    load = (info.result or {}).get("load")
+    result = info.result or {}
+    load, window = result.get("load"), window_of(result)
+    part = "whole turns" if window is None else f"{window.begin_s:.0f} to {window.end_s:.0f} s"
     for name, done in replays.items():
         slow = ", ".join(f"{r.slowness:.2f}" for r in done)
-        header(f"{directory.name}: arm {name}, load {load}; steps slower by {slow}")
-        real = summarize([r.measured for r in done], Slo())
-        got = summarize([r.predicted for r in done], Slo())
-        paced = summarize([r.paced for r in done], Slo())
+        header(f"{directory.name}: arm {name}, load {load}, {part}; steps slower by {slow}")
+        real = summarize([r.measured for r in done], Slo(), window)
+        got = summarize([r.predicted for r in done], Slo(), window)
+        paced = summarize([r.paced for r in done], Slo(), window)
         good &= _compare(real, got, "ttft_ms", "mean", 0.15)
         _compare(real, paced, "ttft_ms", "mean", None, ", measured step")
         _compare(real, got, "ttft_ms", "p50", None)
@@ -190,7 +197,7 @@ def validate_live(directory: Path, cluster: Cluster, profile: Profile) -> bool:
         row("requests/s", "", real["throughput_rps"], got["throughput_rps"], None)
     measured = {name: [r.measured for r in done] for name, done in replays.items()}
     predicted = {name: [r.predicted for r in done] for name, done in replays.items()}
-    return good & _ranking(measured, predicted)
+    return good & _ranking(measured, predicted, window)
 
 
 def _compare(
@@ -206,14 +213,16 @@ def _compare(
 
 
 def _ranking(
-    real: dict[str, list[list[RequestRecord]]], simulated: dict[str, list[list[RequestRecord]]]
+    real: dict[str, list[list[RequestRecord]]],
+    simulated: dict[str, list[list[RequestRecord]]],
+    window: Window | None,
 ) -> bool:
     """Whether the simulator orders the arms as measured, where the measurement is significant."""
     if len(real) < 2:
         return True
     base = next(iter(real))
-    measured = compare(real, base, Slo())
-    predicted = compare(simulated, base, Slo())
+    measured = compare(real, base, Slo(), window)
+    predicted = compare(simulated, base, Slo(), window)
     right = True
     for name, metrics in measured.items():
         for metric in ("ttft_ms.mean", "ttft_ms.p99", "tpot_ms.mean"):

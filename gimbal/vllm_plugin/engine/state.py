@@ -52,6 +52,7 @@ class EngineState:
         row: [ROW_WIDTH] the snapshot under construction.
         cost: what a step of this engine takes.
         depth: what a prefill token takes by the context before it.
+        unseen: it steps with engines of which it knows nothing.
         graph_costs: what steps with and without CUDA graphs take; None where vLLM uses none.
         waiting: what every waiting request lacks.
     """
@@ -67,8 +68,8 @@ class EngineState:
         self.depth = PrefillDepthCost(budget_tokens)
         graph = graph_tokens(scheduler.vllm_config)
         alone = scheduler.vllm_config.parallel_config.data_parallel_size == 1
-        sees_all = alone or group is not None
-        self.graph_costs = GraphStepCosts(graph) if graph and sees_all else None
+        self.unseen = not alone and group is None
+        self.graph_costs = GraphStepCosts(graph) if graph and not self.unseen else None
         self.waiting = WaitingRequests(scheduler)
 
     def field(self, field: Field) -> float:

@@ -228,11 +228,13 @@ class SchedulerView:
 
     @property
     def group_decode_tokens(self) -> float:
+        """As published; 1 at least where an engine of the group is not heard: it may decode."""
         rows = self._group_rows()
         if rows is None:
-            return 0.0
+            return float(self.state.unseen)
         now = rows[:, Field.STEP_TOKENS] - rows[:, Field.STEP_PREFILL_TOKENS]
-        return float(max(rows[:, Field.DECODING_REQUESTS].max(), now.max()))
+        unheard = not rows[:, Field.SEQUENCE].all()
+        return float(max(rows[:, Field.DECODING_REQUESTS].max(), now.max(), unheard))
 
     @property
     def cost(self) -> StepCost:

@@ -450,6 +450,20 @@ def test_an_engine_that_decodes_nothing_spares_its_neighbours_a_full_step(build)
     assert run(scheduler, [(0, real.request("beside", 700))])[0] == {"beside": 300}
 
 
+def test_who_does_not_hear_all_of_its_group_spares_those_it_does_not_hear(build):
+    view = build({}).gimbal_queue.view
+    state, rows = view.state, np.zeros((2, ROW_WIDTH))
+    assert view.group_decode_tokens == 0.0  # alone
+    state.unseen = True
+    assert view.group_decode_tokens == 1.0
+    state.group = SimpleNamespace(read=lambda: rows)
+    rows[0, Field.SEQUENCE] = 5.0
+    assert view.group_decode_tokens == 1.0
+    rows[1, Field.SEQUENCE] = 1.0
+    view.begin(throttled=False)
+    assert view.group_decode_tokens == 0.0
+
+
 def test_a_deep_prompt_takes_fewer_tokens_of_a_step(build):
     scheduler = build({"queue": {"slo_tpot_ms": 50.0, "slo_ttft_ms": 1e6}}, blocks=4000)
     state, facts = scheduler.gimbal_state, scheduler.gimbal_queue.facts
