@@ -136,7 +136,7 @@ class PrefillSharing:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Learned cost of a step: its time without prefill, and what one prefill token adds."""
+    """Learned cost of a step: its time without prefill, and what its next prefill token adds."""
 
     base_us: float
     prefill_us_per_token: float
@@ -168,7 +168,7 @@ def bounded_prefill_tokens(
     factor only keeps one step from stalling them for long.
 
     Args:
-        cost: of this engine's steps.
+        cost: of the group's steps, and of this engine's next prompt at its depth.
         budget_tokens: what decodes leave of the step's token budget.
         backlog_tokens: prefill that waits or runs, on the engine of the lock-step group that has
             most: engines that wait for each other choose the same bound and stall together, and
