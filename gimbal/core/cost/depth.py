@@ -16,15 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gimbal.core.cost.online import CLIP, FORGETTING, WARM_STEPS
+from gimbal.core.cost.online import (
+    FORGETTING,
+    LARGEST_STEP,
+    LONGEST_STEP_US,
+    MAX_VARIANCE,
+    PRIOR_VARIANCE,
+    WARM_STEPS,
+    clipped,
+)
 
 FAR_TOKENS = 32768.0
 """Depth at which a token is one unit of the second feature. Where all steps are of one small depth,
 nothing tells c from a, and the share that goes to a is that depth's square in these units."""
-_PRIOR_VARIANCE = 1e3
-_MAX_VARIANCE = 1.0
-_LONGEST_STEP_US = 3.6e9
-_LARGEST_STEP = 16.0  # in budgets, as in `online`
 _DEEPEST_TOKENS = 1e8
 
 
@@ -45,7 +49,7 @@ class PrefillDepthCost:
     def _start(self) -> None:
         """Knows nothing."""
         self._near = self._far = 0.0  # us per unit of the scaled features
-        self._p = (_PRIOR_VARIANCE, 0.0, _PRIOR_VARIANCE)
+        self._p = (PRIOR_VARIANCE, 0.0, PRIOR_VARIANCE)
         self._usual_residual = 0.0
         self.steps = 0
 
@@ -77,16 +81,22 @@ class PrefillDepthCost:
             prefill_us: what the step took beyond one without prefill; below 0 is 0.
         """
         if not (
-            0.0 < prefill_tokens <= _LARGEST_STEP * self._scale
+            0.0 < prefill_tokens <= LARGEST_STEP * self._scale
             and 0.0 <= prefill_pairs <= prefill_tokens * _DEEPEST_TOKENS
-            and -_LONGEST_STEP_US < prefill_us < _LONGEST_STEP_US
+            and -LONGEST_STEP_US < prefill_us < LONGEST_STEP_US
         ):
             return
         x0 = prefill_tokens / self._scale
         x1 = prefill_pairs / (FAR_TOKENS * self._scale)
         near, far = self._near, self._far
         predicted_us = near * x0 + far * x1
-        residual = self._clip(max(0.0, prefill_us) - predicted_us, predicted_us)
+        missed = max(0.0, prefill_us) - predicted_us
+        # A stall (experts moved, a kernel compiled) says nothing about the next step. What is no
+        # more than the prediction again is none: the chunks of a first deep prompt take longer one
+        # by one, after shallow ones whose residuals were small.
+        residual, self._usual_residual = clipped(
+            missed, self._usual_residual, self.steps, predicted_us
+        )
         p00, p01, p11 = self._p
         v0, v1 = p00 * x0 + p01 * x1, p01 * x0 + p11 * x1
         scale = 1.0 / (FORGETTING + v0 * x0 + v1 * x1)
@@ -98,22 +108,7 @@ class PrefillDepthCost:
             self._start()
             return
         # Without excitation of both the estimate would jump later: bounded instead, as in `online`.
-        forget = 1.0 / FORGETTING if trace < _MAX_VARIANCE else 1.0
+        forget = 1.0 / FORGETTING if trace < MAX_VARIANCE else 1.0
         self._near, self._far = near, far
         self._p = (p00 * forget, p01 * forget, p11 * forget)
         self.steps += 1
-
-    def _clip(self, residual: float, predicted_us: float) -> float:
-        """A stall of a step (experts moved, a kernel compiled) says nothing about the next one.
-
-        Whatever is no more than the prediction again is no stall: the chunks of a first deep prompt
-        take longer one by one, after shallow ones whose residuals were small.
-        """
-        size = abs(residual)
-        if self.steps >= WARM_STEPS:
-            size = min(size, max(CLIP * self._usual_residual, predicted_us))
-            residual = size if residual > 0.0 else -size
-        if self.steps > 1:
-            weight = max(0.02, 1.0 / self.steps)
-            self._usual_residual += weight * (size - self._usual_residual)
-        return residual

@@ -34,12 +34,12 @@ SMOOTHING = 0.2
 FORGETTING = 0.995  # remembers about 200 steps
 CLIP = 4.0
 WARM_STEPS = 8  # before these the usual residual is not known and nothing is clipped
-_PRIOR_VARIANCE = 1e3
-_MAX_VARIANCE = 1.0
+PRIOR_VARIANCE = 1e3
+MAX_VARIANCE = 1.0
 _DECODE_SCALE = 64.0
-_LARGEST_STEP = 16.0
+LARGEST_STEP = 16.0
 """In budgets: a step of more prefill tokens or decodes is none. Engines of a group may differ."""
-_LONGEST_STEP_US = 3.6e9  # an hour
+LONGEST_STEP_US = 3.6e9  # an hour
 _INFINITY = float("inf")
 
 
@@ -51,6 +51,28 @@ def smoothed(old: float, new: float) -> float:
     if not 0.0 <= new < _INFINITY:
         return old if 0.0 <= old < _INFINITY else 0.0
     return old + (new - old) * SMOOTHING if 0.0 < old < _INFINITY else new
+
+
+def clipped(
+    residual: float, usual: float, steps: int, least_limit: float = 0.0
+) -> tuple[float, float]:
+    """A residual without what is beyond `CLIP` usual ones, and the usual residual after it.
+
+    Args:
+        usual: mean size of the residuals before.
+        steps: how many there were.
+        least_limit: what is never clipped.
+    """
+    size = abs(residual)
+    if steps >= WARM_STEPS:
+        limit = max(CLIP * usual, least_limit)
+        if size > limit:
+            size = limit
+            residual = limit if residual > 0 else -limit
+    # The first residual is the whole first step, which is no noise.
+    if steps > 1:
+        usual += max(0.02, 1.0 / steps) * (size - usual)
+    return residual, usual
 
 
 class OnlineStepCost:
@@ -66,13 +88,13 @@ class OnlineStepCost:
 
     def __init__(self, step_token_budget: int = 2048) -> None:
         self._prefill_scale = float(max(1, step_token_budget))
-        self._largest = _LARGEST_STEP * max(self._prefill_scale, _DECODE_SCALE)
+        self._largest = LARGEST_STEP * max(self._prefill_scale, _DECODE_SCALE)
         self._start()
 
     def _start(self) -> None:
         """Knows nothing."""
         self._theta = [0.0, 0.0, 0.0]  # us per unit of the scaled features
-        variance = _PRIOR_VARIANCE
+        variance = PRIOR_VARIANCE
         # Upper triangle of the covariance: 00, 01, 02, 11, 12, 22.
         self._p = [variance, 0.0, 0.0, variance, 0.0, variance]
         self._usual_residual = 0.0
@@ -115,7 +137,7 @@ class OnlineStepCost:
         group = prefill_tokens if group_prefill_tokens is None else group_prefill_tokens
         largest = self._largest
         if not (
-            0.0 < duration_us < _LONGEST_STEP_US
+            0.0 < duration_us < LONGEST_STEP_US
             and 0.0 <= prefill_tokens <= largest
             and 0.0 <= group <= largest
             and 0.0 <= decode_requests <= largest
@@ -124,7 +146,9 @@ class OnlineStepCost:
         x1 = decode_requests / _DECODE_SCALE
         x2 = (group if group > prefill_tokens else prefill_tokens) / self._prefill_scale
         base, decode, prefill = self._theta
-        residual = self._clip(duration_us - base - decode * x1 - prefill * x2)
+        missed = duration_us - base - decode * x1 - prefill * x2
+        residual, self._usual_residual = clipped(missed, self._usual_residual, self.steps)
+        self.clipped += residual != missed
         p00, p01, p02, p11, p12, p22 = self._p
         v0 = p00 + p01 * x1 + p02 * x2
         v1 = p01 + p11 * x1 + p12 * x2
@@ -140,22 +164,8 @@ class OnlineStepCost:
         if not -_INFINITY < figures < _INFINITY:
             self._start()
             return
-        forget = 1.0 / FORGETTING if trace < _MAX_VARIANCE else 1.0
+        forget = 1.0 / FORGETTING if trace < MAX_VARIANCE else 1.0
         self._theta = [base, decode, prefill]
         p00, p01, p02 = p00 * forget, p01 * forget, p02 * forget
         self._p = [p00, p01, p02, p11 * forget, p12 * forget, p22 * forget]
         self.steps += 1
-
-    def _clip(self, residual: float) -> float:
-        size = abs(residual)
-        if self.steps >= WARM_STEPS:
-            limit = CLIP * self._usual_residual
-            if size > limit:
-                self.clipped += 1
-                size = limit
-                residual = limit if residual > 0 else -limit
-        # The first residual is the whole first step, which is no noise.
-        if self.steps > 1:
-            weight = max(0.02, 1.0 / self.steps)
-            self._usual_residual += weight * (size - self._usual_residual)
-        return residual
