@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """SIGINT that comes meanwhile arrives afterwards; other threads than the main one get none."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def deferred() -> Iterator[Sequence[int]]:
+    """SIGINT that comes meanwhile arrives afterwards; other threads than the main one get none.
+
+    Yields what has come, so that long work may end early.
+    """
     came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
-        yield
+        yield came
     finally:
         signal.signal(signal.SIGINT, before)
     if came:

@@ -7,8 +7,8 @@ under it. The solver is HiGHS (the extra ``exact``), as a mixed-integer linear p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from importlib import util
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from gimbal.core.contracts import FloatArray, IntArray
 from gimbal.core.errors import InputError
+from gimbal.core.interrupts import deferred
 from gimbal.core.placement import objective
 from gimbal.core.placement.bounds import send_costs
 from gimbal.core.placement.problem import PlacementProblem
@@ -24,6 +25,8 @@ from gimbal.core.placement.problem import PlacementProblem
 THREADS = 2
 RELATIVE_GAP = 1e-5
 """A layer is solved when its bound is this near its best placement."""
+_LOOK_S = 0.1
+"""How often a solve looks whether it is to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +199,15 @@ def solve(model: ExactInstance, time_limit_s: float = 60.0) -> ExactResult:
     """Minimizes slowest rank + sends + receipts; see "Exact form" in docs/placement-planner.md.
 
     The result is the solver's placement or the hint, whichever `cost` says is better.
+
+    Ctrl-C ends it early, and arrives at its end. An exception in the middle would be lost in a
+    callback, turned into a failed import of HiGHS, or wait for the solver's thread.
     """
+    with deferred() as interrupts:
+        return _solve(model, time_limit_s, interrupts)
+
+
+def _solve(model: ExactInstance, time_limit_s: float, interrupts: Sequence[int]) -> ExactResult:
     import highspy
 
     highs: Any = highspy.Highs()  # type: ignore[no-untyped-call]
@@ -221,7 +232,7 @@ def solve(model: ExactInstance, time_limit_s: float = 60.0) -> ExactResult:
     for r in range(ranks):
         highs.addConstr(highs.qsum(x[e][r] for e in range(experts)) == model.slots)
         highs.addConstr(highs.qsum(rank_load[r]) <= slowest)
-    _minimize(highs, highs.qsum(costs))
+    _minimize(highs, highs.qsum(costs), interrupts)
     info = highs.getInfo()
     values = highs.getSolution().col_value
     holds = model.hint
@@ -234,16 +245,15 @@ def solve(model: ExactInstance, time_limit_s: float = 60.0) -> ExactResult:
     return ExactResult(value, bound, holds, highs.getRunTime())
 
 
-def _minimize(highs: Any, objective: Any) -> None:
+def _minimize(highs: Any, objective: Any, interrupts: Sequence[int]) -> None:
     """In a thread of its own: Python sees Ctrl-C only between two of its own instructions."""
     highs.HandleUserInterrupt = True
     with ThreadPoolExecutor(1) as pool:
         solving = pool.submit(highs.minimize, objective)
-        try:
-            solving.result()
-        except KeyboardInterrupt:
-            highs.cancelSolve()
-            raise
+        while not wait([solving], _LOOK_S).done:
+            if interrupts:
+                highs.cancelSolve()
+    solving.result()
 
 
 def _by_copies(highs: Any, x: list[Any], most: int) -> list[list[Any]]:

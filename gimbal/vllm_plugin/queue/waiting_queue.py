@@ -271,6 +271,7 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         self._offered = None
         state = self.state()
         entry = self._enter(self.heap, request, state)
+        setattr(request, PLACE, entry)
         if self.bound_s is not None:
             uncached = entry.request.uncached_tokens
             ahead = self.heap.waiting_tokens - uncached + self.facts.running_prefill_tokens()
@@ -287,9 +288,7 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
             priority=request.priority if by_priority else 0,
             served_before_tokens=self.served_tokens,
         )
-        entry = heap.add(queued, request, state)
-        setattr(request, PLACE, entry)
-        return entry
+        return heap.add(queued, request, state)
 
     def _choose(self) -> Entry[Request]:
         gate = self.gate
@@ -345,16 +344,23 @@ class GimbalRequestQueue(RequestQueue):  # type: ignore[misc]
         return heap
 
     def _take_back(self, ordering: QueueOrdering, max_wait_s: float | None) -> None:
-        """Puts what waits into a new heap, each request as old as it is."""
+        """Puts what waits into a new heap, each request as old as it is.
+
+        Requests learn their places once all is done: when it fails, no request may keep an entry
+        of a heap that nobody has.
+        """
         heap, state = self._empty_heap(ordering, max_wait_s), self.state()
+        entries = []
         for request in sorted(self._all.values(), key=lambda r: getattr(r, _WAITS)[::-1]):
             queued_s = min(getattr(request, _WAITS)[1], state.now_s)
-            self._enter(heap, request, replace(state, now_s=queued_s))
+            entries.append(self._enter(heap, request, replace(state, now_s=queued_s)))
         preempted = (r for r in self._all.values() if r.status == RequestStatus.PREEMPTED)
         for request in sorted(preempted, key=_vllm_order):
             heap.restore(heap.remove(request.request_id), front=True)
         if self.gate is not None:
             self.gate = BlockedHeadGate(self.gate.max_steps, self.gate.max_wait_s)
+        for entry in entries:
+            setattr(entry.item, PLACE, entry)
         self.heap, self.fallback, self._valid_epoch = heap, None, heap.epoch
 
     # Falling back. Nothing from here on may fail: it is what happens when something else has.

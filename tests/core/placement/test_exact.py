@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +75,29 @@ def test_no_time_proves_nothing_and_says_so() -> None:
     empty = exact.ExactReport(0.0, 0.0, 0.0, 1, 1, 0.0)
     assert (empty.gap, empty.proven_gap) == (0.0, 0.0)
     assert exact.ExactReport(5.0, 5.0, 0.0, 1, 0, 0.0).proven_gap == float("inf")
+
+
+def test_ctrl_c_ends_a_solve_wherever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the model is built here: nothing is raised before the solver has ended, early."""
+    problem = make(1, layers=1, ranks=8, per_rank=5, experts=32)
+    ours = heuristic.plan(problem).physical_to_logical
+    by_copies, ended = exact._by_copies, []
+
+    def interrupted(*arguments: Any) -> Any:
+        if arguments[1][0].index == 0:
+            signal.raise_signal(signal.SIGINT)
+        return by_copies(*arguments)
+
+    def solved(*arguments: Any) -> Any:
+        ended.append(original(*arguments))
+        return ended[-1]
+
+    original = exact._solve
+    monkeypatch.setattr(exact, "_by_copies", interrupted)
+    monkeypatch.setattr(exact, "_solve", solved)
+    with pytest.raises(KeyboardInterrupt):
+        exact.compare(problem, ours, 1e6)
+    assert [result.cost >= result.bound for result in ended] == [True]
 
 
 def test_expert_groups_and_a_missing_solver_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,12 +231,13 @@ def test_the_receiver_outlives_its_board(
     path, reader = board.path, BoardReader(board, 2)
     if replacement == "cut short":
         os.truncate(path, 10)
-    else:
-        path.unlink()
     if replacement == "short file":
-        path.write_text("short")
-        path.chmod(0o600)
+        short = path.with_name("short")
+        short.write_text("short")
+        short.chmod(0o600)
+        short.replace(path)  # at once: the receiver may be making the file anew
     if replacement == "directory":
+        path.unlink()
         path.mkdir()
         until(lambda: sender.send(message(1)) or receiver.failures >= 3)
         path.rmdir()
@@ -247,7 +248,7 @@ def test_the_receiver_outlives_its_board(
         nonlocal sequence
         sequence += 1
         sender.send(message(1, SEQUENCE=sequence))
-        fresh = BoardReader(Board(path), 2) if path.is_file() and _whole(path) else None
+        fresh = BoardReader(Board(path), 2) if _whole(path) else None
         return fresh is not None and bool(fresh.read()[1, Field.SEQUENCE])
 
     until(send)
@@ -256,7 +257,11 @@ def test_the_receiver_outlives_its_board(
 
 
 def _whole(path: Path) -> bool:
-    return path.stat().st_size == BOARD_BYTES
+    """Whether a board is there; the receiver takes away and makes files meanwhile."""
+    try:
+        return path.stat().st_size == BOARD_BYTES
+    except FileNotFoundError:
+        return False
 
 
 def test_the_receiver_outlives_whatever_a_row_raises(

@@ -278,6 +278,26 @@ def test_a_broken_queue_hands_over_to_vllm_without_losing_a_request(
         assert level.over or broken != "key"
 
 
+def test_a_request_that_left_while_vllm_ordered_does_not_come_back(build, monkeypatch):
+    """Taking back what waits fails at its very end, one request is served, then it succeeds."""
+    from gimbal.vllm_plugin.queue import waiting_queue
+
+    scheduler = build({})
+    queue = scheduler.gimbal_queue.queue
+    for name in ("served", "waits"):
+        scheduler.add_request(real.request(name, 40))
+    queue._fall_back(RuntimeError("once"))
+    with monkeypatch.context() as patch:
+        patch.setattr(waiting_queue, "BlockedHeadGate", lambda *_: 1 / 0)
+        queue.begin_step()
+    assert queue.fallback is not None
+    served = queue.pop_request()
+    queue.begin_step()
+    assert queue.fallback is None
+    queue.resized(served)  # as after a load of KV blocks that has failed
+    assert queue.peek_request().request_id == queue.pop_request().request_id == "waits"
+
+
 def test_what_waits_when_the_level_goes_off_is_in_vllms_order(build):
     """Preempted ones first, the last one before the others; then in the order they came."""
 
