@@ -9,6 +9,7 @@ import numpy as np
 from gimbal.core.contracts import FloatArray
 from gimbal.core.cost.depth import PrefillDepthCost
 from gimbal.core.cost.online import OnlineStepCost, smoothed
+from gimbal.core.queue.budget import smoothed_share
 from gimbal.core.snapshot import ACCEPTED_REQUESTS, ACCEPTED_TOKENS, ROW_WIDTH, Field
 from gimbal.sim.engine import Engine
 from gimbal.sim.requests import StepBatch
@@ -96,6 +97,7 @@ class Signals:
                 rate = batch.prefill_tokens / max(duration_us, 1.0) * 1e6
                 engine.prefill_rate = smoothed(engine.prefill_rate, rate)
         group = self._group
+        group.prefill_share = smoothed_share(group.prefill_share, fullest > 0)
         if group.depth is not None and fullest:
             own, pairs = [b.prefill_tokens for b in batches], [b.prefill_pairs for b in batches]
             slowest = group.depth.slowest(own, pairs)

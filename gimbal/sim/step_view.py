@@ -28,6 +28,7 @@ class Group:
 
     Attributes:
         backlog_tokens, decode_tokens: of the engine that has most.
+        prefill_share: of their latest steps that prefill.
         base_us: learned time of a step without prefill, of the engine where it is longest.
         depth: learned by all alike.
         graphs: the same; None where steps are never cut.
@@ -35,6 +36,7 @@ class Group:
 
     backlog_tokens: int = 0
     decode_tokens: int = 0
+    prefill_share: float = 0.0
     base_us: float = 0.0
     depth: PrefillDepthCost | None = None
     graphs: GraphStepCosts | None = None
@@ -124,19 +126,23 @@ class EngineView:
         return self.group.decode_tokens
 
     @property
+    def group_prefill_share(self) -> float:
+        return self.group.prefill_share
+
+    @property
     def cost(self) -> StepCost:
         learned, group = self.learned, self.group
         if learned is None or group.depth is None:
             return UNKNOWN_COST
-        token_us = group.depth.us_per_token(self._next_depth_tokens())
-        return StepCost(group.base_us, token_us or learned.prefill_us_per_token)
+        next_us = group.depth.us_per_token(self._next_depth_tokens())
+        return StepCost(group.base_us, learned.prefill_us_per_token, next_us)
 
     def _next_depth_tokens(self) -> int:
         """Context before the next token that is prefilled here."""
         engine = self._engine
         if engine.prefilling:
             return max([request.computed for request in engine.prefilling])
-        return engine.waiting.first(1)[0].item.computed if engine.waiting else 0
+        return engine.waiting.head().item.computed if engine.waiting else 0
 
     @property
     def oldest_wait_us(self) -> float:

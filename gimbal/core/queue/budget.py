@@ -23,6 +23,10 @@ DECODE_FACTOR = 2.5
 """How much longer than a step without prefill one with prefill may be, as far as decodes go."""
 PATIENCE_STEPS = 2.0
 """Steps in which a backlog is prefilled if that needs no larger ones than `STRETCH` does."""
+PATIENT_SHARE = 0.4
+"""Share of the group's steps that prefill, from which on a backlog is given these steps."""
+SHARE_STEPS = 64
+"""Steps over which that share is smoothed."""
 STRETCH = 0.125
 """How much longer a backlog's prefill may last than in steps of any size."""
 TTFT_MARGIN = 0.2
@@ -136,10 +140,23 @@ class PrefillSharing:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Learned cost of a step: its time without prefill, and what its next prefill token adds."""
+    """Learned cost of a step.
+
+    Attributes:
+        base_us: its time without prefill.
+        prefill_us_per_token: what a prefill token adds on the mean of the latest steps, with what
+            other engines prefill beside it.
+        next_us_per_token: what a token of the next prompt adds, at its depth; 0 while unknown.
+    """
 
     base_us: float
     prefill_us_per_token: float
+    next_us_per_token: float = 0.0
+
+
+def smoothed_share(share: float, prefills: bool) -> float:
+    """Share of the latest steps in which an engine of the group prefilled, one step later."""
+    return share + (prefills - share) / SHARE_STEPS
 
 
 def bounded_prefill_tokens(
@@ -151,18 +168,24 @@ def bounded_prefill_tokens(
     ttft_us: float = 0.0,
     tpot_us: float = 0.0,
     min_tokens: int = 1,
+    prefill_share: float = 1.0,
 ) -> int:
     """Prefill tokens that a step may carry beside decodes.
 
     Two allowances, the larger counts.
 
     - What decodes bear: `DECODE_FACTOR` times a step without prefill, and no more than `tpot_us`.
+      Tokens count at the larger of both costs: in a burst, when all engines prefill, a token takes
+      longer than its depth says.
     - What prompts need: the least size that prefills a backlog of B tokens in time. Steps of s
       tokens take ``B * (base / s + c)``, so that within T it is ``B * base / (T - c * B)``, T being
       what `waited_us` leaves of `ttft_us`, less `TTFT_MARGIN`. Without that target it is
       ``B / PATIENCE_STEPS``: a burst is cleared in large steps, not held back to protect few
-      decodes. But steps of ``base / (STRETCH * c)`` are large enough whatever B: the whole of it
-      then takes ``1 + STRETCH`` times ``c * B``, and larger ones stall decodes for little.
+      decodes. Below `PATIENT_SHARE` it is all of B. Two steps spare decodes something only where
+      other engines prefill at the same time, beside which they stall anyway; alone, a backlog in
+      two steps is just done a step without prefill later. But steps of ``base / (STRETCH * c)``
+      are large enough whatever B: the whole of it then takes ``1 + STRETCH`` times ``c * B``, and
+      larger ones stall decodes for little.
 
     Where a step costs the same per token whatever its size, no size saves decodes anything, and the
     factor only keeps one step from stalling them for long.
@@ -176,6 +199,7 @@ def bounded_prefill_tokens(
         waited_us: how long the oldest prompt of this engine without a token has waited.
         ttft_us, tpot_us: targets; 0 is none.
         min_tokens: never fewer; at least 1.
+        prefill_share: see `smoothed_share`.
 
     Returns:
         From 1 to `budget_tokens`; all of it while no cost is known.
@@ -183,11 +207,13 @@ def bounded_prefill_tokens(
     base_us, token_us = cost.base_us, cost.prefill_us_per_token
     if base_us <= 0.0 or token_us <= 0.0:
         return budget_tokens
+    next_us = cost.next_us_per_token or token_us
     bearable_us = min(DECODE_FACTOR * base_us, tpot_us or _INFINITY)
-    allowed = max((bearable_us - base_us) / token_us, min_tokens)
+    allowed = max((bearable_us - base_us) / max(token_us, next_us), min_tokens)
     if ttft_us > 0.0:
-        left_us = (1.0 - TTFT_MARGIN) * ttft_us - waited_us - token_us * backlog_tokens
+        left_us = (1.0 - TTFT_MARGIN) * ttft_us - waited_us - next_us * backlog_tokens
         needed = backlog_tokens * base_us / left_us if left_us > 0.0 else budget_tokens
     else:
-        needed = min(backlog_tokens / PATIENCE_STEPS, base_us / STRETCH / token_us)
+        patience = PATIENCE_STEPS if prefill_share >= PATIENT_SHARE else 1.0
+        needed = min(backlog_tokens / patience, base_us / STRETCH / next_us)
     return int(min(max(allowed, needed), budget_tokens))

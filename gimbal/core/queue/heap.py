@@ -150,7 +150,7 @@ class WaitingHeap(Generic[T]):
         """The next entry; raises IndexError when empty."""
         heap = self._heap
         # Twice per admission: the common case spares a call.
-        head = heap[0][-1] if heap and heap[0][-1].rank is heap[0] else self._head()
+        head = heap[0][-1] if heap and heap[0][-1].rank is heap[0] else self.head()
         if self.max_wait_s is None or now_s <= self._none_late_until_s or head.lane == FRONT:
             return head
         oldest = self._oldest_of(self._level(head.request))
@@ -161,6 +161,17 @@ class WaitingHeap(Generic[T]):
         if first is not None:
             self._none_late_until_s = first.queued_s + self.max_wait_s
         return head
+
+    def head(self) -> Entry[T]:
+        """The first entry by key, promotions aside; raises IndexError when empty."""
+        heap = self._heap
+        while heap:
+            rank = heap[0]
+            entry: Entry[T] = rank[-1]
+            if entry.rank is rank:
+                return entry
+            heapq.heappop(heap)
+        raise IndexError("the waiting queue is empty")
 
     def pop(self, now_s: float) -> Entry[T]:
         """Takes the next entry; raises IndexError when empty."""
@@ -314,16 +325,6 @@ class WaitingHeap(Generic[T]):
             self._pushes,
             entry,
         )
-
-    def _head(self) -> Entry[T]:
-        heap = self._heap
-        while heap:
-            rank = heap[0]
-            entry: Entry[T] = rank[-1]
-            if entry.rank is rank:
-                return entry
-            heapq.heappop(heap)
-        raise IndexError("the waiting queue is empty")
 
     def _oldest_of(self, level: int) -> Entry[T] | None:
         ages = self._by_age.get(level)

@@ -69,6 +69,7 @@ class StepView(Protocol):
         group_backlog_tokens: the same as published, on the engine of the lock-step group that has
             most, so that all engines decide by the same figure.
         group_decode_tokens: as published, on the engine that has most.
+        group_prefill_share: of the group's latest steps that prefill (`budget.smoothed_share`).
         cost: learned cost of a step of the group, and of a token of the prompt that is next here.
         block_tokens: tokens of a KV block, the least prefill of a step without graphs.
         oldest_wait_us: how long the oldest prompt that waits or runs has been here.
@@ -100,6 +101,8 @@ class StepView(Protocol):
     @property
     def group_decode_tokens(self) -> float: ...
     @property
+    def group_prefill_share(self) -> float: ...
+    @property
     def cost(self) -> StepCost: ...
     @property
     def block_tokens(self) -> int: ...
@@ -125,6 +128,7 @@ class RecordedView:
     backlog_tokens: int = 0
     group_backlog_tokens: float = 0.0
     group_decode_tokens: float = 0.0
+    group_prefill_share: float = 1.0
     cost: StepCost = UNKNOWN_COST
     block_tokens: int = 16
     oldest_wait_us: float = 0.0
@@ -227,6 +231,7 @@ def _bounded(view: StepView, budget_tokens: int, decodes: int, config: QueueConf
         ttft_us=ttft_us,
         tpot_us=1e3 * config.slo_tpot_ms,
         min_tokens=view.block_tokens,
+        prefill_share=view.group_prefill_share,
     )
     if prefill >= budget_tokens:
         return budget_tokens  # however many decode: they are counted only where it matters

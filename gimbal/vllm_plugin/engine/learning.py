@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gimbal.core.cost.online import smoothed
+from gimbal.core.queue.budget import smoothed_share
 from gimbal.core.snapshot import Field
 from gimbal.vllm_plugin.engine.state import EngineState
 
@@ -70,6 +71,7 @@ class StepLessons:
             row[Field.PREFILL_TOKENS_PER_S] = self._prefill_rate
         alone, cost, graph_costs = state.group is None, state.cost, state.graph_costs
         fullest = own if alone else self._fullest
+        state.prefill_share = smoothed_share(state.prefill_share, fullest > 0.0)
         if fullest > 0.0:
             slowest = (own, pairs, cost.step_base_us(decodes)) if alone else self._slowest
             state.depth.observe(slowest[0], slowest[1], step_us - slowest[2])

@@ -52,6 +52,7 @@ class EngineState:
         row: [ROW_WIDTH] the snapshot under construction.
         cost: what a step of this engine takes.
         depth: what a prefill token takes by the context before it.
+        prefill_share: of the group's latest steps that prefill (`budget.smoothed_share`).
         unseen: it steps with engines of which it knows nothing.
         graph_costs: what steps with and without CUDA graphs take; None where vLLM uses none.
         waiting: what every waiting request lacks.
@@ -66,6 +67,7 @@ class EngineState:
         budget_tokens = scheduler.scheduler_config.max_num_batched_tokens
         self.cost = OnlineStepCost(budget_tokens)
         self.depth = PrefillDepthCost(budget_tokens)
+        self.prefill_share = 0.0
         graph = graph_tokens(scheduler.vllm_config)
         alone = scheduler.vllm_config.parallel_config.data_parallel_size == 1
         self.unseen = not alone and group is None

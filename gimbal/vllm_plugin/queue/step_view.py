@@ -237,23 +237,26 @@ class SchedulerView:
         return float(max(rows[:, Field.DECODING_REQUESTS].max(), now.max(), unheard))
 
     @property
+    def group_prefill_share(self) -> float:
+        return self.state.prefill_share
+
+    @property
     def cost(self) -> StepCost:
         facts, rows = self.facts, self._group_rows()
         base_us = facts.field(Field.STEP_BASE_US)
         if rows is not None:
             base_us = max(base_us, float(rows[:, Field.STEP_BASE_US].max()))
-        token_us = self.state.depth.us_per_token(self._next_depth_tokens())
-        return StepCost(base_us, token_us or facts.field(Field.PREFILL_US_PER_TOKEN))
+        next_us = self.state.depth.us_per_token(self._next_depth_tokens())
+        return StepCost(base_us, facts.field(Field.PREFILL_US_PER_TOKEN), next_us)
 
     def _next_depth_tokens(self) -> int:
         """Context before the next token that is prefilled here."""
         running = self.scheduler._inflight_prefills
         if running:
             return max([int(request.num_computed_tokens) for request in running])
-        for entry in self.queue.heap.first(1):
-            lack = self.state.waiting.get(entry.item.request_id)
-            return 0 if lack is None else lack.cached
-        return 0
+        heap = self.queue.heap
+        lack = self.state.waiting.get(heap.head().item.request_id) if len(heap) else None
+        return 0 if lack is None else lack.cached
 
     @property
     def oldest_wait_us(self) -> float:

@@ -29,9 +29,9 @@ def test_share(running, waiting, budget, expected):
     assert share_prefill_budget(candidates(*running), candidates(*waiting), budget) == expected
 
 
-def bounded(base=25_000.0, per_token=500.0, budget=512, backlog=0, **targets):
-    options = {"min_tokens": 16} | targets
-    return bounded_prefill_tokens(StepCost(base, per_token), budget, backlog, **options)
+def bounded(base=25_000.0, per_token=500.0, budget=512, backlog=0, next_us=0.0, **options):
+    cost = StepCost(base, per_token, next_us)
+    return bounded_prefill_tokens(cost, budget, backlog, **{"min_tokens": 16} | options)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,14 @@ def bounded(base=25_000.0, per_token=500.0, budget=512, backlog=0, **targets):
         ({"base": 0.0}, 512),
         ({"backlog": 140}, 75),
         ({"backlog": 600}, 300),
+        # Where hardly any step prefills no other engine's decodes are spared by two steps.
+        ({"backlog": 300, "prefill_share": 0.3}, 300),
+        ({"backlog": 300, "prefill_share": 0.4}, 150),
+        # What decodes bear goes by the dearer token, large enough by the prompt's own.
+        ({"next_us": 100.0}, 75),
+        ({"next_us": 1000.0}, 37),
+        ({"next_us": 1000.0, "backlog": 10**6}, 200),
+        ({"next_us": 600.0, "per_token": 50.0, "backlog": 10**6}, 333),
         ({"backlog": 10**6}, 400),  # 25 ms / (0.125 * 0.5 ms): an eighth longer than at once
         ({"backlog": 10**6, "base": 250_000.0}, 512),
         ({"backlog": 10**6, "per_token": 5e-324}, 512),

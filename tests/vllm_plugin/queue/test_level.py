@@ -450,9 +450,26 @@ def test_the_budget_goes_by_the_fullest_engine_of_the_group(build):
     rows = np.zeros((2, ROW_WIDTH))
     rows[1, Field.WAITING_PREFILL_TOKENS] = rows[1, Field.RUNNING_PREFILL_TOKENS] = 350.0
     scheduler.gimbal_state.group = SimpleNamespace(read=rows.copy)
+    scheduler.gimbal_state.prefill_share = 1.0
     requests = [(0, real.request("decodes", 50, 30)), (2, real.request("long", 600))]
     # The other engine has 700 tokens: half of them, where its own 600 would give 300.
     assert run(scheduler, requests)[2] == {"decodes": 1, "long": 350}
+
+
+def test_a_backlog_is_split_where_the_group_prefills_often(build):
+    """In two steps where other engines prefill beside them anyway, and else at once."""
+    scheduler = build({})
+    state = scheduler.gimbal_state
+    learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 500.0}
+    scheduler.gimbal_queue.facts.field = lambda field: learned.get(field, 0.0)
+    requests = [(0, real.request("decodes", 50, 90)), (8, real.request("long", 400))]
+    assert run(scheduler, requests)[8] == {"decodes": 1, "long": 400}
+    assert 0.0 < state.prefill_share < 0.1
+    rows = np.zeros((2, ROW_WIDTH))
+    rows[1, Field.STEP_PREFILL_TOKENS], rows[1, Field.RUNNING_PREFILL_TOKENS] = 10.0, 400.0
+    state.group = SimpleNamespace(read=rows.copy)
+    requests = [(0, real.request("decodes2", 50, 90)), (50, real.request("long2", 400))]
+    assert run(scheduler, requests)[50] == {"decodes2": 1, "long2": 200}
 
 
 def test_an_engine_that_decodes_nothing_spares_its_neighbours_a_full_step(build):
@@ -464,6 +481,7 @@ def test_an_engine_that_decodes_nothing_spares_its_neighbours_a_full_step(build)
         Field.PREFILL_US_PER_TOKEN: 500.0,
     }.get(field, 0.0)
     scheduler.gimbal_state.group = SimpleNamespace(read=rows.copy)
+    scheduler.gimbal_state.prefill_share = 1.0
     assert run(scheduler, [(0, real.request("alone", 700))])[0] == {"alone": 512}
     rows[1, Field.DECODING_REQUESTS], rows[1, Field.RUNNING_PREFILL_TOKENS] = 3.0, 600.0
     # Half of the largest backlog; what decodes bear of the group's longest base would be 75.
@@ -487,7 +505,8 @@ def test_who_does_not_hear_all_of_its_group_spares_those_it_does_not_hear(build)
 def test_a_deep_prompt_takes_fewer_tokens_of_a_step(build):
     scheduler = build({"queue": {"slo_tpot_ms": 50.0, "slo_ttft_ms": 1e6}}, blocks=4000)
     state, facts = scheduler.gimbal_state, scheduler.gimbal_queue.facts
-    field, learned = facts.field, {Field.STEP_BASE_US: 25_000.0}
+    field = facts.field
+    learned = {Field.STEP_BASE_US: 25_000.0, Field.PREFILL_US_PER_TOKEN: 50.0}
     facts.field = lambda name: learned.get(name, field(name))
     for step in range(400):  # 100 us a token, 100 more with every 500 tokens of context
         tokens, pairs = 500, 500 * 500.0 * (7 * step % 64)

@@ -14,7 +14,7 @@ from gimbal.core.config import QueueConfig
 from gimbal.core.contracts import traits_of
 from gimbal.core.queue import ORDERINGS
 from gimbal.core.queue import step as core_step
-from gimbal.core.queue.budget import StepCost
+from gimbal.core.queue.budget import StepCost, smoothed_share
 from gimbal.core.queue.traits import usable
 from gimbal.sim import engine as sim_engine
 from gimbal.sim.engine import Engine
@@ -102,6 +102,8 @@ def test_both_adapters_show_the_same_step(schedulers, monkeypatch, seed, options
         engine.view.group.backlog_tokens = engine.backlog_tokens
         batch = engine.schedule(now[0])
         engine.finish_step(batch, now[0] * 1e6)
+        group = engine.view.group
+        group.prefill_share = smoothed_share(group.prefill_share, batch.prefill_tokens > 0)
         assert output.total_num_scheduled_tokens == batch.tokens, f"step {step}"
         if on_server.seen:
             ours, theirs = simulated.seen[-1], on_server.seen[-1]
