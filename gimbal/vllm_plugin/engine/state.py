@@ -11,7 +11,7 @@ from gimbal.core.contracts import FloatArray
 from gimbal.core.cost.depth import PrefillDepthCost
 from gimbal.core.cost.online import OnlineStepCost
 from gimbal.core.queue.graph_steps import GraphStepCosts
-from gimbal.core.snapshot import ROW_WIDTH, Field
+from gimbal.core.snapshot import ROW_WIDTH
 from gimbal.vllm_plugin.engine.waiting import WaitingRequests
 
 
@@ -73,10 +73,6 @@ class EngineState:
         self.unseen = not alone and group is None
         self.graph_costs = GraphStepCosts(graph) if graph and not self.unseen else None
         self.waiting = WaitingRequests(scheduler)
-
-    def field(self, field: Field) -> float:
-        """One column of the engine's own row."""
-        return self.row.item(field)
 
     def forget(self) -> None:
         """Nothing here can be trusted any more: readers see an engine that knows nothing."""

@@ -31,7 +31,7 @@ class EngineFacts:
 
     def field(self, field: Field) -> float:
         """One column of this engine's own snapshot; 0 without signals."""
-        return self.state.field(field)
+        return self.state.row.item(field)
 
     def uncached_tokens(self, request: Any) -> int:
         """As the signals counted when they looked the prompt up in the prefix cache."""
