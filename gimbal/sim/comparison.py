@@ -112,11 +112,21 @@ def capacity_of(
     return known_capacity(bed, _traffic(options, bed), options.trace, options.workload, say)
 
 
+def _before_scaling(rate_rps: float, workload: WorkloadOptions) -> float:
+    """The rate to set so that requests come at `rate_rps`: times are scaled after it is set."""
+    return rate_rps * workload.scale_time
+
+
+def _at_load(workload: WorkloadOptions, load: float, capacity_rps: float) -> WorkloadOptions:
+    """`workload` with requests that come at that share of the capacity."""
+    return dataclasses.replace(workload, rate_rps=_before_scaling(load * capacity_rps, workload))
+
+
 def _traffic(options: ComparisonOptions, bed: Bed) -> Traffic:
     workload, names = options.workload, bed.population.names
 
     def traffic(rate_rps: float | None, count: int) -> Trace:
-        own = workload.rate_rps if rate_rps is None else rate_rps
+        own = workload.rate_rps if rate_rps is None else _before_scaling(rate_rps, workload)
         sized = dataclasses.replace(workload, rate_rps=own, requests=count)
         return build_workload(options.trace, sized, options.seed, names)
 
@@ -147,10 +157,11 @@ def _plan(
     as the trace has and at least `LEAST_STAYS` times as long as they stay."""
     workload = options.workload
     if capacity is not None and options.load is not None:
-        workload = dataclasses.replace(workload, rate_rps=options.load * capacity.rate_rps)
+        workload = _at_load(workload, options.load, capacity.rate_rps)
     traffic = _traffic(options, bed)
     count = workload.requests or len(options.trace)
-    rate = workload.rate_rps or traffic(None, count).rate_rps
+    own = workload.rate_rps
+    rate = own / workload.scale_time if own else traffic(None, count).rate_rps
     if options.settle_s == 0 or rate == 0:  # nothing can go on before requests without a rate
         return workload, None
     settle_s = options.settle_s
@@ -159,8 +170,6 @@ def _plan(
     if settle_s is None:
         say("how long requests stay")
         settle_s = stay_s(bed, traffic, rate, own=workload.rate_rps is None)
-    if workload.rate_rps:
-        rate /= workload.scale_time  # at which they come: times are scaled after a rate is set
     span_s = count / rate
     if workload.requests is None:
         span_s = max(span_s, LEAST_STAYS * settle_s)
@@ -183,8 +192,7 @@ def keep_run(
     """
     workload = options.workload
     if options.load is not None:
-        rate = options.load * report["capacity_rps"]
-        workload = dataclasses.replace(workload, rate_rps=rate)
+        workload = _at_load(workload, options.load, report["capacity_rps"])
     info = RunInfo(
         kind="simulate",
         command=tuple(command),

@@ -48,6 +48,10 @@ def test_load_sets_the_rate_from_the_simulated_capacity(trace, monkeypatch, tmp_
     first = simulate(*arguments)
     report = json.loads(first.stdout)
     assert report["rate_rps"] == pytest.approx(0.5 * report["capacity_rps"], rel=0.01)
+    # With scaled times too it is the rate at which requests come.
+    scaled = json.loads(simulate(*arguments, "--scale-time", "0.25").stdout)
+    assert scaled["rate_rps"] == pytest.approx(0.5 * scaled["capacity_rps"], rel=0.01)
+    assert scaled["capacity_rps"] == pytest.approx(report["capacity_rps"], rel=0.2)
     # What was found is kept, and asked for again only where the question is the same.
     monkeypatch.setattr(capacity, "find_capacity", None)
     assert simulate(*arguments).stdout == first.stdout
