@@ -10,7 +10,7 @@ from gimbal.core.errors import InputError, nearest
 from gimbal.core.yaml_reader import parse_yaml, read_yaml
 
 SUFFIXES = {".yaml", ".yml"}
-"""Of a file; anything else is a name."""
+"""Of a file; anything else is a name, or a file where there is none of that name."""
 
 
 def packaged_names(package: str, folder: str) -> list[str]:
@@ -26,6 +26,8 @@ def read_named_yaml(kind: str, package: str, folder: str, name_or_path: str | Pa
         return read_yaml(path, f"{kind} {path}")
     names = packaged_names(package, folder)
     if name not in names:
+        if path.is_file():  # as `gimbal calibrate --out profile.json` writes it
+            return read_yaml(path, f"{kind} {path}")
         raise InputError(f"unknown {kind} {name!r}{nearest(name, names)}")
     packaged = resources.files(package).joinpath(folder, f"{name}.yaml")
     return parse_yaml(packaged.read_text(encoding="utf-8"), f"{kind} {name}")
