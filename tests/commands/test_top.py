@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -241,6 +242,7 @@ def test_a_terminal_is_refreshed_until_ctrl_c_and_outlives_the_server(
 
 
 def _owns_its_terminal() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever has started these tests may ignore it
     import fcntl
     import termios
 
