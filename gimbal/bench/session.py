@@ -141,7 +141,9 @@ class BenchSession:
             found = measure_capacity(
                 job,
                 lambda j: run_replay(j, self._on_progress),
-                turn_requests=lambda rps: self._turn_requests(self._before_scaling(load * rps)),
+                turn_requests=lambda rps: self._turn_requests(
+                    options.workload.before_scaling(load * rps)
+                ),
                 say=self._say,
             )
             self.capacity_rps = found.rate_rps
@@ -149,15 +151,11 @@ class BenchSession:
                 self.settle_s = found.stay_s
             endpoint.wait_idle(options.timeout_s)
         own_rps = load * self.capacity_rps
-        self.rate_rps = self._before_scaling(own_rps)
+        self.rate_rps = options.workload.before_scaling(own_rps)
         self._say(
             f"capacity {self.capacity_rps:.2f} requests/s; load {load:g} is "
             f"{own_rps:.2f} requests/s"
         )
-
-    def _before_scaling(self, rate_rps: float) -> float:
-        """The workload's rate for requests that come at `rate_rps` once its times are scaled."""
-        return rate_rps * self.options.workload.scale_time
 
     def run(self, turn: Turn) -> None:
         """One turn: prepare, warm up, replay, record."""

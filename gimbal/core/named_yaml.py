@@ -22,12 +22,12 @@ def packaged_names(package: str, folder: str) -> list[str]:
 def read_named_yaml(kind: str, package: str, folder: str, name_or_path: str | Path) -> Any:
     """What the file holds; raises InputError calling it a `kind` for none, or a malformed one."""
     path, name = Path(name_or_path), str(name_or_path)
-    if path.suffix in SUFFIXES:
-        return read_yaml(path, f"{kind} {path}")
     names = packaged_names(package, folder)
+    # As `gimbal calibrate --out profile.json` writes it.
+    is_file = name not in names and path.is_file()
+    if is_file or path.suffix in SUFFIXES:
+        return read_yaml(path, f"{kind} {path}")
     if name not in names:
-        if path.is_file():  # as `gimbal calibrate --out profile.json` writes it
-            return read_yaml(path, f"{kind} {path}")
         raise InputError(f"unknown {kind} {name!r}{nearest(name, names)}")
     packaged = resources.files(package).joinpath(folder, f"{name}.yaml")
     return parse_yaml(packaged.read_text(encoding="utf-8"), f"{kind} {name}")

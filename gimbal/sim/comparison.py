@@ -112,21 +112,16 @@ def capacity_of(
     return known_capacity(bed, _traffic(options, bed), options.trace, options.workload, say)
 
 
-def _before_scaling(rate_rps: float, workload: WorkloadOptions) -> float:
-    """The rate to set so that requests come at `rate_rps`: times are scaled after it is set."""
-    return rate_rps * workload.scale_time
-
-
 def _at_load(workload: WorkloadOptions, load: float, capacity_rps: float) -> WorkloadOptions:
     """`workload` with requests that come at that share of the capacity."""
-    return dataclasses.replace(workload, rate_rps=_before_scaling(load * capacity_rps, workload))
+    return dataclasses.replace(workload, rate_rps=workload.before_scaling(load * capacity_rps))
 
 
 def _traffic(options: ComparisonOptions, bed: Bed) -> Traffic:
     workload, names = options.workload, bed.population.names
 
     def traffic(rate_rps: float | None, count: int) -> Trace:
-        own = workload.rate_rps if rate_rps is None else _before_scaling(rate_rps, workload)
+        own = workload.rate_rps if rate_rps is None else workload.before_scaling(rate_rps)
         sized = dataclasses.replace(workload, rate_rps=own, requests=count)
         return build_workload(options.trace, sized, options.seed, names)
 

@@ -127,6 +127,10 @@ class WorkloadOptions:
     max_output: int | None = None
     max_total: int | None = None
 
+    def before_scaling(self, rate_rps: float) -> float:
+        """The `rate_rps` to set for requests that come at `rate_rps` once times are scaled."""
+        return rate_rps * self.scale_time
+
 
 def build_workload(
     trace: Trace, options: WorkloadOptions, seed: int, domains: tuple[str, ...] = ()

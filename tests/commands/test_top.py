@@ -242,10 +242,10 @@ def test_a_terminal_is_refreshed_until_ctrl_c_and_outlives_the_server(
 
 
 def _owns_its_terminal() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever has started these tests may ignore it
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever has started these tests may ignore it
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

@@ -95,8 +95,9 @@ def test_ctrl_c_ends_a_solve_wherever_it_comes(monkeypatch: pytest.MonkeyPatch) 
     original = exact._solve
     monkeypatch.setattr(exact, "_by_copies", interrupted)
     monkeypatch.setattr(exact, "_solve", solved)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may
-    try:  # ignore it
+    # Whoever has started these tests may ignore it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
         with pytest.raises(KeyboardInterrupt):
             exact.compare(problem, ours, 1e6)
     finally:
