@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from gimbal.bench.echo import EchoOptions, echo_server
@@ -171,6 +172,11 @@ def is_read(path: Path, writer: ExitStack) -> bool:
     return True
 
 
+def sleeps(pid: int) -> bool:
+    """Whether the main thread of a process waits for something."""
+    return psutil.Process(pid).status() == psutil.STATUS_SLEEPING
+
+
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"temporary.out"}
 
@@ -191,6 +197,8 @@ def test_ctrl_c(here: Path, line: str, sign: str | Path, how: str) -> None:
         stack.callback(terminal.close)
         if isinstance(sign, Path):
             terminal.wait_for(lambda: is_read(here / sign, stack))
+            # Between two system calls of one C function Python would note SIGINT and read on.
+            terminal.wait_for(lambda: sleeps(terminal.process.pid))
         else:
             pattern = re.compile(re.escape(sign).replace(re.escape("{some}"), r"\b[1-9]\d*"))
             terminal.wait_for(lambda: pattern.search(terminal.text) is not None)
