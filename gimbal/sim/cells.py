@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from multiprocessing import connection
-from typing import TypeVar
+from multiprocessing.context import SpawnProcess
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -26,6 +29,7 @@ from gimbal.workloads import Trace
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+PipeEnd: TypeAlias = "connection.Connection[Any, Any]"
 
 POPULATION_SEED = 7
 """Who prefers which expert belongs to the model, not to a run: one seed for all cells."""
@@ -183,6 +187,18 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _work(function: Callable[[Task], Result], pipe: PipeEnd) -> None:
+    """Answers each task that comes with its result, or with what it raised, until it is ended."""
+    _end_with_parent()
+    while True:
+        task = pipe.recv()
+        try:
+            pipe.send((function(task), None))
+        except Exception as error:
+            error.add_note("".join(traceback.format_tb(error.__traceback__)))
+            pipe.send((None, error))
+
+
 def completed(
     function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int
 ) -> Iterator[tuple[int, Result]]:
@@ -191,26 +207,49 @@ def completed(
     Args:
         function: importable by name, because tasks run in spawned processes when `jobs` > 1.
 
-    Closed early or interrupted, it starts no further task and ends those that run.
+    Closed early or interrupted, it starts no further task and ends those that run. What a task
+    raises is raised here; RuntimeError says that a process has ended, killed for its memory say.
     """
     if jobs <= 1:
         for index, task in enumerate(tasks):
             yield index, function(task)
         return
-    # Spawned, not forked: numba's and numpy's threads do not survive a fork.
+    # Spawned, not forked: numba's and numpy's threads do not survive a fork. A pipe for each, not
+    # the one of a ProcessPoolExecutor: a process that ends amid its answer ends its pipe as well,
+    # where the executor's thread would wait for the rest for good.
     context = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent)
+    waiting = iter(enumerate(tasks))
+    working: dict[PipeEnd, int] = {}
+    workers: list[SpawnProcess] = []
+
+    def hand_on(pipe: PipeEnd) -> None:
+        for index, task in islice(waiting, 1):
+            with suppress(BrokenPipeError):  # its end is said where its answer is read
+                pipe.send(task)
+            working[pipe] = index
+
     try:
         with shielded():
-            futures = {pool.submit(function, task): i for i, task in enumerate(tasks)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BaseException:
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-        raise
+            for _ in range(min(jobs, len(tasks))):
+                ours, theirs = context.Pipe()
+                worker = context.Process(target=_work, args=(function, theirs))
+                worker.start()
+                theirs.close()
+                workers.append(worker)
+                hand_on(ours)
+        while working:
+            for pipe in cast(list[PipeEnd], connection.wait(list(working))):
+                index = working.pop(pipe)
+                try:
+                    result, error = pipe.recv()
+                except (EOFError, OSError):  # the latter amid an answer
+                    raise RuntimeError(f"the process that ran task {index} has ended") from None
+                if error is not None:
+                    raise error
+                hand_on(pipe)
+                yield index, result
     finally:
-        # Once: the pool's own end of a `with` would take the cancellation back, and an
-        # interrupted run would go on to its last task.
-        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.join()
