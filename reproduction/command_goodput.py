@@ -28,12 +28,12 @@ def goodput(**values: Any) -> None:
     tell where the shares are crossed. Cells are those of `gimbal reproduce regimes` and stay in
     --out: another run, or other limits, goes on from them. Writes goodput.md and goodput.json.
 
-    Example: gimbal reproduce goodput --regimes mooncake --requests 1500
+    Example: gimbal reproduce goodput --regimes mooncake
     """
     from gimbal.core.errors import InputError
     from gimbal.records.environment import describe_environment
     from gimbal.report.metrics import parse_slo
-    from reproduction.goodput import TARGETS, run_goodput
+    from reproduction.goodput import run_goodput
     from reproduction.goodput_report import render
 
     console = notes()
@@ -41,6 +41,7 @@ def goodput(**values: Any) -> None:
     if list(plan.loads) != sorted(plan.loads):
         raise InputError(f"--loads {values['loads']}: expected ascending numbers")
     slo = parse_slo(values["slo"])
+    limits = limits_of(plan, slo, values["names"] is not None, console.print)
     out: Path = values["out"]
     jobs = values["jobs"] or len(os.sched_getaffinity(0))
     with writing(f"--out {out}"):
@@ -50,13 +51,14 @@ def goodput(**values: Any) -> None:
             run_goodput(
                 regime,
                 plan,
-                slo if slo.limits() else TARGETS[regime.name].slo,
+                limits[regime.name],
                 out,
                 jobs,
                 not values["kept"],
                 bar.say,
             )
             for regime in plan.regimes
+            if regime.name in limits
         ]
     report = {
         "seeds": [plan.first_seed + i for i in range(plan.seeds)],
@@ -74,3 +76,22 @@ def goodput(**values: Any) -> None:
         echo_json(report)
         return
     click.echo(text)
+
+
+def limits_of(plan: Any, slo: Any, named: bool, say: Any) -> dict[str, Any]:
+    """Every regime's limits, by name; `say` is told of one that is left out for it has none.
+
+    Raises InputError for such a one that was `named`.
+    """
+    from gimbal.core.errors import InputError
+    from reproduction.goodput import TARGETS
+
+    limits = {}
+    for name in (regime.name for regime in plan.regimes):
+        if slo.limits() or name in TARGETS:
+            limits[name] = slo if slo.limits() else TARGETS[name].slo
+        elif named:
+            raise InputError(f"--regimes {name}: it has no limits of its own, give --slo")
+        else:
+            say(f"{name}: left out: it has no limits of its own")
+    return limits

@@ -42,12 +42,14 @@ class Regime:
     trace: scenario, or built-in trace that has to be downloaded.
     cluster: packaged.
     kv_share: of the KV memory that the cluster's engines have.
+    requests: measured ones of a run; None as `ComparisonOptions` says.
     """
 
     name: str
     trace: str
     cluster: str
     kv_share: float = 1.0
+    requests: int | None = None
 
     def build(self) -> Cluster:
         """The cluster with that share of its memory."""
@@ -62,13 +64,13 @@ class Regime:
 REGIMES = {
     regime.name: regime
     for regime in (
-        Regime("chat", "chat", "h100x8-dp8"),
-        Regime("mooncake", "mooncake", "h100x8-dp8"),
-        Regime("agent", "agent", "h100x8-dp8"),
-        Regime("reasoning", "reasoning", "h100x8-dp8", kv_share=0.2),
+        Regime("chat", "chat", "h100x8-dp8", requests=1500),
+        Regime("mooncake", "mooncake", "h100x8-dp8", requests=1500),
+        Regime("agent", "agent", "h100x8-dp8", requests=1500),
+        Regime("reasoning", "reasoning", "h100x8-dp8", kv_share=0.2, requests=1500),
         Regime("burst", "burst", "h100x4-paper"),
         Regime("azure", "azure-conv", "h100x8-dp8"),
-        Regime("pd", "chat", "h100x8-pd-4p4d"),
+        Regime("pd", "chat", "h100x8-pd-4p4d", requests=400),
     )
 }
 
@@ -80,7 +82,7 @@ class Plan:
     Attributes:
         loads: shares of the regime's capacity.
         seeds: how many, from `first_seed` on.
-        requests: measured ones of a run; None as `ComparisonOptions` says.
+        requests: measured ones of a run; None as each regime says.
     """
 
     regimes: tuple[Regime, ...] = tuple(REGIMES.values())
@@ -170,7 +172,7 @@ def options_of(regime: Regime, plan: Plan) -> ComparisonOptions:
     return ComparisonOptions(
         cluster=regime.build(),
         trace=load_trace(regime.trace),
-        workload=WorkloadOptions(requests=plan.requests),
+        workload=WorkloadOptions(requests=plan.requests or regime.requests),
         arms=tuple(map(get_arm, ARMS)),
         repeats=plan.seeds,
         seed=plan.first_seed,

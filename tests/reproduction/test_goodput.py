@@ -1,5 +1,6 @@
 """Goodput of the regimes: few loads, bounds, losses and missed aims first, the command, plots."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 
 from gimbal.commands import reproduce as command
 from gimbal.core.errors import InputError
-from reproduction import regimes
+from reproduction import goodput, regimes
 from reproduction.goodput import ARMS, bounds_of, estimate, figures, walk
 from reproduction.goodput_report import render
 from reproduction.plots import middle_and_band
@@ -173,9 +174,21 @@ def test_the_command_shares_its_cells_with_the_regimes(small, tmp_path):
         (("--slo", "tfft_ms=3"), "did you mean 'ttft_ms'"),
         (("--plot", "goodput.gif"), "ends in .svg or .png"),
         (("--regimes", "smal"), "did you mean 'small'"),
+        (("--regimes", "small"), "--regimes small: it has no limits of its own, give --slo"),
     ],
 )
 def test_bad_input(small, tmp_path, arguments, message):
     result = invoke("goodput", *arguments, "--out", str(tmp_path))
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)
+
+
+def test_what_has_no_limits_is_left_out_before_anything_runs(small, tmp_path, monkeypatch):
+    limited = dataclasses.replace(small["small"], name="limited")
+    monkeypatch.setitem(small, "limited", limited)
+    monkeypatch.setitem(goodput.TARGETS, "limited", goodput.TARGETS["chat"])
+    size = ("--requests", "20", "--seeds", "1", "--loads", "0.7", "--jobs", "1")
+    result = invoke("goodput", *size, "--out", str(tmp_path), "--json")
+    assert result.exit_code == 0, result.output
+    assert "small: left out: it has no limits of its own" in result.stderr
+    assert [own["regime"] for own in json.loads(result.stdout)["regimes"]] == ["limited"]
