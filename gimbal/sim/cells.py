@@ -220,11 +220,11 @@ def completed(
     context = multiprocessing.get_context("spawn")
     waiting = iter(enumerate(tasks))
     working: dict[PipeEnd, int] = {}
-    workers: list[SpawnProcess] = []
+    workers: dict[PipeEnd, SpawnProcess] = {}
 
     def hand_on(pipe: PipeEnd) -> None:
         for index, task in islice(waiting, 1):
-            with suppress(BrokenPipeError):  # its end is said where its answer is read
+            with suppress(ConnectionError):  # its end is said where its answer is read
                 pipe.send(task)
             working[pipe] = index
 
@@ -234,9 +234,10 @@ def completed(
                 ours, theirs = context.Pipe()
                 worker = context.Process(target=_work, args=(function, theirs))
                 worker.start()
+                workers[ours] = worker
                 theirs.close()
-                workers.append(worker)
-                hand_on(ours)
+        for pipe in workers:  # not before all have begun to start: a large task waits for its own
+            hand_on(pipe)
         while working:
             for pipe in cast(list[PipeEnd], connection.wait(list(working))):
                 index = working.pop(pipe)
@@ -249,7 +250,7 @@ def completed(
                 hand_on(pipe)
                 yield index, result
     finally:
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.join()
+        for own in workers.values():
+            own.terminate()
+        for own in workers.values():
+            own.join()
