@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.left_over import gone
+
+pytestmark = pytest.mark.timeout(600)
 
 RUN = """
 import json, os, signal, sys, time
@@ -46,13 +50,13 @@ def test_an_interrupted_run_starts_nothing_more(tmp_path):
     assert process.stdout is not None
     first = [process.stdout.readline() for _ in range(2)]
     process.send_signal(signal.SIGTERM)
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert len(first) + len(rest.splitlines()) < 8  # some end before the signal comes
 
 
 def test_workers_end_with_a_run_that_ends(tmp_path):
-    output, _ = start(tmp_path, "0.1", "0").communicate(timeout=60)
+    output, _ = start(tmp_path, "0.1", "0").communicate(timeout=300)
     assert sorted(json.loads(output.splitlines()[-1])) == [0.0, 0.1]
 
 
@@ -74,6 +78,8 @@ def task(name):
     if name == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if name == "half":
+        while not Path("begun").exists():
+            time.sleep(0.01)
         Connection._send = half
         return bytes(1000)
     return name
@@ -81,6 +87,7 @@ def task(name):
 if __name__ == "__main__":
     with closing(completed(task, sys.argv[1:], 2)) as done:
         print(next(done), flush=True)
+        Path("begun").touch()
         while "half" in sys.argv and not Path("half").exists():
             time.sleep(0.01)
         for result in done if "half" not in sys.argv else ():
@@ -91,7 +98,7 @@ if __name__ == "__main__":
 def run_tasks(folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
     (folder / "tasks.py").write_text(TASKS, encoding="utf-8")
     command = [sys.executable, "tasks.py", *names]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_a_worker_that_is_ended_amid_its_answer_does_not_keep_the_run(tmp_path):
