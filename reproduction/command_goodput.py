@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,12 @@ def goodput(**values: Any) -> None:
     from reproduction.goodput_report import render
 
     console = notes()
-    plan = plan_of(values, lambda text: console.print(text, highlight=False, soft_wrap=True))
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    plan = plan_of(values, say)
     if list(plan.loads) != sorted(plan.loads):
         raise InputError(f"--loads {values['loads']}: expected ascending numbers")
     slo = parse_slo(values["slo"])
-    limits = limits_of(plan, slo, values["names"] is not None, console.print)
+    limits = limits_of(plan, slo, values["names"] is not None, say)
     out: Path = values["out"]
     jobs = values["jobs"] or len(os.sched_getaffinity(0))
     with writing(f"--out {out}"):

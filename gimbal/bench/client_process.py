@@ -127,7 +127,7 @@ def _receive(pipe: Connection, on_progress: Callable[[int, int], None] | None) -
     while True:
         try:
             kind, value = pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # the latter amid a message
             raise RuntimeError("the client process died") from None
         if kind == "error":
             raise RuntimeError(f"the client process failed:\n{value}")

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeAlias, TypeVar, cast
@@ -223,10 +222,12 @@ def completed(
     workers: dict[PipeEnd, SpawnProcess] = {}
 
     def hand_on(pipe: PipeEnd) -> None:
-        for index, task in islice(waiting, 1):
-            with suppress(ConnectionError):  # its end is said where its answer is read
-                pipe.send(task)
-            working[pipe] = index
+        index, task = next(waiting, (None, None))
+        if index is None:
+            return
+        with suppress(ConnectionError):  # its end is said where its answer is read
+            pipe.send(task)
+        working[pipe] = index
 
     try:
         with shielded():

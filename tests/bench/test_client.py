@@ -6,11 +6,12 @@ import os
 import signal
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing import Pipe
 
 import pytest
 
 from gimbal.bench.client import Client, ClientRequest
-from gimbal.bench.client_process import ReplayJob, encode_requests, run_replay
+from gimbal.bench.client_process import ReplayJob, _receive, encode_requests, run_replay
 from gimbal.bench.echo import EchoOptions, echo_server
 from gimbal.bench.endpoint import Endpoint, counter_differences
 from gimbal.workloads import TraceRequest
@@ -181,3 +182,12 @@ def test_the_servers_api_key_is_sent_with_every_request(monkeypatch) -> None:
         server.shutdown()
     assert result.status == "failed"
     assert seen == [("/health", "Bearer secret"), ("/v1/completions", "Bearer secret")]
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x00\x00\x01\x00half"])
+def test_a_client_process_that_dies_is_said(sent: bytes) -> None:
+    ours, theirs = Pipe()
+    os.write(theirs.fileno(), sent)
+    theirs.close()
+    with pytest.raises(RuntimeError, match="the client process died"):
+        _receive(ours, None)
