@@ -10,6 +10,7 @@ import sys
 import click
 import pytest
 
+from gimbal import __version__
 from tests.commands.leaves import LEAVES
 from tests.test_docs_commands import fault
 
@@ -23,6 +24,17 @@ def test_the_help_has_an_example(path: str) -> None:
     words = shlex.split(example)
     assert words[: 1 + len(path.split())] == ["gimbal", *path.split()]
     assert fault(words) is None
+
+
+def test_python_runs_the_package_as_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gimbal", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == f"gimbal, version {__version__}\n"
 
 
 def completed(words: str, shell: str = "bash") -> list[str]:
