@@ -75,6 +75,17 @@ def _grid(rows: int, columns: int, sharex: Any = False) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _plain_numbers() -> Any:
+    """A logarithmic axis labelled 20,000 and 0.3, not 2e+04 (which is 22,000 too) and 3e-01."""
+    from matplotlib.ticker import LogFormatter
+
+    class PlainNumbers(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,g}" if super().__call__(x, pos) else ""
+
+    return PlainNumbers(labelOnlyBase=False, minor_thresholds=(2, 0.6))
+
+
 def _finish(figure: Any, axes: Any, path: Path) -> None:
     for axis in axes.flat:
         axis.grid(color="0.9", linewidth=0.5)
@@ -97,8 +108,6 @@ def plot_regimes(groups: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     regimes = list(dict.fromkeys(own["regime"] for own in groups))
     figure, axes = _grid(len(LATENCIES), len(regimes), "col")
-    from matplotlib.ticker import LogFormatter as formatter
-
     for column, regime in enumerate(regimes):
         mine = sorted((g for g in groups if g["regime"] == regime), key=lambda g: g["load"])
         for row, (metric, label) in enumerate(LATENCIES.items()):
@@ -109,7 +118,7 @@ def plot_regimes(groups: Sequence[Mapping[str, Any]], path: Path) -> None:
                     if None not in runs[metric] and min(runs[metric]) > 0.0:
                         curves.setdefault(name, {})[group["load"]] = runs[metric]
             draw_curves(axis, curves, log=True)
-            plain = formatter(labelOnlyBase=False, minor_thresholds=(2, 0.6))
+            plain = _plain_numbers()
             axis.yaxis.set_major_formatter(plain)
             axis.yaxis.set_minor_formatter(plain)
             if row == 0:
