@@ -44,8 +44,8 @@ def regime_options(loads: str) -> Callable[[Callable[..., None]], Callable[..., 
         click.option(
             "--requests",
             type=Whole(10, MOST_REQUESTS),
-            help="measured ones of a run (default: 1,500 where answers or contexts are long, 400 "
-            "of pd, else as many as the trace has, and for twice as long as 99 % of them stay)",
+            help="measured ones of a run (default: 1,500 where answers or contexts are long, "
+            "else as many as the trace has, and for twice as long as 99 % of them stay)",
         ),
         click.option("--kept", is_flag=True, help="run nothing: take what is finished in --out"),
         click.option("--jobs", type=Whole(1, 1024), help="processes (default: all CPUs)"),

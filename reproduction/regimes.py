@@ -70,7 +70,7 @@ REGIMES = {
         Regime("reasoning", "reasoning", "h100x8-dp8", kv_share=0.2, requests=1500),
         Regime("burst", "burst", "h100x4-paper"),
         Regime("azure", "azure-conv", "h100x8-dp8"),
-        Regime("pd", "chat", "h100x8-pd-4p4d", requests=400),
+        Regime("pd", "chat", "h100x8-pd-4p4d", requests=1500),
     )
 }
 
