@@ -72,11 +72,9 @@ def _pair(arm: Mapping[str, Mapping[str, float]], statistic: str) -> tuple[float
 
 def plot(panels: Mapping[str, list[Point]], ours: tuple[str, ...], unit: str, out: Path) -> None:
     """One panel per statistic, written to `out`."""
-    from gimbal.report.plots import pyplot
+    from gimbal.report.plots import label_plainly, pyplot
 
     plt = pyplot()
-    from matplotlib.ticker import LogFormatter
-
     plt.rcParams |= {"svg.hashsalt": "gimbal", "svg.fonttype": "none"}  # same points, same file
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 4.5), layout="constrained")
     numbers = {p.name: n for n, p in enumerate(next(iter(panels.values())), start=1)}
@@ -100,8 +98,7 @@ def plot(panels: Mapping[str, list[Point]], ours: tuple[str, ...], unit: str, ou
             )
         title = "mean" if statistic == "mean" else "P99"
         axis.set(xscale="log", xlabel=f"{title} TTFT, {unit}", ylabel=f"mean TPOT, {unit}")
-        axis.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
-        axis.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
+        label_plainly(axis.xaxis, (2, 1))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=7, markerscale=0.8)
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)

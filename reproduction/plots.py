@@ -14,7 +14,7 @@ import numpy as np
 
 from gimbal.core.contracts import FloatArray
 from gimbal.report.compare import LEAST_TURNS
-from gimbal.report.plots import pyplot, save_figure
+from gimbal.report.plots import label_plainly, pyplot, save_figure
 from gimbal.report.student import quantile
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -75,17 +75,6 @@ def _grid(rows: int, columns: int, sharex: Any = False) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _plain_numbers() -> Any:
-    """A logarithmic axis labelled 20,000 and 0.3, not 2e+04 (which is 22,000 too) and 3e-01."""
-    from matplotlib.ticker import LogFormatter
-
-    class PlainNumbers(LogFormatter):
-        def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:,g}" if super().__call__(x, pos) else ""
-
-    return PlainNumbers(labelOnlyBase=False, minor_thresholds=(2, 0.6))
-
-
 def _finish(figure: Any, axes: Any, path: Path) -> None:
     for axis in axes.flat:
         axis.grid(color="0.9", linewidth=0.5)
@@ -118,9 +107,7 @@ def plot_regimes(groups: Sequence[Mapping[str, Any]], path: Path) -> None:
                     if None not in runs[metric] and min(runs[metric]) > 0.0:
                         curves.setdefault(name, {})[group["load"]] = runs[metric]
             draw_curves(axis, curves, log=True)
-            plain = _plain_numbers()
-            axis.yaxis.set_major_formatter(plain)
-            axis.yaxis.set_minor_formatter(plain)
+            label_plainly(axis.yaxis, (2, 0.6))
             if row == 0:
                 axis.set_title(regime)
             if column == 0:

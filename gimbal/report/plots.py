@@ -43,6 +43,24 @@ def save_figure(figure: Any, path: Path) -> None:
         pyplot().close(figure)
 
 
+def label_plainly(axis: Any, minor_thresholds: tuple[float, float]) -> None:
+    """Labels a logarithmic axis 20,000 and 0.3, not 2e+04 (which is 22,000 too) and 3e-01.
+
+    Args:
+        axis: matplotlib's, the x or the y of a plot.
+        minor_thresholds: see matplotlib's `LogFormatter`.
+    """
+    from matplotlib.ticker import LogFormatter
+
+    class PlainNumbers(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,g}" if super().__call__(x, pos) else ""
+
+    plain = PlainNumbers(labelOnlyBase=False, minor_thresholds=minor_thresholds)
+    axis.set_major_formatter(plain)
+    axis.set_minor_formatter(plain)
+
+
 def plot_fit(measured_ms: Sequence[float], predicted_ms: Sequence[float], path: Path) -> None:
     """Predicted against measured step times: a sample of steps, and means and spread by bin.
 
